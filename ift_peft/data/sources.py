@@ -1,0 +1,222 @@
+"""Where rows come from: a file, a folder, or a Hub id, each read into records that know the line they stood on."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ift_peft.errors import DataError, IftPeftError
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row as stored: column to value, and where it stood (`file:line`, or `file row n` where lines mean nothing)."""
+
+    values: dict[str, Any]
+    where: str
+
+
+def read_source(source: str, faults: list[IftPeftError], *, split: str = "train", header: bool = True) -> list[Record]:
+    """Every record of `source`; what cannot be read is appended to `faults` by file and line, and reading goes on."""
+    path = Path(source)
+    if path.is_file():
+        return list(_read_file(path, faults, header=header))
+    if path.is_dir():
+        return list(_read_folder(path, faults, split=split, header=header))
+    if _HUB_ID.match(source) and path.suffix not in SUFFIXES:
+        return list(_read_hub(source, faults, split=split))
+    faults.append(
+        DataError(
+            expected="data.train and data.test to name a file, a folder or a Hub id",
+            found=f"nothing at {source}",
+            fix="check the path; in a recipe it is relative to the recipe file, in an override to the working directory",
+        )
+    )
+    return []
+
+
+def folder_has_split(source: str, split: str) -> bool:
+    """Whether `source` is a folder with files of its own for `split`."""
+    path = Path(source)
+    return path.is_dir() and bool(_split_files(path, split))
+
+
+def _split_files(folder: Path, split: str) -> list[Path]:
+    return [path for path in _data_files(folder) if re.match(rf"{re.escape(split)}(?![a-z])", path.stem, re.IGNORECASE)]
+
+
+def _data_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in SUFFIXES[:-1])
+
+
+def _read_folder(folder: Path, faults: list[IftPeftError], *, split: str, header: bool) -> Iterator[Record]:
+    """The files named after `split` where there are any, else every data file."""
+    files = _split_files(folder, split) or _data_files(folder)
+    if not files:
+        faults.append(
+            DataError(
+                expected=f"files ending in {', '.join(SUFFIXES[:-1])} in {folder}", found="none", fix="check the folder"
+            )
+        )
+    for path in files:
+        yield from _read_file(path, faults, header=header)
+
+
+def _read_file(path: Path, faults: list[IftPeftError], *, header: bool) -> Iterator[Record]:
+    suffix = path.suffix.lower()
+    if suffix in (".jsonl", ".ndjson"):
+        yield from _read_jsonl(path, faults)
+    elif suffix == ".json":
+        yield from _read_json(path, faults)
+    elif suffix in (".csv", ".tsv", ".txt"):
+        yield from _read_table(path, faults, delimiter="," if suffix == ".csv" else "\t", header=header)
+    elif suffix == ".parquet":
+        yield from _read_parquet(path, faults)
+    else:
+        faults.append(
+            DataError(
+                expected=f"a file ending in {', '.join(SUFFIXES)}", found=str(path), fix="convert it, or rename it to what it is"
+            )
+        )
+
+
+def _lines(path: Path, faults: list[IftPeftError]) -> Iterator[tuple[int, str]]:
+    """Line number and text; lines that are not UTF-8 are named and left out."""
+    with path.open("rb") as raw:
+        for number, line in enumerate(raw, start=1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            try:
+                yield number, line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                faults.append(
+                    DataError(
+                        expected="UTF-8 text",
+                        found=f"byte {line[error.start]:#04x} at {path}:{number}, byte {error.start + 1} of the line",
+                        fix="save the file as UTF-8 (iconv -f GB18030 -t UTF-8 turns most Chinese files into it)",
+                    )
+                )
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _read_jsonl(path: Path, faults: list[IftPeftError]) -> Iterator[Record]:
+    for number, line in _lines(path, faults):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            values = json.loads(line, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            faults.append(DataError(expected="one JSON object a line", found=f"{error} at {where}", fix="repair or remove the line"))
+            continue
+        if isinstance(values, dict):
+            yield Record(values, where)
+        else:
+            faults.append(
+                DataError(expected="a JSON object", found=f"{type(values).__name__} at {where}", fix='write {"text": …, "label": …}')
+            )
+
+
+def _read_json(path: Path, faults: list[IftPeftError]) -> Iterator[Record]:
+    text = "".join(line for _, line in _lines(path, faults))
+    try:
+        values = json.loads(text, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        faults.append(
+            DataError(
+                expected="a JSON list of objects",
+                found=f"{error.msg} at {path}:{error.lineno}",
+                fix="repair it there; a file with one object a line is named .jsonl",
+            )
+        )
+        return
+    except (ValueError, RecursionError) as error:
+        faults.append(DataError(expected="a JSON list of objects", found=f"{error} in {path}", fix="repair the file"))
+        return
+    if isinstance(values, dict):  # {"data": [...]} and the like: the one list inside
+        lists = [value for value in values.values() if isinstance(value, list)]
+        values = lists[0] if len(lists) == 1 else values
+    if not isinstance(values, list):
+        faults.append(DataError(expected="a JSON list of objects", found=f"an object in {path}", fix="wrap the rows in a list"))
+        return
+    for index, row in enumerate(values, start=1):
+        where = f"{path} row {index}"
+        if isinstance(row, dict):
+            yield Record(row, where)
+        else:
+            faults.append(DataError(expected="a JSON object", found=f"{type(row).__name__} at {where}", fix="repair the row"))
+
+
+def _read_table(path: Path, faults: list[IftPeftError], *, delimiter: str, header: bool) -> Iterator[Record]:
+    """CSV with quoting; tab-separated files are taken literally, as quotes in them are ordinary characters."""
+    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+    lines = (line for _, line in _lines(path, faults))
+    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
+    names: list[str] | None = None
+    while True:
+        start = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            faults.append(DataError(expected="valid CSV", found=f"{error} at {path}:{start}", fix="check the quotes there"))
+            return
+        if not cells:
+            continue
+        if names is None:
+            names = [cell.strip() for cell in cells] if header else [str(i) for i in range(len(cells))]
+            if header:
+                continue
+        if len(cells) != len(names):
+            faults.append(
+                DataError(
+                    expected=f"{len(names)} columns ({', '.join(names)})",
+                    found=f"{len(cells)} at {path}:{start}",
+                    fix="quote cells that hold the delimiter" if delimiter == "," else "remove tabs inside cells",
+                )
+            )
+            continue
+        yield Record(dict(zip(names, cells, strict=True)), f"{path}:{start}")
+
+
+def _read_parquet(path: Path, faults: list[IftPeftError]) -> Iterator[Record]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        faults.append(DataError(expected="a Parquet file", found=f"{error} in {path}", fix="write it again"))
+        return
+    for index, row in enumerate(table.to_pylist(), start=1):
+        yield Record(row, f"{path} row {index}")
+
+
+def _read_hub(name: str, faults: list[IftPeftError], *, split: str) -> Iterator[Record]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, split=split)
+    except Exception as error:  # the hub client raises many unrelated types; each is told to the user, none is lost
+        faults.append(
+            DataError(
+                expected=f"the data set {name} on the Hub or in its cache, with a split {split!r}",
+                found=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+                fix="check id, split and network; a local file or folder is given by its path",
+            )
+        )
+        return
+    for index, row in enumerate(rows, start=1):
+        yield Record(dict(row), f"{name}[{split}] row {index}")

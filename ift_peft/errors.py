@@ -1,0 +1,61 @@
+"""The error tree. Every error says what was expected, what was found, and how to fix it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class IftPeftError(Exception):
+    """Base of every error that a user can cause and fix. The command line prints it and exits with `exit_code`."""
+
+    exit_code = 1
+
+    def __init__(self, *, expected: str, found: str, fix: str) -> None:
+        self.expected, self.found, self.fix = expected, found, fix
+        super().__init__(f"expected {expected}\n   found {found}\n     fix {fix}")
+
+
+class Faults(IftPeftError):
+    """Several faults of one input, raised together."""
+
+    def __init__(self, faults: Sequence[IftPeftError]) -> None:
+        self.faults = tuple(faults)
+        first = faults[0]
+        super().__init__(expected=first.expected, found=first.found, fix=first.fix)
+        self.args = ("\n\n".join(str(fault) for fault in faults),)
+
+
+class RecipeError(IftPeftError, ValueError):
+    """A recipe that cannot be read or does not fit the schema."""
+
+    exit_code = 2
+
+
+class DataError(IftPeftError, ValueError):
+    """Rows that cannot be read, rendered or supervised."""
+
+    exit_code = 3
+
+
+class ModelError(IftPeftError, ValueError):
+    """A base model, tokenizer or adapter that cannot be used as asked."""
+
+    exit_code = 4
+
+
+class RunError(IftPeftError, RuntimeError):
+    """A run folder that is missing, unfinished, or does not match what it is used with."""
+
+    exit_code = 5
+
+
+class TrainingError(IftPeftError, RuntimeError):
+    """Training that ended without a usable adapter."""
+
+    exit_code = 6
+
+
+class MergeError(IftPeftError, RuntimeError):
+    """A merge whose result differs from the adapter it was made from."""
+
+    exit_code = 7

@@ -1,0 +1,113 @@
+"""Where a base is, and its tokenizer. Nothing here loads weights."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ift_peft.errors import ModelError
+
+TINY = Path(__file__).resolve().parent / "tiny"
+_SAMPLES = 16  # places read in each weight file for the fingerprint
+_SAMPLE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class BaseLocation:
+    """A base model on disk: the name the user gave it, the folder it is in, and the Hub revision, if any."""
+
+    name: str
+    folder: Path
+    revision: str | None
+
+    @property
+    def public_name(self) -> str:
+        """What may be written into files that are handed out: never a path of this machine."""
+        return self.folder.name if Path(self.name).is_absolute() or self.name.startswith((".", "~")) else self.name
+
+    def fingerprint(self) -> str:
+        """sha256 over config.json and, for every weight file, its name, size and 16 MiB spread over it."""
+        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for path in sorted(self.folder.glob("*.safetensors")):
+            size = path.stat().st_size
+            digest.update(f"{path.name}:{size}".encode())
+            with path.open("rb") as weights:
+                for index in range(_SAMPLES):
+                    weights.seek(max(0, (size - _SAMPLE_BYTES) * index // (_SAMPLES - 1)))
+                    digest.update(weights.read(_SAMPLE_BYTES))
+        return digest.hexdigest()
+
+
+def locate_base(model: str, *, revision: str | None = None) -> BaseLocation:
+    """The folder of `tiny`, of a local path, or of a Hub id (from the cache, else downloaded).
+
+    Raises `ModelError` for a base that is nowhere, and for one without config or safetensors weights.
+    """
+    if model == "tiny":
+        return BaseLocation(model, TINY, None)
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        folder = _download(model, revision)
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            expected=f"config.json in {folder}", found="none", fix="give the folder that save_pretrained wrote"
+        )
+    if not list(folder.glob("*.safetensors")):
+        others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        raise ModelError(
+            expected=f"safetensors weights in {folder}",
+            found=f"only pickled ones ({', '.join(others)}), which can run code" if others else "no weights",
+            fix="convert them where you trust them: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)",
+        )
+    return BaseLocation(model, folder, revision)
+
+
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
+    reason = "nothing in the Hub cache"
+    for local_only in (True, False):
+        try:
+            return Path(
+                snapshot_download(model, revision=revision, allow_patterns=patterns, local_files_only=local_only)
+            )
+        except Exception as error:  # the hub client raises many unrelated types; the last is told
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    raise ModelError(
+        expected="base.model to be tiny, a folder in Hugging Face format, or a Hub id that is cached or can be downloaded",
+        found=f"{model!r} ({reason})",
+        fix="check the spelling and the network, or use base.model=tiny",
+    )
+
+
+def load_tokenizer(location: BaseLocation) -> PreTrainedTokenizerBase:
+    """The base's tokenizer. Raises `ModelError` where it cannot be loaded without running code of its own."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location.folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(
+            expected=f"a tokenizer in {location.folder}",
+            found=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            fix="give a folder with tokenizer.json and tokenizer_config.json",
+        ) from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Give a tokenizer without a pad token the end token for padding; returns what was done, for the run's record.
+
+    Labels never depend on it: they are made before padding, and padded positions are masked by position.
+    """
+    if tokenizer.pad_token is not None:
+        return None
+    if tokenizer.eos_token is None:
+        raise ModelError(
+            expected="a pad token or an end-of-sequence token", found="neither", fix="set one in tokenizer_config.json"
+        )
+    tokenizer.pad_token = tokenizer.eos_token
+    return f"the tokenizer has no pad token; {tokenizer.eos_token!r} pads instead (masked, so never learnt)"
