@@ -55,7 +55,7 @@ class Adapter(Section):
 
 
 class Columns(Section):
-    """Which columns of a table hold what. A column is given by name, or by number (0-based) in files without a header."""
+    """Which columns of a table hold what: by name, or by number (from 0) in files without a header."""
 
     text: str | int = "text"
     label: str | int | None = None
@@ -183,9 +183,11 @@ def _anchor_paths(values: dict[str, Any], folder: Path) -> None:
     """Make existing relative paths absolute; what does not exist is left for the data reader to name."""
     for section, keys in (("data", ("train", "test")), ("base", ("model",))):
         entries = values.get(section)
-        for key in keys if isinstance(entries, dict) else ():
+        if not isinstance(entries, dict):
+            continue
+        for key in keys:
             value = entries.get(key)
-            if isinstance(value, str) and value != "tiny" and not Path(value).is_absolute() and (folder / value).exists():
+            if isinstance(value, str) and value != "tiny" and (folder / value).exists():
                 entries[key] = str((folder / value).resolve())
 
 
@@ -216,13 +218,15 @@ def _without_union_echoes(errors: Iterable[Any]) -> list[Any]:
 
 
 def _is_union_tag(part: str | int) -> bool:
-    return isinstance(part, str) and bool(re.match(r"^(tuple|dict|str|int|float|constrained|function|literal)\b.*", part))
+    return isinstance(part, str) and bool(
+        re.match(r"^(tuple|dict|str|int|float|constrained|function|literal)\b.*", part)
+    )
 
 
 def _known_keys(location: Location) -> tuple[str, ...]:
     model: Any = Recipe
     for part in location:
-        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        field = model.model_fields.get(str(part)) if isinstance(model, type) and issubclass(model, BaseModel) else None
         if field is None:
             return ()
         candidates = [field.annotation, *get_args(field.annotation)]
@@ -245,7 +249,9 @@ def _explain(error: Any, source: YamlSource) -> RecipeError:
     if error["type"] == "missing":
         return RecipeError(expected=f"{dotted} to be set", found=f"nothing in {source.name}", fix=f"add {dotted}")
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return RecipeError(expected=f"{dotted} to be {message}", found=f"{error['input']!r} at {where}", fix=f"change {dotted}")
+    return RecipeError(
+        expected=f"{dotted} to be {message}", found=f"{error['input']!r} at {where}", fix=f"change {dotted}"
+    )
 
 
 def _training_faults(training: dict[str, Any], source: YamlSource) -> Iterable[RecipeError]:
@@ -265,7 +271,9 @@ def _training_faults(training: dict[str, Any], source: YamlSource) -> Iterable[R
             )
         elif not fits(value, fields[key]):
             yield RecipeError(
-                expected=f"training.{key} to be {fields[key]}", found=f"{value!r} at {where}", fix=f"change training.{key}"
+                expected=f"training.{key} to be {fields[key]}",
+                found=f"{value!r} at {where}",
+                fix=f"change training.{key}",
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from functools import lru_cache
 from importlib.metadata import distribution
+from pathlib import Path
 
 # The classes whose fields make up SFTConfig, base last.
 _SOURCES = (
@@ -40,7 +41,7 @@ def training_fields() -> dict[str, str]:
     """Field name to annotation text, for every init field of the installed `SFTConfig`."""
     fields: dict[str, str] = {}
     for package, path, class_name in reversed(_SOURCES):
-        source = distribution(package).locate_file(path).read_text("utf-8")  # type: ignore[attr-defined]
+        source = Path(str(distribution(package).locate_file(path))).read_text("utf-8")
         for node in ast.parse(source).body:
             if isinstance(node, ast.ClassDef) and node.name == class_name:
                 fields.update(_annotated(node))

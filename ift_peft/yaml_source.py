@@ -18,7 +18,7 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-4 as a number, as YAML 1.2 does (PyYAML's 1.1 rules make it a string)."""
 
 
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
     list("-+0123456789."),
@@ -82,10 +82,14 @@ def read_yaml(path: Path) -> YamlSource:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise RecipeError(expected=f"a readable recipe at {path}", found=error.strerror or str(error), fix="check the path") from None
+        raise RecipeError(
+            expected=f"a readable recipe at {path}", found=error.strerror or str(error), fix="check the path"
+        ) from None
     except UnicodeDecodeError as error:
         raise RecipeError(
-            expected=f"{path} in UTF-8", found=f"byte {error.object[error.start]:#04x} at offset {error.start}", fix="save the file as UTF-8"
+            expected=f"{path} in UTF-8",
+            found=f"byte {error.object[error.start]:#04x} at offset {error.start}",
+            fix="save the file as UTF-8",
         ) from None
     try:
         node = yaml.compose(text, Loader=_Loader)
@@ -94,7 +98,9 @@ def read_yaml(path: Path) -> YamlSource:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)
         raise RecipeError(
-            expected="valid YAML", found=f"{getattr(error, 'problem', error)} at {place}", fix="check indentation, colons and quotes there"
+            expected="valid YAML",
+            found=f"{getattr(error, 'problem', error)} at {place}",
+            fix="check indentation, colons and quotes there",
         ) from None
     if not isinstance(node, yaml.MappingNode):
         raise RecipeError(
@@ -118,7 +124,7 @@ def _note_lines(node: yaml.Node, location: Location, source: YamlSource, repeate
                 repeated.append(
                     RecipeError(
                         expected=f"each key once in {'.'.join(map(str, location)) or 'the recipe'}",
-                        found=f"{key.value!r} again at {source.name}:{key.start_mark.line + 1}, first at {source.lines[inner]}",
+                        found=f"{key.value!r} at {source.lines[inner]} and again at line {key.start_mark.line + 1}",
                         fix="keep one of them",
                     )
                 )

@@ -78,9 +78,7 @@ def _too_long(row: Row, ids: Rendered, max_length: int, overlong: str) -> DataEr
         fix = f"raise training.max_length to {len(ids.input_ids)}, or set data.overlong to truncate or drop"
     else:
         fix = "raise training.max_length: the answer and the template alone do not fit"
-    return DataError(
-        expected=f"at most {max_length} tokens", found=f"{len(ids.input_ids)} at {row.where}", fix=fix
-    )
+    return DataError(expected=f"at most {max_length} tokens", found=f"{len(ids.input_ids)} at {row.where}", fix=fix)
 
 
 def shorten(row: Row, renderer: Renderer, *, max_length: int) -> tuple[Row, Rendered] | None:

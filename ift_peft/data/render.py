@@ -27,7 +27,8 @@ FALLBACK_TEMPLATE = (
     "{%- if bos_token is defined and bos_token -%}{{ bos_token }}{%- endif -%}"
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'assistant' -%}"
-    "{{- 'Assistant:' -}}{%- generation -%}{{- ' ' + message['content'] + eos_token -}}{%- endgeneration -%}{{- '\\n' -}}"
+    "{{- 'Assistant:' -}}{%- generation -%}{{- ' ' + message['content'] + eos_token -}}{%- endgeneration -%}"
+    "{{- '\\n' -}}"
     "{%- elif message['role'] == 'system' -%}"
     "{{- message['content'] + '\\n' -}}"
     "{%- else -%}"
@@ -148,8 +149,8 @@ class Renderer:
                 ends = [(text.find(token, after), len(token)) for token in specials if text.find(token, after) >= 0]
                 if not text.startswith(before) or content < 0 or not ends:
                     raise DataError(
-                        expected="a chat template that renders a conversation's beginning the same with and without its end, "
-                        "and closes answers with a special token",
+                        expected="a chat template that renders the beginning of a conversation the same with and "
+                        "without its end, and closes answers with a special token",
                         found=f"text that changes, or no such token, at {text[max(0, start - 30) : start + 30]!r}",
                         fix="mark the answers in the template with {% generation %} … {% endgeneration %}",
                     )
@@ -163,7 +164,9 @@ class Renderer:
             next((i for i, message in enumerate(conversation) if message["role"] == "assistant"), len(conversation))
             for conversation in conversations
         ]
-        prompts = self.prompts([conversation[:first] for conversation, first in zip(conversations, firsts, strict=True)])
+        prompts = self.prompts(
+            [conversation[:first] for conversation, first in zip(conversations, firsts, strict=True)]
+        )
         for prompt, row in zip(prompts, rendered, strict=True):
             if row.supervised and row.input_ids[: row.prompt_length] != prompt:
                 raise DataError(

@@ -70,13 +70,27 @@ def read_rows(data: Data) -> tuple[list[Row], list[Row]]:
     elif folder_has_split(data.train, data.test_split):
         test = to_rows(read_source(data.train, faults, split=data.test_split, header=data.header), data, faults)
     if not faults and not train:
-        faults.append(DataError(expected="at least one training row", found=f"none in {data.train}", fix="check the source"))
+        faults.append(
+            DataError(expected="at least one training row", found=f"none in {data.train}", fix="check the source")
+        )
     if not faults and test is not None and not test:
-        faults.append(DataError(expected="at least one held-out row", found=f"none in {data.test}", fix="check the source"))
+        faults.append(
+            DataError(expected="at least one held-out row", found=f"none in {data.test}", fix="check the source")
+        )
     raise_faults(faults)
     if test is None:
         train, test = split_rows(train, test_size=data.test_size, seed=data.seed)
     return _sample(train, data.max_train_rows, data.seed), _sample(test, data.max_test_rows, data.seed)
+
+
+def read_rows_of(data: Data) -> list[Row]:
+    """Every row of `data.train` alone, unsplit. Raises `Faults` like `read_rows`."""
+    faults: list[IftPeftError] = []
+    rows = to_rows(read_source(data.train, faults, split=data.train_split, header=data.header), data, faults)
+    if not faults and not rows:
+        faults.append(DataError(expected="at least one row", found=f"none in {data.train}", fix="check the source"))
+    raise_faults(faults)
+    return rows
 
 
 def raise_faults(faults: Sequence[IftPeftError]) -> None:
@@ -86,7 +100,11 @@ def raise_faults(faults: Sequence[IftPeftError]) -> None:
     shown = list(faults[:SHOWN_FAULTS])
     if len(faults) > SHOWN_FAULTS:
         shown.append(
-            DataError(expected="usable rows", found=f"{len(faults) - SHOWN_FAULTS} more faults like these", fix="repair these first")
+            DataError(
+                expected="usable rows",
+                found=f"{len(faults) - SHOWN_FAULTS} more faults like these",
+                fix="repair these first",
+            )
         )
     raise Faults(shown) if len(shown) > 1 else shown[0]
 
@@ -108,7 +126,8 @@ def _to_row(record: Record, data: Data) -> Row:
     row = _FORMATS[form](record, data)
     _check(row.messages)
     if data.labels is not None and row.label is None:
-        return Row(row.messages[:-1] + ({"role": "assistant", "content": _label(row.answer, data)},), row.where, _label(row.answer, data))
+        label = _label(row.answer, data)
+        return Row((*row.prompt, {"role": "assistant", "content": label}), row.where, label)
     return row
 
 
@@ -135,7 +154,9 @@ def _detect(values: dict[str, Any], columns: Columns) -> str:
 def _text(values: dict[str, Any], key: str) -> str:
     value = values.get(key)
     if not isinstance(value, str):
-        raise _Fault(f"text under {key!r}", "nothing" if value is None else type(value).__name__, f"set {key!r} to a string")
+        raise _Fault(
+            f"text under {key!r}", "nothing" if value is None else type(value).__name__, f"set {key!r} to a string"
+        )
     return value
 
 
@@ -146,7 +167,9 @@ def _cell(values: dict[str, Any], column: str | int) -> Any:
         raise _Fault(
             f"a column {key!r}",
             f"columns {', '.join(map(str, values))}",
-            f"did you mean {near[0]!r}?" if near else "set data.columns, or data.header=false for a file without a header",
+            f"did you mean {near[0]!r}?"
+            if near
+            else "set data.columns, or data.header=false for a file without a header",
         )
     return values[key]
 
@@ -154,7 +177,9 @@ def _cell(values: dict[str, Any], column: str | int) -> Any:
 def _from_messages(record: Record, data: Data) -> Row:
     messages = record.values.get("messages")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise _Fault("messages to be a list of {role, content}", type(messages).__name__, "see the README for the formats")
+        raise _Fault(
+            "messages to be a list of {role, content}", type(messages).__name__, "see the README for the formats"
+        )
     turns = tuple({"role": str(message.get("role")), "content": _text(message, "content")} for message in messages)
     if data.system and turns and turns[0]["role"] != "system":
         turns = ({"role": "system", "content": data.system}, *turns)
@@ -164,12 +189,16 @@ def _from_messages(record: Record, data: Data) -> Row:
 def _from_sharegpt(record: Record, data: Data) -> Row:
     turns = record.values.get("conversations")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise _Fault("conversations to be a list of {from, value}", type(turns).__name__, "see the README for the formats")
+        raise _Fault(
+            "conversations to be a list of {from, value}", type(turns).__name__, "see the README for the formats"
+        )
     messages = []
     for turn in turns:
         role = _SHAREGPT_ROLES.get(str(turn.get("from")))
         if role is None:
-            raise _Fault(f"from to be one of {', '.join(_SHAREGPT_ROLES)}", repr(turn.get("from")), "rename or remove the turn")
+            raise _Fault(
+                f"from to be one of {', '.join(_SHAREGPT_ROLES)}", repr(turn.get("from")), "rename or remove the turn"
+            )
         messages.append({"role": role, "content": _text(turn, "value")})
     system = record.values.get("system") or data.system
     if system and messages and messages[0]["role"] != "system":
@@ -202,7 +231,9 @@ def _from_columns(record: Record, data: Data) -> Row:
         return Row((*prompt, {"role": "assistant", "content": label}), record.where, label, text)
     answer = columns.answer if columns.answer is not None else "answer" if columns.label is None else columns.label
     value = _cell(record.values, answer)
-    return Row((*prompt, {"role": "assistant", "content": "" if value is None else str(value)}), record.where, text=text)
+    return Row(
+        (*prompt, {"role": "assistant", "content": "" if value is None else str(value)}), record.where, text=text
+    )
 
 
 _FORMATS: dict[str, Callable[[Record, Data], Row]] = {
@@ -220,11 +251,13 @@ def _label(value: Any, data: Data) -> str:
     assert labels is not None
     if isinstance(labels, dict) and stored in labels:
         return labels[stored]
-    if isinstance(labels, tuple) and stored in labels:
-        return stored
-    numbered = isinstance(labels, tuple) and not any(word.isdigit() for word in labels)
-    if numbered and stored.isdigit() and int(stored) < len(labels):
-        return labels[int(stored)]
+    numbered = False
+    if isinstance(labels, tuple):
+        if stored in labels:
+            return stored
+        numbered = not any(word.isdigit() for word in labels)
+        if numbered and stored.isdecimal() and int(stored) < len(labels):
+            return labels[int(stored)]
     raise _Fault(
         f"a label out of {', '.join(labels)}" + (f" or 0 to {len(labels) - 1}" if numbered else ""),
         repr(value),
@@ -234,7 +267,11 @@ def _label(value: Any, data: Data) -> str:
 
 def _check(messages: Sequence[Message]) -> None:
     if not messages or messages[-1]["role"] != "assistant":
-        raise _Fault("the conversation to end with the assistant", "none" if not messages else messages[-1]["role"], "add the answer")
+        raise _Fault(
+            "the conversation to end with the assistant",
+            "none" if not messages else messages[-1]["role"],
+            "add the answer",
+        )
     unknown = [message["role"] for message in messages if message["role"] not in ROLES]
     if unknown:
         raise _Fault(f"roles out of {', '.join(ROLES)}", ", ".join(sorted(set(unknown))), "rename the role")

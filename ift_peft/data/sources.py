@@ -18,7 +18,7 @@ _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 @dataclass(frozen=True)
 class Record:
-    """One row as stored: column to value, and where it stood (`file:line`, or `file row n` where lines mean nothing)."""
+    """One row as stored: column to value, and where it stood (`file:line`, or `file row n`)."""
 
     values: dict[str, Any]
     where: str
@@ -37,7 +37,7 @@ def read_source(source: str, faults: list[IftPeftError], *, split: str = "train"
         DataError(
             expected="data.train and data.test to name a file, a folder or a Hub id",
             found=f"nothing at {source}",
-            fix="check the path; in a recipe it is relative to the recipe file, in an override to the working directory",
+            fix="check the path; a recipe's is relative to its file, an override's to the working directory",
         )
     )
     return []
@@ -83,7 +83,9 @@ def _read_file(path: Path, faults: list[IftPeftError], *, header: bool) -> Itera
     else:
         faults.append(
             DataError(
-                expected=f"a file ending in {', '.join(SUFFIXES)}", found=str(path), fix="convert it, or rename it to what it is"
+                expected=f"a file ending in {', '.join(SUFFIXES)}",
+                found=str(path),
+                fix="convert it, or rename it to what it is",
             )
         )
 
@@ -118,13 +120,21 @@ def _read_jsonl(path: Path, faults: list[IftPeftError]) -> Iterator[Record]:
         try:
             values = json.loads(line, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
-            faults.append(DataError(expected="one JSON object a line", found=f"{error} at {where}", fix="repair or remove the line"))
+            faults.append(
+                DataError(
+                    expected="one JSON object a line", found=f"{error} at {where}", fix="repair or remove the line"
+                )
+            )
             continue
         if isinstance(values, dict):
             yield Record(values, where)
         else:
             faults.append(
-                DataError(expected="a JSON object", found=f"{type(values).__name__} at {where}", fix='write {"text": …, "label": …}')
+                DataError(
+                    expected="a JSON object",
+                    found=f"{type(values).__name__} at {where}",
+                    fix='write {"text": …, "label": …}',
+                )
             )
 
 
@@ -148,21 +158,26 @@ def _read_json(path: Path, faults: list[IftPeftError]) -> Iterator[Record]:
         lists = [value for value in values.values() if isinstance(value, list)]
         values = lists[0] if len(lists) == 1 else values
     if not isinstance(values, list):
-        faults.append(DataError(expected="a JSON list of objects", found=f"an object in {path}", fix="wrap the rows in a list"))
+        faults.append(
+            DataError(expected="a JSON list of objects", found=f"an object in {path}", fix="wrap the rows in a list")
+        )
         return
     for index, row in enumerate(values, start=1):
         where = f"{path} row {index}"
         if isinstance(row, dict):
             yield Record(row, where)
         else:
-            faults.append(DataError(expected="a JSON object", found=f"{type(row).__name__} at {where}", fix="repair the row"))
+            faults.append(
+                DataError(expected="a JSON object", found=f"{type(row).__name__} at {where}", fix="repair the row")
+            )
 
 
 def _read_table(path: Path, faults: list[IftPeftError], *, delimiter: str, header: bool) -> Iterator[Record]:
     """CSV with quoting; tab-separated files are taken literally, as quotes in them are ordinary characters."""
-    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
     lines = (line for _, line in _lines(path, faults))
-    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
+    reader = csv.reader(
+        lines, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE, strict=True
+    )
     names: list[str] | None = None
     while True:
         start = reader.line_num + 1
@@ -171,7 +186,9 @@ def _read_table(path: Path, faults: list[IftPeftError], *, delimiter: str, heade
         except StopIteration:
             return
         except csv.Error as error:
-            faults.append(DataError(expected="valid CSV", found=f"{error} at {path}:{start}", fix="check the quotes there"))
+            faults.append(
+                DataError(expected="valid CSV", found=f"{error} at {path}:{start}", fix="check the quotes there")
+            )
             return
         if not cells:
             continue

@@ -32,7 +32,9 @@ from ift_peft.model.tiny_corpus import ASSISTANT, END, SOURCES, USER, read_docum
 PAD, SYSTEM = "<|endoftext|>", "<|system|>"
 CONTEXT = 512
 HELD_OUT_EVERY = 100  # one document in this many is never trained on
-SPLIT = r"\p{Han}+|'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?[^\W\d_\p{Han}]+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
+SPLIT = (
+    r"\p{Han}+|'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?[^\W\d_\p{Han}]+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
+)
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'assistant' -%}"
@@ -201,20 +203,40 @@ def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: 
     (folder / "pretraining.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
+def restore(
+    plan: Plan, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], out: Path, *, planned: int | None
+) -> int:
+    """Load the state to go on from and return its step: 0 without one.
+
+    A run prolonged to more steps than `planned` goes back to where its decay began.
+    """
+    for name in ("last.pt", "stable.pt"):
+        if not (out / name).exists():
+            continue
+        state = torch.load(out / name, weights_only=True)
+        if name == "stable.pt" or state["step"] <= plan.decay_from or plan.steps == planned:
+            model.load_state_dict(state["model"])
+            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            return int(state["step"])
+    return 0
+
+
+def take_step(model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], loss: Tensor, rate: float) -> None:
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def train(plan: Plan, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, out: Path, *, compiled: bool) -> None:
     """Run or continue `plan`, logging to `out`/log.jsonl and writing the finished base to `out`/base."""
     model = build_model(plan, tokenizer)
     optimizers = build_optimizers(model, plan)
-    first = 0
-    for name in ("last.pt", "stable.pt"):  # a run prolonged past its decay goes back to where the decay began
-        if (out / name).exists():
-            state = torch.load(out / name, weights_only=True)
-            if name == "stable.pt" or state["step"] <= plan.decay_from or plan.steps == _planned_steps(out):
-                model.load_state_dict(state["model"])
-                for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-                    optimizer.load_state_dict(saved)
-                first = state["step"]
-                break
+    first = restore(plan, model, optimizers, out, planned=_planned_steps(out))
     (out / "plan.json").write_text(json.dumps(asdict(plan), indent=2) + "\n", "utf-8")
     step_loss = torch.compile(loss_of) if compiled else loss_of
     started, seen = time.monotonic(), 0
@@ -224,15 +246,8 @@ def train(plan: Plan, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, out: P
             save_state(out / "stable.pt", model, optimizers, step)
         if step >= plan.steps:
             break
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, plan)
         loss = step_loss(model, tokens)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        take_step(model, optimizers, loss, learning_rate_at(step, plan))
         seen += tokens.numel()
         if (step + 1) % 50 == 0:
             line = {"step": step + 1, "loss": loss.item(), "tokens_per_s": seen / (time.monotonic() - started)}

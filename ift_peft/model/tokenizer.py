@@ -78,7 +78,7 @@ def _download(model: str, revision: str | None) -> Path:
         except Exception as error:  # the hub client raises many unrelated types; the last is told
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     raise ModelError(
-        expected="base.model to be tiny, a folder in Hugging Face format, or a Hub id that is cached or can be downloaded",
+        expected="base.model to be tiny, a folder in Hugging Face format, or a Hub id, cached or downloadable",
         found=f"{model!r} ({reason})",
         fix="check the spelling and the network, or use base.model=tiny",
     )

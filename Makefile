@@ -1,0 +1,60 @@
+# Every target makes the environment it needs in .venv and reuses it; `make help` lists them.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+DEV    := $(VENV)/.installed-dev
+RUN    ?= runs/$(RECIPE)/latest
+RECIPE ?= sentiment
+
+.DEFAULT_GOAL := help
+.PHONY: help train resume evaluate predict merge test test-fast lint clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@echo
+	@echo 'make train RECIPE=sentiment SET="training.num_train_epochs=2 base.model=Qwen/Qwen3-0.6B"'
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+# torch first: where its index has a CPU build of the pinned version that is taken, and nothing later replaces it.
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(DEV): $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+train: $(STAMP)  ## train RECIPE (default sentiment) with overrides SET, measured before and after
+	$(BIN)/ift train $(RECIPE) $(SET)
+
+resume: $(STAMP)  ## go on with an interrupted RUN
+	$(BIN)/ift train --resume $(RUN)
+
+evaluate: $(STAMP)  ## measure RUN again
+	$(BIN)/ift evaluate $(RUN)
+
+predict: $(STAMP)  ## answer TEXT with RUN
+	$(BIN)/ift predict $(RUN) $(if $(TEXT),"$(TEXT)")
+
+merge: $(STAMP)  ## merge RUN's adapter into its base
+	$(BIN)/ift merge $(RUN)
+
+test: $(DEV)  ## run all tests
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test-fast: $(DEV)  ## run the tests that take a minute in all
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+
+lint: $(DEV)  ## ruff, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:  ## remove the environment and caches; runs stay
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

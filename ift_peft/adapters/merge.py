@@ -1,0 +1,167 @@
+"""An adapter merged into its base, and the proof, after reloading from disk, that nothing changed on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ift_peft.data.render import Rendered
+from ift_peft.errors import MergeError
+from ift_peft.infer.likelihood import label_probabilities, pad, supervised_logits
+from ift_peft.infer.load import Parts, held_out_rows, load_model
+from ift_peft.model.base import DTYPES, quiet
+from ift_peft.reporter import Reporter
+from ift_peft.run_dir import write_atomically
+
+BOUND = {"float32": 1e-3, "bfloat16": 1.0, "float16": 0.1}  # largest logit difference allowed after rounding to a type
+_BATCH = 16
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """Where the merged model is, and how it compares on the run's held-out rows with the adapter it came from.
+
+    `max_logit_difference` and `same_labels` are against the adapter on the unquantised base, which is what was merged;
+    `same_labels_as_run` against the predictions made in training, over the quantised base.
+    """
+
+    folder: Path
+    dtype: str
+    rows: int
+    max_logit_difference: float
+    same_labels: int | None
+    same_labels_as_run: int | None
+
+
+def merge(parts: Parts, *, output: Path, dtype: str, reporter: Reporter) -> MergeResult:
+    """Merge the run's adapter into the unquantised base and write it to `output`, whole or not at all.
+
+    Raises `MergeError` where `output` exists, where the merged model's logits on the held-out rows differ by more than
+    the bound of `dtype` from those of the adapter, or where a label changes at float32.
+    """
+    if output.exists():
+        raise MergeError(expected=f"no {output} yet", found="it exists", fix="remove it, or give another --output")
+    rows, rendered = held_out_rows(parts)
+    model, _ = load_model(parts, quantization="none")
+    model = model.float()
+    reporter.stage("measuring adapter on unquantised base", 1)
+    expected = _last_logits(model, parts, rendered)
+    prompts = [row.prompt for row in rows]
+    labels = _label_numbers(model, parts, prompts)
+    reporter.finish()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.parent / f".{output.name}.{secrets.token_hex(4)}"
+    try:
+        with quiet():
+            merged = model.merge_and_unload(safe_merge=True)
+            merged.to(DTYPES[dtype])
+            merged.config.dtype = DTYPES[dtype]
+            merged.save_pretrained(partial)
+        _save_tokenizer(parts, partial)
+        del model, merged
+        reporter.stage("measuring merged model, reloaded", 1)
+        result = _verify(parts, partial, output, dtype, rendered, expected, prompts, labels)
+        reporter.finish()
+        _describe(parts, partial, result)
+        for path in partial.iterdir():
+            path.chmod(0o644)  # safetensors writes 0600
+        os.replace(partial, output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return result
+
+
+def _save_tokenizer(parts: Parts, folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(parts.run.adapter, trust_remote_code=False, local_files_only=True)
+    tokenizer.save_pretrained(folder)
+
+
+def _verify(
+    parts: Parts,
+    partial: Path,
+    output: Path,
+    dtype: str,
+    rendered: Sequence[Rendered],
+    expected: list[torch.Tensor],
+    prompts: Sequence[Any],
+    labels: list[int] | None,
+) -> MergeResult:
+    with quiet():
+        reloaded = AutoModelForCausalLM.from_pretrained(
+            partial, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True
+        )
+    found = _last_logits(reloaded, parts, rendered)
+    difference = max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))
+    relabelled = _label_numbers(reloaded, parts, prompts)
+    same = _agreement(labels, relabelled)
+    if not difference <= BOUND[dtype]:
+        raise MergeError(
+            expected=f"logits within {BOUND[dtype]:g} of the adapter's after reloading the merged {dtype} model",
+            found=f"a difference of {difference:.3g} on {len(rendered)} held-out rows",
+            fix="merge with --dtype float32; nothing was written",
+        )
+    if dtype == "float32" and same is not None and same < len(prompts):
+        raise MergeError(
+            expected="the same label on every held-out row",
+            found=f"{len(prompts) - same} changed",
+            fix="nothing was written",
+        )
+    in_run = _labels_of_run(parts)
+    return MergeResult(output, dtype, len(rendered), difference, same, _agreement(in_run, relabelled))
+
+
+def _agreement(one: list[int] | None, other: list[int] | None) -> int | None:
+    return None if one is None or other is None else sum(a == b for a, b in zip(one, other, strict=True))
+
+
+def _labels_of_run(parts: Parts) -> list[int] | None:
+    if not parts.labels:
+        return None
+    lines = (parts.run.path / "predictions.jsonl").read_text("utf-8").splitlines()
+    chosen = []
+    for line in lines:
+        probabilities = json.loads(line)["adapter"]
+        chosen.append(parts.labels.index(max(parts.labels, key=lambda label: probabilities[label])))
+    return chosen
+
+
+def _label_numbers(model: Any, parts: Parts, prompts: Sequence[Any]) -> list[int] | None:
+    if not parts.labels:
+        return None
+    probabilities = label_probabilities(model, parts.renderer, prompts, parts.labels, batch_size=_BATCH)
+    return [int(index) for index in probabilities.argmax(axis=1)]
+
+
+@torch.no_grad()
+def _last_logits(model: Any, parts: Parts, rendered: Sequence[Rendered]) -> list[torch.Tensor]:
+    """Float32 logits of shape (supervised tokens, vocabulary) for each batch of rows, on CPU."""
+    model.eval()
+    device = next(model.parameters()).device
+    collected = []
+    for start in range(0, len(rendered), _BATCH):
+        batch = pad(rendered[start : start + _BATCH], parts.tokenizer.pad_token_id)
+        logits, _, _ = supervised_logits(model, {name: tensor.to(device) for name, tensor in batch.items()})
+        collected.append(logits.float().cpu())
+    return collected
+
+
+def _describe(parts: Parts, folder: Path, result: MergeResult) -> None:
+    card = (parts.run.adapter / "README.md").read_text("utf-8").split("\n## Use", 1)[0]
+    card = card.replace("library_name: peft", "library_name: transformers").replace(
+        "A LoRA adapter for", "A merge of a LoRA adapter into"
+    )
+    write_atomically(
+        folder / "README.md",
+        f"{card}\n## Merge\n\nMerged into the unquantised base as {result.dtype}. On {result.rows} held-out rows, "
+        f"reloaded from disk, its logits differ from the adapter's by at most {result.max_logit_difference:.2e}.\n",
+    )

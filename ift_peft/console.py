@@ -1,0 +1,114 @@
+"""What the command line prints: tables, progress, errors. Nothing else in the package prints."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+out = Console(soft_wrap=True, highlight=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+PLAIN_EVERY_SECONDS = 10.0
+
+
+class ConsoleReporter:
+    """A progress bar with detail and ETA on a terminal; a line every few seconds elsewhere. Written to stderr."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._name, self._total, self._detail = "", 0, ""
+        self._started = self._printed = 0.0
+
+    def note(self, text: str) -> None:
+        err.print(f"  {text}", markup=False)
+
+    def stage(self, text: str, total: int) -> None:
+        self._name, self._total, self._detail = text, total, ""
+        self._started = self._printed = time.monotonic()
+        if err.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[detail]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=err)
+            self._bar.start()
+            self._task = self._bar.add_task(text, total=total, detail="")
+
+    def advance(self, done: int, detail: str = "") -> None:
+        self._detail = detail
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, detail=detail)
+        elif time.monotonic() - self._printed > PLAIN_EVERY_SECONDS and 0 < done < self._total:
+            self._printed = time.monotonic()
+            left = (self._printed - self._started) / done * (self._total - done)
+            self._line(f"{self._name} {done}/{self._total}", detail, f"{left:.0f} s left")
+
+    def finish(self) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._total)
+            self._bar.stop()
+            self._bar = None
+        elif self._total:
+            self._line(
+                f"{self._name} {self._total}/{self._total}", self._detail, f"{time.monotonic() - self._started:.0f} s"
+            )
+        self._total = 0
+
+    @staticmethod
+    def _line(*parts: str) -> None:
+        err.print("  ".join(part for part in parts if part), markup=False)
+
+
+def print_error(error: BaseException) -> None:
+    err.print(f"error: {error}", style="red", markup=False)
+
+
+def print_scores(scores: dict[str, Any], *, title: str) -> None:
+    """The before-and-after table of scores.json."""
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for heading in ("", "base", "adapter", "change"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name in scores["adapter"]:
+        table.add_row(
+            name, *(_cell(scores[who].get(name), signed=who == "change") for who in ("base", "adapter", "change"))
+        )
+    out.print(table)
+    out.print(f"\n{scores['intervals']};\nthe change is paired: both on the same resampled rows\n", markup=False)
+    if "confusion" in scores:
+        _print_confusion(scores["confusion"])
+
+
+def _cell(part: dict[str, float] | None, *, signed: bool) -> str:
+    if part is None:
+        return ""
+    sign = "+" if signed else ""
+    return f"{part['value']:{sign}.3f} [{part['low']:{sign}.3f}, {part['high']:{sign}.3f}]"
+
+
+def _print_confusion(confusion: dict[str, Any]) -> None:
+    labels = confusion["labels"]
+    if len(labels) > 10:
+        return
+    table = Table(title="adapter: true class by row, answer by column", title_justify="left", box=box.SIMPLE)
+    table.add_column("")
+    for label in labels:
+        table.add_column(escape(label), justify="right")
+    for label, counts in zip(labels, confusion["adapter"], strict=True):
+        table.add_row(escape(label), *map(str, counts))
+    out.print(table)
+
+
+def stream(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

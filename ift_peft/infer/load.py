@@ -1,0 +1,111 @@
+"""A finished run as a model that answers: base, adapter and renderer, checked to be the ones that were trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from ift_peft.data.fit import fit_rows
+from ift_peft.data.render import Rendered, Renderer
+from ift_peft.data.rows import Message, Row, ask, read_rows_of
+from ift_peft.errors import Faults, RunError
+from ift_peft.model.base import load_base, quiet
+from ift_peft.model.tokenizer import BaseLocation, ensure_pad_token, load_tokenizer, locate_base
+from ift_peft.recipe import Data, Quantization, Recipe
+from ift_peft.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of, without weights: enough to render, compare and report."""
+
+    run: RunDir
+    recipe: Recipe
+    location: BaseLocation
+    renderer: Renderer
+    max_length: int | None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.renderer.tokenizer
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.recipe.data.label_words
+
+    def fit_prompt(self, messages: Sequence[Message]) -> tuple[tuple[Message, ...], bool]:
+        """The prompt as it may be asked, shortened like a training row if it must be; True if it was."""
+        longest = max(self.labels, key=len) if self.labels else "…"
+        row = Row((*messages, {"role": "assistant", "content": longest}), "the given text")
+        fitted = fit_rows([row], self.renderer, max_length=self.max_length, overlong="truncate")
+        return fitted.rows[0].prompt, bool(fitted.truncated)
+
+    def prompt_of(self, text: str) -> tuple[Message, ...]:
+        """The prompt that training would have made of `text`."""
+        return ask(text, instruction=self.recipe.data.instruction, system=self.recipe.data.system)
+
+
+def open_parts(run: RunDir) -> Parts:
+    """Recipe, base folder, tokenizer and renderer of a run.
+
+    Raises `Faults` or `RunError` where base, chat template or the golden example's tokens are not those of training.
+    """
+    recipe = run.recipe()
+    location = locate_base(recipe.base.model, revision=recipe.base.revision)
+    tokenizer = load_tokenizer(location)
+    ensure_pad_token(tokenizer)
+    renderer = Renderer(tokenizer)
+    manifest, golden = run.read("manifest.json"), run.read("golden.json")
+    (rendered,) = renderer.render([golden["messages"]])
+    faults = [
+        RunError(expected=f"{what} as in training ({str(then)[:60]})", found=str(now)[:60], fix=fix)
+        for what, then, now, fix in (
+            (
+                "the base",
+                manifest["inputs"]["base_fingerprint"],
+                location.fingerprint(),
+                f"restore the base {manifest['base']['name']!r} that the adapter was trained on, or train again",
+            ),
+            ("the chat template", golden["template_sha256"], renderer.template_hash, "restore the base's tokenizer"),
+            ("the golden example's tokens", golden["input_ids"], rendered.input_ids, "restore the base's tokenizer"),
+        )
+        if then != now
+    ]
+    if faults:
+        raise Faults(faults) if len(faults) > 1 else faults[0]
+    return Parts(run, recipe, location, renderer, manifest.get("max_length"))
+
+
+def load_model(parts: Parts, *, quantization: Quantization | None = None) -> tuple[Any, list[str]]:
+    """The base with the run's adapter on it, in evaluation mode, and notes on how it was loaded.
+
+    `quantization` replaces the one the run was trained with. The model is a `PeftModel`.
+    """
+    section = parts.recipe.base
+    base = load_base(
+        parts.location,
+        quantization=quantization or section.quantization,
+        double_quantization=section.double_quantization,
+        compute_dtype=section.compute_dtype,
+        device=section.device,
+    )
+    with quiet():
+        model = PeftModel.from_pretrained(base.model, parts.run.adapter)
+    model.eval()
+    return model, base.notes
+
+
+def held_out_rows(parts: Parts, data_path: Path | None = None) -> tuple[list[Row], list[Rendered]]:
+    """The run's own held-out rows, or those of another file read by the run's recipe."""
+    if data_path is None:
+        data = Data(train=str(parts.run.test_rows), format="messages", labels=parts.recipe.data.labels)
+    else:
+        data = parts.recipe.data.model_copy(update={"train": str(data_path), "test": None})
+    rows = read_rows_of(data)
+    fitted = fit_rows(rows, parts.renderer, max_length=parts.max_length, overlong=parts.recipe.data.overlong)
+    return fitted.rows, fitted.rendered

@@ -1,0 +1,94 @@
+"""Answers of a run to new texts: a label with probabilities, or generated text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from ift_peft.data.rows import Message
+from ift_peft.infer.likelihood import label_probabilities
+from ift_peft.infer.load import Parts
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`text` is the label or the generated answer; `probabilities` of each label where the task is classification."""
+
+    text: str
+    probabilities: dict[str, float] | None
+    truncated: bool
+
+    def to_json(self) -> dict[str, Any]:
+        line: dict[str, Any] = {"answer": self.text}
+        if self.probabilities is not None:
+            line["probabilities"] = {label: round(p, 6) for label, p in self.probabilities.items()}
+        if self.truncated:
+            line["truncated"] = True
+        return line
+
+
+def answer_all(
+    model: Any,
+    parts: Parts,
+    prompts: Sequence[Sequence[Message]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 32,
+    on_text: Callable[[str], None] | None = None,
+) -> Iterator[Answer]:
+    """An answer to each prompt, in order. Generation is greedy; `on_text` receives it as it is generated."""
+    fitted = [parts.fit_prompt(prompt) for prompt in prompts]
+    if parts.labels:
+        for start in range(0, len(fitted), batch_size):
+            batch = fitted[start : start + batch_size]
+            probabilities = label_probabilities(
+                model, parts.renderer, [prompt for prompt, _ in batch], parts.labels, batch_size=batch_size
+            )
+            for (_, truncated), row in zip(batch, probabilities, strict=True):
+                named = dict(zip(parts.labels, map(float, row), strict=True))
+                yield Answer(max(named, key=lambda label: named[label]), named, truncated)
+    else:
+        for prompt, truncated in fitted:
+            text = generate(model, parts, prompt, max_new_tokens=max_new_tokens, on_text=on_text)
+            yield Answer(text, None, truncated)
+
+
+class _CallbackStreamer(TextStreamer):
+    """Hands each finished piece of text to a function instead of printing it."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._on_text(text)
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    parts: Parts,
+    prompt: Sequence[Message],
+    *,
+    max_new_tokens: int,
+    on_text: Callable[[str], None] | None = None,
+) -> str:
+    """The greedy answer to one prompt, up to the end token that training taught or `max_new_tokens`."""
+    (ids,) = parts.renderer.prompts([prompt])
+    device = next(model.parameters()).device
+    input_ids = torch.tensor([ids], device=device)
+    output = model.generate(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=parts.renderer.end_token_id,
+        pad_token_id=parts.tokenizer.pad_token_id,
+        streamer=_CallbackStreamer(parts.tokenizer, on_text) if on_text is not None else None,
+    )
+    answer: str = parts.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+    return answer.strip()

@@ -1,0 +1,69 @@
+"""PEFT adapters: their configuration, and what they would match in a base."""
+
+from __future__ import annotations
+
+import re
+
+from peft import LoraConfig, TaskType
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ift_peft.errors import ModelError
+from ift_peft.recipe import Adapter
+
+
+def lora_config(adapter: Adapter, *, base_name: str, revision: str | None) -> LoraConfig:
+    """PEFT's configuration of the recipe's section `adapter` (LoRA, arXiv:2106.09685)."""
+    modules = adapter.target_modules
+    return LoraConfig(
+        r=adapter.r,
+        lora_alpha=adapter.lora_alpha,
+        lora_dropout=adapter.lora_dropout,
+        target_modules=modules if isinstance(modules, str) else list(modules),
+        bias=adapter.bias,
+        use_rslora=adapter.use_rslora,
+        task_type=TaskType.CAUSAL_LM,
+        base_model_name_or_path=base_name,
+        revision=revision,
+    )
+
+
+def matched_modules(model: PreTrainedModel, target_modules: str | tuple[str, ...]) -> list[str]:
+    """Names of the linear modules that `target_modules` selects, by PEFT's rules.
+
+    Raises `ModelError` where a listed name, or the pattern, selects none, or where it selects the language-model head.
+    """
+    head = model.get_output_embeddings()
+    linears = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head
+    ]
+    head_name = next((name for name, module in model.named_modules() if module is head), None)
+    endings = sorted({name.rsplit(".", 1)[-1] for name in linears})
+    hint = f"use all-linear, or names out of {', '.join(endings)}"
+    if target_modules == "all-linear":
+        return linears
+    if isinstance(target_modules, str):
+        matched = [name for name in linears if re.fullmatch(target_modules, name)]
+        missing = [] if matched else [target_modules]
+    else:
+        matched = [name for name in linears if any(_ends_with(name, ending) for ending in target_modules)]
+        wanted = [ending for ending in target_modules if not (head_name and _ends_with(head_name, ending))]
+        missing = [ending for ending in wanted if not any(_ends_with(name, ending) for name in linears)]
+        if len(wanted) < len(target_modules):
+            raise ModelError(
+                expected="target_modules without the language-model head",
+                found=f"{head_name!r} among them, which TRL's trainer refuses",
+                fix=f"remove it; {hint}",
+            )
+    if missing:
+        raise ModelError(
+            expected="adapter.target_modules to match modules of the base",
+            found=f"no linear module for {', '.join(map(repr, missing))}",
+            fix=hint,
+        )
+    return matched
+
+
+def _ends_with(name: str, ending: str) -> bool:
+    return name == ending or name.endswith(f".{ending}")

@@ -1,0 +1,182 @@
+"""The run folder: the only output of training and the only input of everything after it. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import secrets
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ift_peft.errors import RunError
+from ift_peft.recipe import Recipe, dump_recipe, validate
+from ift_peft.yaml_source import read_yaml
+
+PACKAGES = ("ift_peft", "torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "tokenizers")
+UNFINISHED = ("running", "interrupted", "failed")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` so that a reader, or a crash, sees the whole old file or the whole new one."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths and records of one run."""
+
+    path: Path
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def test_rows(self) -> Path:
+        return self.path / "test.jsonl"
+
+    def recipe(self) -> Recipe:
+        return validate(read_yaml(self.path / "recipe.yaml"))
+
+    def read(self, name: str) -> dict[str, Any]:
+        """One of the run's JSON files. Raises `RunError` where it is missing or broken."""
+        try:
+            content = json.loads((self.path / name).read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunError(
+                expected=f"{name} in {self.path}",
+                found=str(error),
+                fix="train again, or give a finished run (ift runs)",
+            ) from None
+        assert isinstance(content, dict)
+        return content
+
+    def write(self, name: str, content: Any) -> None:
+        write_atomically(self.path / name, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+
+    def write_lines(self, name: str, lines: list[dict[str, Any]]) -> None:
+        write_atomically(self.path / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+    def append(self, name: str, line: dict[str, Any]) -> None:
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def update_manifest(self, **entries: Any) -> None:
+        self.write("manifest.json", {**self.read("manifest.json"), **entries})
+
+    @property
+    def status(self) -> str:
+        return str(self.read("manifest.json").get("status", "unknown"))
+
+
+def create_run(recipe: Recipe, root: Path) -> RunDir:
+    """A new folder `root`/<recipe>/<time-id>, with the resolved recipe and a manifest, and `latest` pointing at it."""
+    now = datetime.now().astimezone()
+    run = RunDir(root / recipe.name / f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}")
+    run.path.mkdir(parents=True)
+    write_atomically(run.path / "recipe.yaml", dump_recipe(recipe))
+    run.write(
+        "manifest.json",
+        {
+            "recipe": recipe.name,
+            "status": "running",
+            "started": now.isoformat(timespec="seconds"),
+            "versions": versions(),
+            "git": git_state(),
+            "hardware": hardware(),
+            "command": ["ift", *sys.argv[1:]],
+        },
+    )
+    point_latest(run)
+    return run
+
+
+def point_latest(run: RunDir) -> None:
+    """Make the sibling link `latest` point at `run`, in one rename."""
+    link = run.path.parent / "latest"
+    temporary = run.path.parent / f".latest-{secrets.token_hex(4)}"
+    temporary.symlink_to(run.path.name, target_is_directory=True)
+    os.replace(temporary, link)
+
+
+def open_run(path: str | Path, *, finished: bool = True) -> RunDir:
+    """The run at `path`: a run folder, its `latest` link, or a recipe's folder of runs.
+
+    Raises `RunError` where there is none or, with `finished`, where it did not end as succeeded.
+    """
+    folder = Path(path)
+    if not (folder / "manifest.json").is_file() and (folder / "latest" / "manifest.json").is_file():
+        folder = folder / "latest"
+    if not (folder / "manifest.json").is_file():
+        raise RunError(
+            expected="a run folder such as runs/sentiment/latest",
+            found=f"no manifest.json in {folder}",
+            fix="list the runs with: ift runs",
+        )
+    run = RunDir(folder.resolve())
+    if finished and run.status != "succeeded":
+        fix = f"finish it with: ift train --resume {run.path}" if run.status in UNFINISHED else "train again"
+        raise RunError(expected="a run that succeeded", found=f"status {run.status!r} in {run.path}", fix=fix)
+    return run
+
+
+def list_runs(root: Path) -> list[RunDir]:
+    """Every run below `root`, oldest first."""
+    folders = (manifest.parent for manifest in root.glob("*/*/manifest.json") if not manifest.parent.is_symlink())
+    return [RunDir(folder) for folder in sorted(folders, key=lambda folder: folder.name)]
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that decide a run's outcome."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit of the working directory and whether it has uncommitted changes; None outside a repository."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    result = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
+    return result.stdout.strip()
+
+
+def hardware() -> dict[str, Any]:
+    import psutil
+
+    return {
+        "machine": platform.machine(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+    }

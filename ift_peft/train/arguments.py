@@ -1,0 +1,78 @@
+"""The recipe's section `training` as TRL's `SFTConfig`, with what we decide ourselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import SFTConfig
+
+from ift_peft.errors import RecipeError
+from ift_peft.training_fields import training_fields
+
+DEFAULT_MAX_LENGTH = 1024
+# transformers renamed it and warns of the old name, which TRL still documents; a recipe may use either.
+_CHECKPOINTING = (
+    "activation_checkpointing" if "activation_checkpointing" in training_fields() else "gradient_checkpointing"
+)
+
+
+def choose_max_length(training: dict[str, Any], max_positions: int | None) -> int | None:
+    """`training.max_length`, by default 1,024 or what the base can take, whichever is less.
+
+    Raises `RecipeError` for more than the base's position embeddings.
+    """
+    limit = max_positions if max_positions and max_positions > 0 else None
+    if "max_length" not in training:
+        return min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
+    wanted = training["max_length"]
+    if limit is not None and (wanted is None or wanted > limit):
+        raise RecipeError(
+            expected=f"training.max_length of at most {limit}, the positions of the base",
+            found=repr(wanted),
+            fix=f"set training.max_length={limit}",
+        )
+    return None if wanted is None else int(wanted)
+
+
+def sft_config(
+    training: dict[str, Any],
+    *,
+    output_dir: Path,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    max_length: int | None,
+) -> SFTConfig:
+    """`training` over our defaults: on CPU, TRL's bf16 and checkpointing are off, as both only cost time there.
+
+    Raises `RecipeError` with what `SFTConfig` says of values that it refuses.
+    """
+    on_gpu = device.type == "cuda"
+    arguments: dict[str, Any] = {
+        "report_to": "none",
+        "save_strategy": "epoch",
+        "save_total_limit": 1,
+        "logging_steps": 10,
+        "train_sampling_strategy": "group_by_length",
+        "bf16": on_gpu and compute_dtype == torch.bfloat16,
+        "fp16": on_gpu and compute_dtype == torch.float16,
+        "dataloader_pin_memory": on_gpu,
+        **{key: value for key, value in training.items() if key != "gradient_checkpointing"},
+        _CHECKPOINTING: training.get(_CHECKPOINTING, training.get("gradient_checkpointing", on_gpu)),
+        "max_length": max_length,
+        "output_dir": str(output_dir),
+        "use_cpu": not on_gpu,
+        "length_column_name": "length",
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+    }
+    try:
+        return SFTConfig(**arguments)
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(
+            expected="values in training that TRL's SFTConfig accepts",
+            found=str(error).splitlines()[0],
+            fix="change the value named there",
+        ) from error

@@ -1,0 +1,77 @@
+"""The model card that travels with an adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ift_peft.recipe import Recipe
+
+_CARD = """---
+base_model: {base}
+library_name: peft
+pipeline_tag: text-generation
+tags: [lora, ift_peft]
+---
+
+# {name}
+
+{description}
+
+A LoRA adapter for `{base}`, trained on {rows:,} rows over {quantization} weights with TRL's `SFTTrainer` through PEFT.
+
+## Measured on {test_rows:,} held-out rows
+
+| | base | adapter | change |
+|---|---|---|---|
+{table}
+
+{intervals}. Change is adapter minus base on the same resampled rows.
+
+## Use
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```
+
+{asked}
+## Limits
+
+It was measured on the rows above and on nothing else. Other domains, languages and phrasings may score lower.
+"""
+
+
+def adapter_card(recipe: Recipe, *, base: str, scores: dict[str, Any], rows: int) -> str:
+    """The text of README.md: what it is, what it scored, how it is asked. Holds no path of the machine."""
+    data = recipe.data
+    asked = ""
+    if data.instruction:
+        labels = f" The answer is one of: {', '.join(data.label_words)}." if data.labels else ""
+        asked = f"Each text was put after this instruction: {data.instruction}{labels}\n\n"
+    quantization = "unquantised" if recipe.base.quantization == "none" else recipe.base.quantization
+    return _CARD.format(
+        base=base,
+        name=recipe.name,
+        description=recipe.description,
+        rows=rows,
+        quantization=quantization,
+        test_rows=scores["rows"],
+        table="\n".join(score_rows(scores)),
+        intervals=scores["intervals"],
+        asked=asked,
+    )
+
+
+def score_rows(scores: dict[str, Any]) -> list[str]:
+    """Lines of a Markdown table: metric, base, adapter, change."""
+    lines = []
+    for name in scores["adapter"]:
+        cells = [
+            f"{part['value']:.3f} ({part['low']:.3f} to {part['high']:.3f})" if (part := scores[who].get(name)) else ""
+            for who in ("base", "adapter", "change")
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines

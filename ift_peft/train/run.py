@@ -1,0 +1,320 @@
+"""One run, from a recipe to a run folder: read, render, measure the base, train, measure the adapter, write it down."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from ift_peft.data.fit import Fitted, fit_rows
+from ift_peft.data.render import Rendered, Renderer
+from ift_peft.data.rows import Row, read_rows
+from ift_peft.errors import RunError, TrainingError
+from ift_peft.evaluate.compare import Predictions, compare, predict_rows, prediction_lines
+from ift_peft.evaluate.metrics import Resampling
+from ift_peft.model.adapter import lora_config, matched_modules
+from ift_peft.model.base import LoadedBase, choose_device, choose_dtype, load_base, quiet, skeleton
+from ift_peft.model.tokenizer import BaseLocation, ensure_pad_token, load_tokenizer, locate_base
+from ift_peft.recipe import Recipe
+from ift_peft.reporter import Reporter
+from ift_peft.run_dir import RunDir, create_run
+from ift_peft.train.arguments import choose_max_length, sft_config
+from ift_peft.train.card import adapter_card
+from ift_peft.train.checkpoints import newest_complete
+from ift_peft.train.trainer import RunRecorder, SupervisedTrainer, non_finite, to_dataset
+
+
+class Interrupted(TrainingError):
+    """Training stopped by Ctrl-C or SIGTERM, with a checkpoint to go on from."""
+
+    exit_code = 130
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is known, and checked, before weights are loaded."""
+
+    location: BaseLocation
+    tokenizer: PreTrainedTokenizerBase
+    renderer: Renderer
+    train: Fitted
+    test: Fitted
+    max_length: int | None
+    notes: list[str]
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Read and render the rows, and check base and adapter against each other. Loads no weights."""
+    train_rows, test_rows = read_rows(recipe.data)
+    location = locate_base(recipe.base.model, revision=recipe.base.revision)
+    tokenizer = load_tokenizer(location)
+    renderer = Renderer(tokenizer)
+    notes = [note for note in (ensure_pad_token(tokenizer),) if note]
+    if renderer.origin.startswith("fallback"):
+        notes.append("the tokenizer has no chat template; 'User: …\\nAssistant: …' is used, and saved with the adapter")
+    bare = skeleton(location)
+    matched_modules(bare, recipe.adapter.target_modules)
+    max_length = choose_max_length(recipe.training, getattr(bare.config, "max_position_embeddings", None))
+    fitted = [
+        fit_rows(rows, renderer, max_length=max_length, overlong=recipe.data.overlong)
+        for rows in (train_rows, test_rows)
+    ]
+    for name, part in zip(("training", "held-out"), fitted, strict=True):
+        if part.truncated:
+            notes.append(f"{part.truncated} {name} rows over {max_length} tokens: the end of their text was cut")
+        if part.dropped:
+            notes.append(f"{part.dropped} {name} rows over {max_length} tokens were left out (data.overlong=drop)")
+    return Prepared(location, tokenizer, renderer, fitted[0], fitted[1], max_length, notes)
+
+
+def train(recipe: Recipe, *, root: Path, reporter: Reporter) -> RunDir:
+    """Run `recipe` and return its folder below `root`.
+
+    Raises `RecipeError`, `DataError` or `ModelError` before a run folder exists, `TrainingError` for a run that could
+    not finish, and `Interrupted` after a signal.
+    """
+    prepared = prepare(recipe)
+    device = choose_device(recipe.base.device)
+    dtype = choose_dtype(recipe.base.compute_dtype, device)
+    sft_config(recipe.training, output_dir=root, device=device, compute_dtype=dtype, max_length=prepared.max_length)
+    run = create_run(recipe, root)
+    _record_inputs(run, prepared)
+    return _run(recipe, prepared, run, reporter, checkpoint=None)
+
+
+def resume(run: RunDir, *, reporter: Reporter) -> RunDir:
+    """Go on with an unfinished run from its newest complete checkpoint, or from its start if it has none.
+
+    Raises `RunError` for a run that succeeded, and where rows, base or template are no longer those it began with.
+    """
+    if run.status == "succeeded":
+        raise RunError(expected="an unfinished run", found=f"{run.path} has succeeded", fix="train again: ift train")
+    recipe = run.recipe()
+    prepared = prepare(recipe)
+    recorded, now = run.read("manifest.json")["inputs"], _inputs(prepared)
+    changed = [name for name, value in now.items() if recorded.get(name) != value]
+    if changed:
+        raise RunError(
+            expected="the rows, base and template that the run began with",
+            found=f"other values of {', '.join(changed)}",
+            fix="restore them, or start a new run",
+        )
+    checkpoint, skipped = newest_complete(run.checkpoints)
+    for line in skipped:
+        reporter.note(line)
+    reporter.note(
+        f"resuming from {checkpoint.name}" if checkpoint else "no complete checkpoint; starting from the first step"
+    )
+    run.update_manifest(status="running", resumed_from=checkpoint.name if checkpoint else None)
+    return _run(recipe, prepared, run, reporter, checkpoint=checkpoint)
+
+
+def _inputs(prepared: Prepared) -> dict[str, Any]:
+    return {
+        "base_fingerprint": prepared.location.fingerprint(),
+        "template_sha256": prepared.renderer.template_hash,
+        "train_sha256": _hash(prepared.train.rendered),
+        "test_sha256": _hash(prepared.test.rendered),
+    }
+
+
+def _hash(rendered: Sequence[Rendered]) -> str:
+    digest = hashlib.sha256()
+    for row in rendered:
+        digest.update(json.dumps([row.input_ids, row.labels]).encode())
+    return digest.hexdigest()
+
+
+def _record_inputs(run: RunDir, prepared: Prepared) -> None:
+    golden = prepared.train.rows[0], prepared.train.rendered[0]
+    run.write(
+        "golden.json",
+        {
+            "messages": list(golden[0].messages),
+            "input_ids": golden[1].input_ids,
+            "labels": golden[1].labels,
+            "template_sha256": prepared.renderer.template_hash,
+        },
+    )
+    run.write_lines("test.jsonl", [{"messages": list(row.messages), "where": row.where} for row in prepared.test.rows])
+    run.update_manifest(
+        inputs=_inputs(prepared),
+        base={"name": prepared.location.public_name, "revision": prepared.location.revision},
+        template=prepared.renderer.origin,
+        max_length=prepared.max_length,
+        rows={
+            name: {
+                "rows": len(part.rows),
+                "tokens": part.tokens,
+                "supervised_tokens": part.supervised_tokens,
+                "truncated": part.truncated,
+                "dropped": part.dropped,
+            }
+            for name, part in (("train", prepared.train), ("test", prepared.test))
+        },
+    )
+
+
+def _run(recipe: Recipe, prepared: Prepared, run: RunDir, reporter: Reporter, *, checkpoint: Path | None) -> RunDir:
+    started = time.monotonic()
+    try:
+        with quiet():
+            _train_and_measure(recipe, prepared, run, reporter, checkpoint)
+    except Interrupted:
+        run.update_manifest(status="interrupted")
+        raise
+    except BaseException as error:
+        reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        run.update_manifest(status=reason, error=f"{type(error).__name__}: {error}"[:2000])
+        raise
+    finished = datetime.now().astimezone().isoformat(timespec="seconds")
+    run.update_manifest(status="succeeded", finished=finished, seconds=round(time.monotonic() - started, 1))
+    return run
+
+
+def _train_and_measure(
+    recipe: Recipe, prepared: Prepared, run: RunDir, reporter: Reporter, checkpoint: Path | None
+) -> None:
+    section = recipe.base
+    base = load_base(
+        prepared.location,
+        quantization=section.quantization,
+        double_quantization=section.double_quantization,
+        compute_dtype=section.compute_dtype,
+        device=section.device,
+    )
+    for note in (*prepared.notes, *base.notes):
+        reporter.note(note)
+    recorder = RunRecorder(run, reporter)
+    trainer = _build_trainer(recipe, prepared, base, run, recorder)
+    parameters = trainer.model.get_nb_trainable_parameters()
+    reporter.note(
+        f"{parameters[0]:,} of {parameters[1]:,} parameters are trained ({100 * parameters[0] / parameters[1]:.2f} %)"
+    )
+    before = _measure(trainer.model, recipe, prepared, reporter, adapter=False)
+    with stopping_on_signals(recorder):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(
+            expected=f"{trainer.state.max_steps} steps",
+            found=f"a signal after step {trainer.state.global_step}; a checkpoint was saved",
+            fix=f"go on with: ift train --resume {os.path.relpath(run.path)}",
+        )
+    broken = non_finite(trainer.model)
+    if broken:
+        raise TrainingError(
+            expected="finite adapter weights",
+            found=f"NaN or infinity in {broken[0]}",
+            fix="lower training.learning_rate",
+        )
+    after = _measure(trainer.model, recipe, prepared, reporter, adapter=True)
+    labels = recipe.data.label_words
+    scores = compare(prepared.test.rows, labels, before, after, _resampling(recipe))
+    run.write("scores.json", scores)
+    run.write_lines("predictions.jsonl", prediction_lines(prepared.test.rows, labels, before, after))
+    _save_adapter(trainer, recipe, prepared, run, scores)
+    run.update_manifest(
+        notes=[*prepared.notes, *base.notes],
+        parameters={"trained": parameters[0], "all": parameters[1]},
+        steps=trainer.state.global_step,
+        tokens_per_second=round(recorder.tokens_per_second, 1),
+        padding_share=round(1 - trainer.tokens_seen / max(1, trainer.padded_tokens_seen), 4),
+    )
+    gc.collect()
+
+
+def _build_trainer(
+    recipe: Recipe, prepared: Prepared, base: LoadedBase, run: RunDir, recorder: RunRecorder
+) -> SupervisedTrainer:
+    arguments = sft_config(
+        recipe.training,
+        output_dir=run.checkpoints,
+        device=base.device,
+        compute_dtype=base.compute_dtype,
+        max_length=prepared.max_length,
+    )
+    transformers.set_seed(arguments.seed)
+    trainer = SupervisedTrainer(
+        model=base.model,
+        args=arguments,
+        train_dataset=to_dataset(prepared.train.rendered),
+        processing_class=prepared.tokenizer,
+        peft_config=lora_config(
+            recipe.adapter, base_name=str(prepared.location.folder), revision=prepared.location.revision
+        ),
+        callbacks=[recorder],
+    )
+    recorder.trainer = trainer
+    return trainer
+
+
+def _measure(model: Any, recipe: Recipe, prepared: Prepared, reporter: Reporter, *, adapter: bool) -> Predictions:
+    rows: Sequence[Row] = prepared.test.rows
+    labels = recipe.data.label_words
+    reporter.stage("measuring the adapter" if adapter else "measuring the base", len(rows) * max(1, len(labels)))
+    predictions = predict_rows(
+        model,
+        prepared.renderer,
+        rows,
+        labels,
+        batch_size=recipe.evaluation.per_device_eval_batch_size,
+        adapter=adapter,
+        progress=lambda done, total: reporter.advance(done),
+    )
+    reporter.finish()
+    return predictions
+
+
+def _resampling(recipe: Recipe) -> Resampling:
+    section = recipe.evaluation
+    return Resampling(section.bootstrap_samples, section.confidence, section.seed)
+
+
+def _save_adapter(
+    trainer: SupervisedTrainer, recipe: Recipe, prepared: Prepared, run: RunDir, scores: dict[str, Any]
+) -> None:
+    trainer.model.peft_config["default"].base_model_name_or_path = prepared.location.public_name
+    trainer.model.save_pretrained(run.adapter, save_embedding_layers=False)
+    if not prepared.tokenizer.chat_template:
+        prepared.tokenizer.chat_template = prepared.renderer.template
+    prepared.tokenizer.save_pretrained(run.adapter)
+    (run.adapter / "README.md").write_text(
+        adapter_card(recipe, base=prepared.location.public_name, scores=scores, rows=len(prepared.train.rows)), "utf-8"
+    )
+    for path in run.adapter.iterdir():
+        path.chmod(0o644)  # safetensors writes 0600, which a server under another user could not read
+
+
+@contextmanager
+def stopping_on_signals(recorder: RunRecorder) -> Iterator[None]:
+    """Let the first Ctrl-C or SIGTERM end training after the current step with a checkpoint, the second at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if recorder.stop_requested:
+            raise KeyboardInterrupt
+        recorder.stop_requested = True
+        recorder.reporter.note("stopping after this step with a checkpoint; once more stops at once")
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,128 @@
+"""TRL's `SFTTrainer`, with the head computed on supervised positions only and no README in every checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from trl import SFTTrainer
+
+from ift_peft.data.render import Rendered
+from ift_peft.errors import TrainingError
+from ift_peft.infer.likelihood import supervised_logits
+from ift_peft.reporter import Reporter
+from ift_peft.run_dir import RunDir
+
+
+class SupervisedTrainer(SFTTrainer):
+    """`SFTTrainer` over rows that hold `input_ids` and `labels`.
+
+    The loss is TRL's (summed cross-entropy over supervised tokens divided by their number in the whole batch, over all
+    accumulation steps); only the positions that predict a supervised token go through the language-model head.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)
+        self.tokens_seen = 0
+        self.padded_tokens_seen = 0
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        logits, targets, _ = supervised_logits(model, inputs)
+        total = F.cross_entropy(logits.float(), targets, reduction="sum")
+        count = targets.numel() if num_items_in_batch is None else num_items_in_batch
+        loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        if model.training:
+            self.tokens_seen += int(inputs["attention_mask"].sum())
+            self.padded_tokens_seen += inputs["attention_mask"].numel()
+            self._metrics["train"]["mean_token_accuracy"].append(float((logits.argmax(-1) == targets).float().mean()))
+        return (loss, None) if return_outputs else loss
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None: the run writes one card, into the adapter's folder, when there are scores to put in it."""
+
+
+class RunRecorder(TrainerCallback):
+    """Writes metrics.jsonl, reports progress, and stops on a loss that is not a number or when asked to."""
+
+    def __init__(self, run: RunDir, reporter: Reporter) -> None:
+        self.run, self.reporter = run, reporter
+        self.trainer: SupervisedTrainer | None = None
+        self.stop_requested = False
+        self.loss: float | None = None
+        self.started = time.monotonic()
+        self.first_step = 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.started, self.first_step = time.monotonic(), state.global_step
+        self.reporter.stage("training", state.max_steps)
+
+    @property
+    def tokens_per_second(self) -> float:
+        assert self.trainer is not None
+        return self.trainer.tokens_seen / max(1e-9, time.monotonic() - self.started)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        loss = "" if self.loss is None else f"loss {self.loss:.4f}  "
+        self.reporter.advance(state.global_step, f"{loss}{self.tokens_per_second:,.0f} tokens/s")
+        if self.stop_requested:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        logs = logs or {}
+        if "loss" not in logs:
+            return
+        self.loss = float(logs["loss"])
+        self.run.append(
+            "metrics.jsonl",
+            {"step": state.global_step, **logs, "tokens_per_second": round(self.tokens_per_second, 1)},
+        )
+        norm = float(logs.get("grad_norm", 0.0))
+        if not (self.loss == self.loss and abs(self.loss) != float("inf") and norm == norm and norm != float("inf")):
+            raise TrainingError(
+                expected="a finite loss and gradient",
+                found=f"loss {self.loss}, gradient norm {norm} at step {state.global_step}",
+                fix="lower training.learning_rate, or look for odd rows; no adapter was written",
+            )
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.reporter.finish()
+
+
+def to_dataset(rendered: Sequence[Rendered]) -> Dataset:
+    """Rendered rows as the columns that the trainer and its sampler read."""
+    return Dataset.from_dict(
+        {
+            "input_ids": [row.input_ids for row in rendered],
+            "labels": [row.labels for row in rendered],
+            "length": [len(row.input_ids) for row in rendered],
+        }
+    )
+
+
+def non_finite(model: Any) -> list[str]:
+    """Names of trainable parameters that hold NaN or infinity."""
+    return [name for name, p in model.named_parameters() if p.requires_grad and not bool(torch.isfinite(p).all())]
