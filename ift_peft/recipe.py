@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ift_peft.errors import Faults, IftPeftError, RecipeError
 from ift_peft.training_fields import RESERVED, fits, training_fields
@@ -94,15 +94,17 @@ class Data(Section):
             return {str(stored): str(word) for stored, word in value.items()}
         return tuple(str(word) for word in value) if isinstance(value, list) else value
 
-    @model_validator(mode="after")
-    def _at_least_two_labels(self) -> Data:
-        if self.labels is not None:
-            words = self.label_words
-            if len(set(words)) < 2 or not all(word.strip() for word in words):
-                raise ValueError("labels: expected at least two different, non-empty words")
-            if isinstance(self.labels, tuple) and len(set(words)) != len(words):
-                raise ValueError("labels: a word is listed twice")
-        return self
+    @field_validator("labels")
+    @classmethod
+    def _at_least_two_labels(cls, value: tuple[str, ...] | dict[str, str] | None) -> Any:
+        if value is None:
+            return value
+        words = list(value.values()) if isinstance(value, dict) else list(value)
+        if len(set(words)) < 2 or not all(word.strip() for word in words):
+            raise ValueError("at least two different, non-empty words")
+        if isinstance(value, tuple) and len(set(words)) != len(words):
+            raise ValueError("words that are each listed once")
+        return value
 
     @property
     def label_words(self) -> tuple[str, ...]:

@@ -1,8 +1,10 @@
 """Messages to `input_ids` and `labels`: the only code that does it, for training, evaluation, inference and serving.
 
-The loss is on each answer and its end token, and on nothing else. Which characters those are comes from the chat
-template's `{% generation %}` markers, from TRL's marked version of a template it knows, or, for other templates, from
-rendering the conversation up to each answer; which tokens they are comes from the tokenizer's character offsets.
+The loss is on each answer and its end token, and on nothing else: not on role headers, on empty thinking blocks, or on
+the line break after the end token, which several published templates mark as the assistant's. Where an answer lies
+comes from the chat template's `{% generation %}` markers, from TRL's marked version of a template it knows, or, for
+other templates, from rendering the conversation up to that answer; which tokens it has comes from the tokenizer's
+character offsets. A prompt for generation is a training row cut where its answer begins.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
@@ -37,6 +40,9 @@ FALLBACK_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}"
 )
+
+_QUESTION: tuple[Message, ...] = ({"role": "user", "content": "1"},)
+_PROBE: Message = {"role": "assistant", "content": "1"}
 
 Span = tuple[int, int]
 
@@ -75,37 +81,38 @@ class Renderer:
         self.tokenizer = tokenizer
         self.template, self.origin = _choose_template(tokenizer)
         self.marked = has_generation_markers(self.template)
+        specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self._specials = sorted(
+            specials | {token for token in tokenizer.all_special_tokens if token}, key=len, reverse=True
+        )
         self.template_hash = hashlib.sha256(self.template.encode()).hexdigest()
 
-    def text(self, conversations: Sequence[Sequence[Message]], *, for_generation: bool) -> list[str]:
-        """The rendered text of each conversation, ending where an answer would begin if `for_generation`."""
-        texts, _ = self._render(conversations, for_generation=for_generation, with_spans=False)
-        return texts
-
     def prompts(self, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
-        """The ids of each conversation up to where its next answer begins."""
+        """The ids of each conversation up to where the next answer begins, exactly as they precede it in training."""
         if not conversations:
             return []
-        texts = self.text(conversations, for_generation=True)
-        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return ids
+        texts, spans = self._spans([(*conversation, _PROBE) for conversation in conversations])
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        return [
+            ids[: Rendered(ids, _labels(ids, offsets, answers[-1:], text)).prompt_length]
+            for ids, offsets, answers, text in zip(
+                encoded["input_ids"], encoded["offset_mapping"], spans, texts, strict=True
+            )
+        ]
 
     def render(self, conversations: Sequence[Sequence[Message]]) -> list[Rendered]:
         """Ids and labels of each conversation.
 
-        Raises `DataError` where a token would be part question, part answer, and where the ids before the first answer
-        are not those that generation would start from.
+        Raises `DataError` where the template drops or changes an answer or closes it with no special token, where a
+        token would be part question, part answer, and where the ids before the first answer are not its prompt's.
         """
         if not conversations:
             return []
-        if self.marked:
-            texts, spans = self._render(conversations, for_generation=False, with_spans=True)
-        else:
-            texts, spans = self._spans_by_prefix(conversations)
+        texts, spans = self._spans(conversations)
         encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
         rendered = [
-            Rendered(ids, _labels(ids, offsets, answer_spans, text))
-            for ids, offsets, answer_spans, text in zip(
+            Rendered(ids, _labels(ids, offsets, answers, text))
+            for ids, offsets, answers, text in zip(
                 encoded["input_ids"], encoded["offset_mapping"], spans, texts, strict=True
             )
         ]
@@ -115,65 +122,126 @@ class Renderer:
     @property
     def end_token_id(self) -> int:
         """The last supervised token of any answer: where generation stops."""
-        question = ({"role": "user", "content": "1"}, {"role": "assistant", "content": "1"})
-        labels = [label for label in self.render([question])[0].labels if label != IGNORE]
+        labels = [label for label in self.render([(*_QUESTION, _PROBE)])[0].labels if label != IGNORE]
         return labels[-1]
 
-    def _render(
-        self, conversations: Sequence[Sequence[Message]], *, for_generation: bool, with_spans: bool
-    ) -> tuple[list[str], list[list[Span]]]:
-        arguments: dict[str, Any] = {
-            "conversations": [list(conversation) for conversation in conversations],
-            "chat_template": self.template,
-            "add_generation_prompt": for_generation,
-            "return_assistant_tokens_mask": with_spans,
-            **self.tokenizer.special_tokens_map,
-        }
-        texts, spans = render_jinja_template(**arguments)
+    @property
+    def generation_prompt(self) -> str:
+        """How another server gets our prompts out of the template: `template`, `enable_thinking=false` or `prefix`."""
+        (ours,) = self.prompts([_QUESTION])
+        for name, options in (("template", {}), ("enable_thinking=false", {"enable_thinking": False})):
+            texts, _ = self._render([_QUESTION], add_generation_prompt=True, **options)
+            if self.tokenizer(texts[0], add_special_tokens=False)["input_ids"] == ours:
+                return name
+        return "prefix"
+
+    def _render(self, conversations: Sequence[Sequence[Message]], **options: Any) -> tuple[list[str], list[list[Span]]]:
+        try:
+            texts, spans = render_jinja_template(
+                conversations=[list(conversation) for conversation in conversations],
+                chat_template=self.template,
+                **{**self.tokenizer.special_tokens_map, **options},
+            )
+        except jinja2.TemplateError as error:
+            raise DataError(
+                expected="a chat template that takes these messages",
+                found=f"{type(error).__name__}: {error}",
+                fix="check roles and their order; templates of vision models do not take plain text",
+            ) from error
         return list(texts), [list(map(tuple, marks)) for marks in spans]
 
-    def _spans_by_prefix(self, conversations: Sequence[Sequence[Message]]) -> tuple[list[str], list[list[Span]]]:
-        """For a template without markers: an answer runs from its generation prompt to its first special token."""
-        texts = self.text(conversations, for_generation=False)
-        specials = [token for token in self.tokenizer.all_special_tokens if token]
-        spans: list[list[Span]] = []
+    def _spans(self, conversations: Sequence[Sequence[Message]]) -> tuple[list[str], list[list[Span]]]:
+        """Each conversation's text, and the characters of each of its answers with their end tokens."""
+        answers = [[message["content"] for message in c if message["role"] == "assistant"] for c in conversations]
+        if self.marked:
+            texts, marks = self._render(conversations, return_assistant_tokens_mask=True)
+            marks = [
+                [mark for mark in marked if self._holds_text(text[mark[0] : mark[1]])]
+                for text, marked in zip(texts, marks, strict=True)
+            ]
+            if [len(marked) for marked in marks] != [len(contents) for contents in answers]:
+                raise DataError(
+                    expected="one {% generation %} block for each answer",
+                    found=f"{len(marks[0])} for {len(answers[0])} answers in {texts[0][:60]!r}",
+                    fix="correct the chat template",
+                )
+        else:
+            texts, marks = self._marks_by_prefix(conversations)
+        return texts, [
+            [
+                self._answer_span(text, start, end, content)
+                for (start, end), content in zip(marked, contents, strict=True)
+            ]
+            for text, marked, contents in zip(texts, marks, answers, strict=True)
+        ]
+
+    def _marks_by_prefix(self, conversations: Sequence[Sequence[Message]]) -> tuple[list[str], list[list[Span]]]:
+        """For a template without markers: an answer lies at the end of the conversation cut after it."""
+        texts, _ = self._render(conversations)
+        marks: list[list[Span]] = []
         for conversation, text in zip(conversations, texts, strict=True):
             found: list[Span] = []
             for index, message in enumerate(conversation):
                 if message["role"] != "assistant":
                     continue
-                (before,) = self.text([conversation[:index]], for_generation=True)
-                start = len(before)
-                content = text.find(message["content"].strip(), start)
-                after = content + len(message["content"].strip())
-                ends = [(text.find(token, after), len(token)) for token in specials if text.find(token, after) >= 0]
-                if not text.startswith(before) or content < 0 or not ends:
+                (until,), _ = self._render([conversation[: index + 1]])
+                if not text.startswith(until.rstrip()):
+                    same = next(i for i, (a, b) in enumerate(zip(text, f"{until}\0", strict=False)) if a != b)
                     raise DataError(
-                        expected="a chat template that renders the beginning of a conversation the same with and "
-                        "without its end, and closes answers with a special token",
-                        found=f"text that changes, or no such token, at {text[max(0, start - 30) : start + 30]!r}",
-                        fix="mark the answers in the template with {% generation %} … {% endgeneration %}",
+                        expected="a chat template that renders the beginning of a conversation the same with its end",
+                        found=f"{text[same : same + 40]!r} where the beginning alone has {until[same : same + 40]!r}",
+                        fix="train on single turns, or mark the answers in the template with {% generation %}",
                     )
-                position, length = min(ends)
-                found.append((start, position + length))
-            spans.append(found)
-        return texts, spans
+                found.append((found[-1][1] if found else 0, len(until.rstrip())))
+            marks.append(found)
+        return texts, marks
+
+    def _holds_text(self, marked: str) -> bool:
+        """False for a marked piece of special tokens only, as some templates put after the last answer."""
+        for token in self._specials:
+            marked = marked.replace(token, "")
+        return bool(marked.strip())
+
+    def _answer_span(self, text: str, start: int, end: int, content: str) -> Span:
+        """The answer and the special tokens that close it, at the end of `text[start:end]`.
+
+        One space before the answer is part of it, as in many tokenizers it is part of the answer's first token.
+        """
+        body = end
+        while body > start:
+            shorter = len(text[start:body].rstrip()) + start
+            closing = next((token for token in self._specials if text.endswith(token, start, shorter)), None)
+            if closing is None:
+                break
+            body = shorter - len(closing)
+        answer = content.strip()
+        stripped = start + len(text[start:body].rstrip())
+        closed = body
+        while token := next((token for token in self._specials if text.startswith(token, closed, end)), None):
+            closed += len(token)
+        if not text.endswith(answer, start, stripped) or closed == body or stripped != body:
+            raise DataError(
+                expected="the chat template to end an answer with its text and a special token",
+                found=repr(text[max(start, end - 60) : end]),
+                fix="correct the template, or remove special tokens from the answer",
+            )
+        first = body - len(answer)
+        return (first - 1 if first > start and text[first - 1] == " " else first, closed)
 
     def _check_prompts(self, conversations: Sequence[Sequence[Message]], rendered: Sequence[Rendered]) -> None:
+        """Tokenizers may split what precedes an answer differently for different answers; then no prompt is right."""
         firsts = [
-            next((i for i, message in enumerate(conversation) if message["role"] == "assistant"), len(conversation))
+            next(index for index, message in enumerate(conversation) if message["role"] == "assistant")
             for conversation in conversations
         ]
-        prompts = self.prompts(
-            [conversation[:first] for conversation, first in zip(conversations, firsts, strict=True)]
-        )
+        prompts = self.prompts([c[:first] for c, first in zip(conversations, firsts, strict=True)])
         for prompt, row in zip(prompts, rendered, strict=True):
             if row.supervised and row.input_ids[: row.prompt_length] != prompt:
                 raise DataError(
-                    expected="the tokens before an answer to be those that generation starts from",
-                    found=f"{self.tokenizer.decode(row.input_ids[: row.prompt_length])!r} in training, "
-                    f"{self.tokenizer.decode(prompt)!r} in generation",
-                    fix="put everything that precedes the answer into the template's generation prompt",
+                    expected="the tokens before an answer not to depend on the answer",
+                    found=f"{self.tokenizer.decode(row.input_ids[: row.prompt_length])!r} before the answer, "
+                    f"{self.tokenizer.decode(prompt)!r} before another",
+                    fix="let the chat template put a special token before the answer",
                 )
 
 

@@ -1,0 +1,1 @@
+"""Measurements: each prints one table and writes one JSON with versions and commit into benchmarks/results."""

@@ -1,0 +1,66 @@
+"""Fixtures shared by all tests. Sockets other than loopback are refused, here and in every subprocess of a test."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+OFFLINE = ROOT / "tests" / "offline"  # holds a sitecustomize that refuses sockets
+
+
+@pytest.fixture(autouse=True)
+def _no_network(socket_disabled: None) -> None:
+    return
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "tests/gpu" in item.nodeid:
+            item.add_marker("gpu")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data sets, tokenizers and a small pretrained Llama, where they lie beside the checkout."""
+    if not SHARED.is_dir():
+        pytest.skip("needs the folder of real data beside the checkout")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def stories(shared: Path) -> str:
+    """A real pretrained Llama of 260,032 parameters: no chat template, no pad token, 512 positions."""
+    return str(shared / "models" / "tinystories-260k" / "hf")
+
+
+Ift = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def ift(tmp_path: Path) -> Ift:
+    """Run the command line in a fresh process without network, in a folder of its own."""
+
+    def run(*arguments: str, stdin: str = "", cwd: Path = tmp_path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-W", "error::UserWarning", "-m", "ift_peft", *arguments],
+            cwd=cwd,
+            env={**os.environ, "PYTHONPATH": str(OFFLINE), "COLUMNS": "120"},
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+
+    return run

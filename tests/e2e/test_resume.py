@@ -1,0 +1,91 @@
+"""Stopping and going on: the result is that of a run that was never stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from ift_peft.errors import RunError
+from ift_peft.reporter import Silent
+from ift_peft.run_dir import RunDir, open_run
+from ift_peft.train.checkpoints import REQUIRED, newest_complete
+from ift_peft.train.run import resume
+from tests.conftest import OFFLINE, Ift
+
+SETTINGS = (
+    "data.max_train_rows=160",
+    "data.max_test_rows=20",
+    "training.num_train_epochs=3",
+    "training.logging_steps=1",
+    "training.per_device_train_batch_size=4",
+)
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "ift_peft", "train", "sentiment", *SETTINGS],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(OFFLINE)},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def wait_for_steps(folder: Path, steps: int) -> RunDir:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        for path in folder.glob("runs/sentiment/latest/metrics.jsonl"):
+            if len(path.read_text("utf-8").splitlines()) >= steps:
+                return RunDir(path.parent.resolve())
+        time.sleep(0.05)
+    raise AssertionError("training did not reach the step")
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path: Path, ift: Ift) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir()
+    cut.mkdir()
+    uninterrupted = start(whole)
+    interrupted = start(cut)
+    run = wait_for_steps(cut, 47)
+    interrupted.send_signal(signal.SIGINT)
+    _, message = interrupted.communicate(timeout=120)
+    assert interrupted.returncode == 130, message
+    assert "ift train --resume" in message
+    assert run.status == "interrupted"
+    assert not run.adapter.exists()
+    refused = ift("predict", str(run.path), "好", cwd=cut)
+    assert refused.returncode == 5
+    resumed = ift("train", "--resume", str(run.path), cwd=cut)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming from checkpoint-" in resumed.stderr
+    assert uninterrupted.wait(timeout=300) == 0
+    ours = load_file(run.adapter / "adapter_model.safetensors")
+    theirs = load_file(open_run(whole / "runs/sentiment/latest").adapter / "adapter_model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all((ours[name] == theirs[name]).all() for name in ours)
+    with pytest.raises(RunError, match="has succeeded"):
+        resume(run, reporter=Silent())
+
+
+def test_the_newest_complete_checkpoint_is_taken_and_broken_ones_are_named(tmp_path: Path) -> None:
+    for step in (9, 10, 100):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in REQUIRED:
+            (folder / name).write_text("x", "utf-8")
+    (tmp_path / "checkpoint-100" / "optimizer.pt").unlink()
+    (tmp_path / "tmp-checkpoint-200").mkdir()
+    found, skipped = newest_complete(tmp_path)
+    assert found == tmp_path / "checkpoint-10"
+    assert skipped == ["checkpoint-100 is incomplete (optimizer.pt missing or empty)"]
+    assert newest_complete(tmp_path / "checkpoint-9") == (None, [])

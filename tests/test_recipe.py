@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ift_peft.errors import Faults, RecipeError
+from ift_peft.recipe import dump_recipe, find_recipe, load_recipe, shipped_recipes, validate
+from ift_peft.yaml_source import YamlSource, parse_value, read_yaml
+
+MINIMAL = "data:\n  train: rows.jsonl\n"
+
+
+def written(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text, "utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_every_shipped_recipe_loads_with_existing_rows_and_a_description(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.description
+    assert Path(recipe.data.train).is_file()
+    assert recipe.data.test is not None
+    assert Path(recipe.data.test).is_file()
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_a_dumped_recipe_loads_to_an_equal_one(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(recipe), "utf-8")
+    assert validate(read_yaml(path)) == recipe
+
+
+def test_an_unknown_key_is_refused_with_its_line_and_the_nearest_name(tmp_path: Path) -> None:
+    path = written(tmp_path, "data:\n  train: rows.jsonl\n  instructoin: x\n")
+    with pytest.raises(RecipeError, match=r"'instructoin' at .*mine\.yaml:3[\s\S]*did you mean 'instruction'"):
+        load_recipe(path)
+
+
+def test_all_faults_of_a_recipe_are_told_at_once(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        "bse: {}\nbase:\n  quantization: nf5\nadapter:\n  r: 0\ndata:\n  train: a\n  labels: [one]\n"
+        "training:\n  lerning_rate: 1e-4\n  seed: many\n  packing: true\n",
+    )
+    with pytest.raises(Faults) as caught:
+        load_recipe(path)
+    text = str(caught.value)
+    for part in ("'bse'", "nf5", "adapter.r", "labels", "did you mean 'learning_rate'", "training.seed", "packing"):
+        assert part in text
+    for line in ("mine.yaml:1", "mine.yaml:3", "mine.yaml:5", "mine.yaml:8", "mine.yaml:10", "mine.yaml:11"):
+        assert line in text
+    assert len(caught.value.faults) == 7
+
+
+def test_a_repeated_key_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"'train' at .*:2 and again at line 3"):
+        load_recipe(written(tmp_path, "data:\n  train: a\n  train: b\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "an empty file"),
+        ("- a\n", "a list"),
+        ("data: [\n", r"mine\.yaml:2"),
+        ("data: {}\n", "data.train to be set"),
+    ],
+)
+def test_files_that_are_no_recipe_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(written(tmp_path, text))
+
+
+def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes("data: {train: 评论}\n".encode("gb18030"))
+    with pytest.raises(RecipeError, match="offset 14"):
+        load_recipe(str(path))
+
+
+def test_overrides_replace_add_and_are_named_in_errors(tmp_path: Path) -> None:
+    path = written(tmp_path, MINIMAL + "training:\n  seed: 1\n")
+    recipe = load_recipe(
+        path, ["training.seed=2", "training.learning_rate=1e-4", "data.labels=[负面,正面]", "adapter.r=4"]
+    )
+    assert recipe.training == {"seed": 2, "learning_rate": 1e-4}
+    assert recipe.data.label_words == ("负面", "正面")
+    assert recipe.adapter.r == 4
+    with pytest.raises(RecipeError, match=r"override 'training\.sed=2'"):
+        load_recipe(path, ["training.sed=2"])
+    with pytest.raises(RecipeError, match=r"section\.key=value"):
+        load_recipe(path, ["training.seed"])
+
+
+def test_paths_are_relative_to_the_file_or_to_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here").mkdir()
+    for folder in ("there", "here"):
+        (tmp_path / folder / "rows.jsonl").write_text("", "utf-8")
+    recipe_path = written(tmp_path / "there", MINIMAL)
+    monkeypatch.chdir(tmp_path / "here")
+    assert load_recipe(recipe_path).data.train == str(tmp_path / "there" / "rows.jsonl")
+    assert load_recipe(recipe_path, ["data.train=rows.jsonl"]).data.train == str(tmp_path / "here" / "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-4", 1e-4), ("2E3", 2e3), ("1.5e-4", 1.5e-4), ("12", 12), ("e5", "e5"), ("true", True)]
+)
+def test_numbers_are_read_as_yaml_1_2_reads_them(text: str, value: object) -> None:
+    parsed = parse_value(text)
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+def test_an_unknown_recipe_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(RecipeError, match="did you mean 'sentiment'"):
+        find_recipe("sentimnet")
+
+
+def test_an_override_of_a_list_forgets_the_lines_of_what_it_replaced() -> None:
+    source = YamlSource(
+        "x", {"data": {"labels": ["a", "b"]}}, {("data", "labels"): "x:2", ("data", "labels", 0): "x:3"}
+    )
+    source.override("data.labels=[c,d]")
+    assert source.where(("data", "labels", 0)) == "override 'data.labels=[c,d]'"
