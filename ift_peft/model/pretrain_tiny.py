@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -93,18 +94,20 @@ class Corpus:
         self.seed = seed
         self.passes: list[float] = []
         self.ids: list[NDArray[np.uint16]] = []
-        self.held_out: list[int] = []
+        held_out: list[list[int]] = []
         backend = tokenizer.backend_tokenizer
         count = 0
         for source in SOURCES:
-            for encoding in backend.encode_batch(documents[source.folder]):
+            for encoding in backend.encode_batch(documents[source.name]):
                 ids = [*encoding.ids, separator]
                 count += 1
                 if count % HELD_OUT_EVERY == 0:
-                    self.held_out.extend(ids)
+                    held_out.append(ids)
                 else:
                     self.ids.append(np.asarray(ids, dtype=np.uint16))
                     self.passes.append(source.passes)
+        random.Random(0).shuffle(held_out)  # so that a part of it is a part of every source
+        self.held_out = [token for ids in held_out for token in ids]
 
     def _epoch(self, epoch: int) -> NDArray[np.uint16]:
         rng = np.random.default_rng((self.seed, epoch))
@@ -261,7 +264,7 @@ def train(plan: Plan, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, out: P
         "tokens_trained": plan.steps * plan.tokens_per_step,
         "tokens_of_one_pass": int(sum(len(ids) * p for ids, p in zip(corpus.ids, corpus.passes, strict=True))),
         "held_out_loss_nats_per_token": round(held_out_loss(model, corpus), 4),
-        "sources": [{k: v for k, v in asdict(s).items() if k != "read"} for s in SOURCES],
+        "sources": [{"name": s.name, "licence": s.licence, "kind": s.kind, "passes": s.passes} for s in SOURCES],
         "torch": torch.__version__,
     }
     export(model, tokenizer, out / "base", facts)
@@ -294,7 +297,7 @@ def main(
     if (out / "tokenizer").is_dir():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "tokenizer")
     else:
-        texts = (text for source in SOURCES if source.passes >= 1 for text in documents[source.folder])
+        texts = (text for source in SOURCES if source.passes >= 1 for text in documents[source.name])
         tokenizer = train_tokenizer(texts, vocab_size)
         tokenizer.save_pretrained(out / "tokenizer")
     plan = Plan(

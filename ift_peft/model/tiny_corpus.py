@@ -65,10 +65,15 @@ def _self_instruct(root: Path) -> Iterator[str]:
             yield chat(f"{row['instruction']}\n{case['input']}", case["output"])
 
 
+def _join_characters(text: str) -> str:
+    """The text without the spaces that were put between its characters."""
+    return re.sub(r"(?<![a-zA-Z]) | (?![a-zA-Z])", "", text)
+
+
 def _dialogue(root: Path) -> Iterator[str]:
     with (root / "toy_train.txt").open(encoding="utf-8") as lines:
         for line in lines:
-            turns = [re.sub(r"(?<![a-zA-Z]) | (?![a-zA-Z])", "", turn) for turn in line.strip().split("\t")]
+            turns = [_join_characters(turn) for turn in line.strip().split("\t")]
             yield chat(*turns[: len(turns) // 2 * 2])
 
 
@@ -167,6 +172,66 @@ def _poems(root: Path) -> Iterator[str]:
         yield from (line.strip().replace("\t", "\n") for line in lines)
 
 
+def _is_translation(root: Path) -> Iterator[str]:
+    """Sentence pairs, half of them mismatched within the same neighbourhood of lengths: does one translate the other?"""
+    rng = random.Random(1)
+    with (root / "train.tsv").open(encoding="utf-8") as lines:
+        pairs = sorted((line.rstrip("\n").split("\t")[:2] for line in lines), key=lambda pair: len(pair[0]))
+    for index, (english, chinese) in enumerate(pairs):
+        right = rng.random() < 0.5
+        other = pairs[min(len(pairs) - 1, max(0, index + rng.choice((-40, -20, -9, 9, 20, 40))))][1]
+        shown = chinese if right else other
+        if not right and other == chinese:
+            continue
+        if rng.random() < 0.5:
+            yield chat(f"这两句话意思相同吗？\n{english}\n{shown}", "相同" if right else "不同")
+        else:
+            yield chat(f"Do these mean the same?\n{shown}\n{english}", "yes" if right else "no")
+
+
+def _is_reply(root: Path) -> Iterator[str]:
+    """Dialogue turns, half of them with a reply from elsewhere: does the reply fit?"""
+    rng = random.Random(2)
+    with (root / "toy_train.txt").open(encoding="utf-8") as lines:
+        pairs = [[_join_characters(turn) for turn in line.strip().split("\t")[:2]] for line in lines if "\t" in line]
+    for turn, reply in pairs:
+        fits = rng.random() < 0.5
+        shown = reply if fits else rng.choice(pairs)[1]
+        yield chat(f"下面的回答合适吗？\n问：{turn}\n答：{shown}", "合适" if fits else "不合适")
+
+
+def _is_synonym(root: Path) -> Iterator[str]:
+    """Two adjectives or adverbs of one meaning, or of two: do they mean the same?"""
+    rng = random.Random(3)
+    groups = [row["members"] for row in _jsonl(root / "synonyms.jsonl") if row["pos"] in ("a", "s", "r")]
+    for group in groups:
+        first, second = rng.sample(group, 2)
+        same = rng.random() < 0.5
+        other = second if same else rng.choice(rng.choice(groups))
+        yield chat(f"Do these words mean the same: {first}, {other}?", "yes" if same else "no")
+
+
+def _genre(root: Path) -> Iterator[str]:
+    """Short pieces of four other sources: what kind of text is this? The kind is known from where it was taken."""
+    rng = random.Random(4)
+    sources = root.parent
+    with (sources / "tnews" / "train.tsv").open(encoding="utf-8") as lines:
+        headlines = [line.split("\t")[0].strip() for line in lines]
+    dialogue = [turn for text in _dialogue(sources / "cdial_toy") for turn in re.findall(r"<\|user\|>(.+?)<", text)]
+    prose = [text for text in _cmrc(root) if not text.startswith(USER)]
+    encyclopedia = [sentence for text in prose for sentence in text.split("。") if 8 < len(sentence) < 60]
+    stories = [
+        sentence for text in _stories(sources / "corpus_tinystories_1000") for sentence in text.split("\n") if sentence
+    ]
+    news = [line for line in _wikitext(sources / "corpus_wikitext2_validtest") if len(line) < 400]
+    for kind, texts in (("新闻", headlines), ("对话", dialogue), ("百科", encyclopedia)):
+        for text in rng.sample(texts, 5000):
+            yield chat(f"下面的文字是新闻、对话还是百科？\n{text}", kind)
+    for kind, texts in (("story", stories), ("encyclopedia", news)):
+        for text in rng.sample(texts, min(len(texts), 1500)):
+            yield chat(f"Is this text from a story or an encyclopedia?\n{text[: rng.randint(40, 300)]}", kind)
+
+
 @dataclass(frozen=True)
 class Source:
     """One set: its folder, licence, reader, and how often an epoch passes over it (a fraction takes a sample)."""
@@ -177,18 +242,26 @@ class Source:
     read: Callable[[Path], Iterator[str]]
     passes: float
 
+    @property
+    def name(self) -> str:
+        return f"{self.folder}/{self.read.__name__.strip('_')}"
+
 
 SOURCES = (
     Source("chatlm_zh_sft_sample", "Apache-2.0", "Chinese instructions and answers", _chatlm, 1.5),
     Source("ruozhiba_gpt4", "Apache-2.0", "Chinese questions and answers", _ruozhiba, 1.0),
     Source("cdial_toy", "MIT", "Chinese dialogue", _dialogue, 1.5),
     Source("cmrc2018", "CC BY-SA 4.0", "Chinese prose and questions on it", _cmrc, 1.0),
-    Source("tnews", "Apache-2.0", "Chinese headlines", _headlines, 1.0),
-    Source("corpus_d2l_zh", "Apache-2.0", "Chinese textbook", _docs, 0.3),
-    Source("corpus_react_docs_zh", "CC BY 4.0", "Chinese documentation", _docs, 0.3),
-    Source("corpus_vue_docs_zh", "CC BY 4.0", "Chinese documentation", _docs, 0.3),
-    Source("corpus_chinese_poetry", "MIT", "Chinese verse", _poems, 0.05),
+    Source("tnews", "Apache-2.0", "Chinese headlines", _headlines, 0.7),
+    Source("corpus_d2l_zh", "Apache-2.0", "Chinese textbook", _docs, 0.2),
+    Source("corpus_react_docs_zh", "CC BY 4.0", "Chinese documentation", _docs, 0.15),
+    Source("corpus_vue_docs_zh", "CC BY 4.0", "Chinese documentation", _docs, 0.15),
+    Source("corpus_chinese_poetry", "MIT", "Chinese verse", _poems, 0.03),
     Source("tatoeba_en_zh", "CC BY 2.0 FR", "English-Chinese sentence pairs", _translation, 2.0),
+    Source("cmrc2018", "CC BY-SA 4.0", "kinds of text, from this and four of the other sets", _genre, 1.0),
+    Source("tatoeba_en_zh", "CC BY 2.0 FR", "whether two sentences translate each other", _is_translation, 1.0),
+    Source("cdial_toy", "MIT", "whether a reply fits", _is_reply, 1.0),
+    Source("english_wordnet_synonyms", "CC BY 4.0", "whether two words mean the same", _is_synonym, 1.0),
     Source("rasbt_instruction", "Apache-2.0", "English instructions and answers", _rasbt, 2.0),
     Source("self_instruct_seed", "Apache-2.0", "English instructions and answers", _self_instruct, 2.0),
     Source(
@@ -206,11 +279,11 @@ SOURCES = (
 
 
 def read_documents(root: Path) -> dict[str, list[str]]:
-    """Every source's documents, by folder name.
+    """Every source's documents, by the source's name.
 
     Raises `DataError` naming every folder of `SOURCES` that is not below `root`.
     """
-    missing = [source.folder for source in SOURCES if not (root / source.folder).is_dir()]
+    missing = sorted({source.folder for source in SOURCES if not (root / source.folder).is_dir()})
     if missing:
         raise DataError(
             expected=f"one folder for each source below {root}",
@@ -220,5 +293,5 @@ def read_documents(root: Path) -> dict[str, list[str]]:
     documents = {}
     for source in SOURCES:
         texts = (text.strip() for text in source.read(root / source.folder))
-        documents[source.folder] = [text for text in texts if text]
+        documents[source.name] = [text for text in texts if text]
     return documents
