@@ -48,6 +48,42 @@ CHAT_TEMPLATE = (
 )
 
 
+MODEL_CARD = """---
+license: apache-2.0
+language: [zh, en]
+library_name: transformers
+---
+
+# tiny
+
+A causal language model of {millions:.1f} million parameters (Llama architecture, {layers} layers of {hidden}, byte-level
+BPE of {vocabulary:,} pieces, {context} positions), made so that the whole workflow of ift_peft runs on a laptop without
+network or account. It is a base to fine-tune in minutes, not a model to talk to.
+
+Pretrained from nothing on {trained:,} tokens ({passes:.1f} passes over {one_pass:,}), loss on held-out documents
+{loss:.3f} nats per token. Made by `python -m ift_peft.model.pretrain_tiny`; the exact settings are in pretraining.json.
+
+## What it has read
+
+| set | licence | what |
+|---|---|---|
+{sources}
+
+No review or sentiment set is among them, nor any row that ships with ift_peft: judging sentiment is left to adapters.
+
+## Chat format
+
+`<|user|>question<|end|><|assistant|>answer<|end|>`; the chat template carries generation markers, and `<|end|>` has
+been trained after every answer.
+
+## Limits
+
+It writes locally plausible Chinese and English and knows next to nothing. It follows no instruction reliably, mixes
+languages, and repeats what its sources contain, medical and technical advice included: none of it is to be relied on.
+Texts beyond {context} tokens are outside what it has seen.
+"""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a pretraining run is made of; two runs with equal plans take equal steps."""
@@ -203,7 +239,24 @@ def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: 
     model.config.dtype = torch.bfloat16
     model.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(model_card(facts), "utf-8")
     (folder / "pretraining.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def model_card(facts: dict[str, Any]) -> str:
+    plan = facts["plan"]
+    return MODEL_CARD.format(
+        millions=facts["parameters"] / 1e6,
+        layers=plan["layers"],
+        hidden=plan["hidden_size"],
+        vocabulary=plan["vocab_size"],
+        context=CONTEXT,
+        trained=facts["tokens_trained"],
+        one_pass=facts["tokens_of_one_pass"],
+        passes=facts["tokens_trained"] / facts["tokens_of_one_pass"],
+        loss=facts["held_out_loss_nats_per_token"],
+        sources="\n".join(f"| {s['name'].split('/')[0]} | {s['licence']} | {s['kind']} |" for s in facts["sources"]),
+    )
 
 
 def restore(

@@ -173,7 +173,7 @@ def _poems(root: Path) -> Iterator[str]:
 
 
 def _is_translation(root: Path) -> Iterator[str]:
-    """Sentence pairs, half of them mismatched within the same neighbourhood of lengths: does one translate the other?"""
+    """Sentence pairs, half of them mismatched at like lengths: does one translate the other?"""
     rng = random.Random(1)
     with (root / "train.tsv").open(encoding="utf-8") as lines:
         pairs = sorted((line.rstrip("\n").split("\t")[:2] for line in lines), key=lambda pair: len(pair[0]))
