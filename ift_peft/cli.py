@@ -206,17 +206,17 @@ def _answers(
 
 
 def _print_answer(line: dict[str, Any], *, as_json: bool) -> None:
-    from ift_peft.console import out, stream
+    from ift_peft.console import stream
 
     if as_json:
         stream(json.dumps(line, ensure_ascii=False) + "\n")
     elif line.pop("streamed", False):
         stream("\n")
     elif "probabilities" in line:
-        others = "  ".join(f"{label} {p:.3f}" for label, p in line["probabilities"].items())
-        out.print(f"{line['answer']}\t{others}\t{line['text']}", markup=False)
+        probabilities = "  ".join(f"{label} {p:.3f}" for label, p in line["probabilities"].items())
+        stream(f"{line['answer']}\t{probabilities}\t{line['text']}\n")
     else:
-        out.print(line["answer"], markup=False)
+        stream(f"{line['answer']}\n")
 
 
 @app.command()

@@ -56,9 +56,9 @@ library_name: transformers
 
 # tiny
 
-A causal language model of {millions:.1f} million parameters (Llama architecture, {layers} layers of {hidden}, byte-level
-BPE of {vocabulary:,} pieces, {context} positions), made so that the whole workflow of ift_peft runs on a laptop without
-network or account. It is a base to fine-tune in minutes, not a model to talk to.
+A causal language model of {millions:.1f} million parameters (Llama architecture, {layers} layers of {hidden},
+byte-level BPE of {vocabulary:,} pieces, {context} positions), made so that the whole workflow of ift_peft runs on a
+laptop without network or account. It is a base to fine-tune in minutes, not a model to talk to.
 
 Pretrained from nothing on {trained:,} tokens ({passes:.1f} passes over {one_pass:,}), loss on held-out documents
 {loss:.3f} nats per token. Made by `python -m ift_peft.model.pretrain_tiny`; the exact settings are in pretraining.json.

@@ -63,7 +63,6 @@ def sft_config(
         "max_length": max_length,
         "output_dir": str(output_dir),
         "use_cpu": not on_gpu,
-        "length_column_name": "length",
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,
         "dataset_kwargs": {"skip_prepare_dataset": True},

@@ -19,6 +19,7 @@ from ift_peft.errors import TrainingError
 from ift_peft.infer.likelihood import supervised_logits
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir
+from ift_peft.train.batching import LengthGroupedSampler
 
 
 class SupervisedTrainer(SFTTrainer):
@@ -52,6 +53,14 @@ class SupervisedTrainer(SFTTrainer):
             self.padded_tokens_seen += inputs["attention_mask"].numel()
             self._metrics["train"]["mean_token_accuracy"].append(float((logits.argmax(-1) == targets).float().mean()))
         return (loss, None) if return_outputs else loss
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        lengths = [len(ids) for ids in dataset["input_ids"]]
+        return LengthGroupedSampler(lengths, batch_size=self.args.train_batch_size, seed=seed)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: the run writes one card, into the adapter's folder, when there are scores to put in it."""
@@ -113,12 +122,11 @@ class RunRecorder(TrainerCallback):
 
 
 def to_dataset(rendered: Sequence[Rendered]) -> Dataset:
-    """Rendered rows as the columns that the trainer and its sampler read."""
+    """Rendered rows as the columns that the trainer reads."""
     return Dataset.from_dict(
         {
             "input_ids": [row.input_ids for row in rendered],
             "labels": [row.labels for row in rendered],
-            "length": [len(row.input_ids) for row in rendered],
         }
     )
 

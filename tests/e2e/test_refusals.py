@@ -17,7 +17,7 @@ from ift_peft.reporter import Silent
 from ift_peft.train.run import train
 from tests.conftest import Ift
 
-GOOD = '{"text": "很好", "label": "正面"}\n{"text": "很差", "label": "负面"}\n' * 4
+GOOD = "".join(f'{{"text": "很好{i}", "label": "正面"}}\n{{"text": "很差{i}", "label": "负面"}}\n' for i in range(4))
 
 
 def refusal(tmp_path: Path, overrides: Sequence[str], rows: bytes = GOOD.encode()) -> IftPeftError:

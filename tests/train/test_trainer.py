@@ -39,7 +39,8 @@ def curve(
         report_to="none",
         max_steps=6,
         logging_steps=1,
-        learning_rate=1e-2,
+        optim="sgd",  # Adam divides by gradients near zero, which makes rounding visible
+        learning_rate=0.5,
         lr_scheduler_type="constant",
         use_cpu=True,
         bf16=False,
@@ -68,7 +69,7 @@ def curve(
 def test_the_loss_curve_and_the_weights_are_those_of_sft_trainer(rendered: list[Rendered], tmp_path: Path) -> None:
     rows = to_dataset(rendered)
     ours, our_weights = curve(SupervisedTrainer, rows, tmp_path)
-    theirs, their_weights = curve(SFTTrainer, rows.remove_columns("length"), tmp_path)
+    theirs, their_weights = curve(SFTTrainer, rows, tmp_path)
     assert ours == pytest.approx(theirs, rel=1e-5)
     assert torch.allclose(our_weights, their_weights, atol=1e-5)
     assert ours[-1] < ours[0]
