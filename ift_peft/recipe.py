@@ -45,6 +45,8 @@ class Adapter(Section):
     lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
     """`all-linear`, a list of module name endings, or a regular expression on full module names."""
+    embeddings: bool = False
+    """Adapt the input embedding as well: for small bases, whose embeddings lack distinctions that the task needs."""
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
 

@@ -62,6 +62,8 @@ def merge(parts: Parts, *, output: Path, dtype: str, reporter: Reporter) -> Merg
     partial = output.parent / f".{output.name}.{secrets.token_hex(4)}"
     try:
         with quiet():
+            if parts.recipe.adapter.embeddings:
+                _untie(model)
             merged = model.merge_and_unload(safe_merge=True)
             merged.to(DTYPES[dtype])
             merged.config.dtype = DTYPES[dtype]
@@ -79,6 +81,15 @@ def merge(parts: Parts, *, output: Path, dtype: str, reporter: Reporter) -> Merg
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return result
+
+
+def _untie(model: Any) -> None:
+    """Give the head weights of its own where it shares them with an embedding that the adapter changes."""
+    base = model.get_base_model()
+    head = base.get_output_embeddings()
+    if base.config.tie_word_embeddings:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        base.config.tie_word_embeddings = False
 
 
 def _save_tokenizer(parts: Parts, folder: Path) -> None:

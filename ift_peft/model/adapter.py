@@ -13,9 +13,12 @@ from ift_peft.errors import ModelError
 from ift_peft.recipe import Adapter
 
 
-def lora_config(adapter: Adapter, *, base_name: str, revision: str | None) -> LoraConfig:
-    """PEFT's configuration of the recipe's section `adapter` (LoRA, arXiv:2106.09685)."""
+def lora_config(adapter: Adapter, model: PreTrainedModel, *, base_name: str, revision: str | None) -> LoraConfig:
+    """PEFT's configuration of the recipe's section `adapter` for `model` (LoRA, arXiv:2106.09685)."""
     modules = adapter.target_modules
+    if adapter.embeddings:
+        names = [*matched_modules(model, modules), embedding_name(model)]
+        modules = tuple(sorted(names if adapter.target_modules != "all-linear" else {_ending(name) for name in names}))
     return LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.lora_alpha,
@@ -39,7 +42,7 @@ def matched_modules(model: PreTrainedModel, target_modules: str | tuple[str, ...
         name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head
     ]
     head_name = next((name for name, module in model.named_modules() if module is head), None)
-    endings = sorted({name.rsplit(".", 1)[-1] for name in linears})
+    endings = sorted({_ending(name) for name in linears})
     hint = f"use all-linear, or names out of {', '.join(endings)}"
     if target_modules == "all-linear":
         return linears
@@ -63,6 +66,17 @@ def matched_modules(model: PreTrainedModel, target_modules: str | tuple[str, ...
             fix=hint,
         )
     return matched
+
+
+def embedding_name(model: PreTrainedModel) -> str:
+    """The name of the module that turns token ids into vectors."""
+    embedding = model.get_input_embeddings()
+    name: str = next(name for name, module in model.named_modules() if module is embedding)
+    return name
+
+
+def _ending(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
 
 
 def _ends_with(name: str, ending: str) -> bool:

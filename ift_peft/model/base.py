@@ -142,6 +142,10 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl)\b")
+            # PEFT puts the whole embedding into checkpoints of an adapter on it; the final adapter goes without.
+            warnings.filterwarnings("ignore", message="Setting `save_embedding_layers` to `True`")
+            # An adapter on a tied embedding: merging unties it (adapters/merge.py).
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True` and a tied layer")
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)

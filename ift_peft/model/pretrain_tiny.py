@@ -232,15 +232,25 @@ def save_state(path: Path, model: LlamaForCausalLM, optimizers: list[torch.optim
 
 
 def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, facts: dict[str, Any]) -> None:
-    """Write the Hugging Face folder (bfloat16 weights) and `pretraining.json` with how it was made."""
-    state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    """Write the Hugging Face folder (bfloat16 weights) and how it was made.
+
+    Embedding and head were one matrix in training and become two here, so that an adapter on the embedding merges
+    without changing the head.
+    """
+    state = {name: tensor.to(torch.bfloat16).clone() for name, tensor in model.state_dict().items()}
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.config.dtype = torch.bfloat16
-    model.save_pretrained(folder, state_dict=state)
+    model.config.tie_word_embeddings = False
+    untied = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    untied.load_state_dict(state)
+    untied.generation_config = model.generation_config
+    untied.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(model_card(facts), "utf-8")
     (folder / "pretraining.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    for path in folder.iterdir():
+        path.chmod(0o644)
 
 
 def model_card(facts: dict[str, Any]) -> str:

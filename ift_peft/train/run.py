@@ -254,7 +254,10 @@ def _build_trainer(
         train_dataset=to_dataset(prepared.train.rendered),
         processing_class=prepared.tokenizer,
         peft_config=lora_config(
-            recipe.adapter, base_name=str(prepared.location.folder), revision=prepared.location.revision
+            recipe.adapter,
+            base.model,
+            base_name=str(prepared.location.folder),
+            revision=prepared.location.revision,
         ),
         callbacks=[recorder],
     )

@@ -10,6 +10,8 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from ift_peft.run_dir import open_run
 from tests.conftest import OFFLINE, ROOT, Ift
@@ -29,9 +31,17 @@ def test_a_llama_without_chat_template_and_pad_token_trains_merges_and_predicts(
     run = open_run(tmp_path / "runs/sentiment/latest")
     assert run.read("manifest.json")["template"].startswith("fallback")
     assert "Assistant:" in (run.adapter / "chat_template.jinja").read_text("utf-8")
+    weights = load_file(run.adapter / "adapter_model.safetensors")
+    assert any("embed_tokens.lora_embedding_A" in name for name in weights)
+    assert not any(name.endswith("embed_tokens.weight") for name in weights), "the adapter must not carry the base"
     for arguments in (("merge", str(run.path)), ("predict", str(run.path), "fine"), ("evaluate", str(run.path))):
         done = ift(*arguments)
         assert done.returncode == 0, done.stderr
+    # The base is tied and the adapter changed its embedding: the head must still be the base's.
+    merged = load_file(run.path / "merged" / "model.safetensors")
+    base = load_file(Path(stories) / "model.safetensors")
+    assert torch.equal(merged["lm_head.weight"], base["model.embed_tokens.weight"])
+    assert not torch.equal(merged["model.embed_tokens.weight"], merged["lm_head.weight"])
 
 
 @pytest.mark.slow
