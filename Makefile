@@ -17,7 +17,7 @@ help:  ## list the targets
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # torch first: where its index has a CPU build of the pinned version that is taken, and nothing later replaces it.
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python

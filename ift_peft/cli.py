@@ -13,7 +13,7 @@ from typing import Annotated, Any, ParamSpec
 
 import typer
 
-from ift_peft.errors import DataError, IftPeftError, RecipeError
+from ift_peft.errors import DataError, IftPeftError, RecipeError, RunError
 
 P = ParamSpec("P")
 RUNS = Path("runs")
@@ -45,7 +45,7 @@ class Dtype(StrEnum):
 def _errors_to_exit_codes(command: Callable[P, None]) -> Callable[P, None]:
     @wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
-        from ift_peft.console import print_error
+        from ift_peft.console import err, print_error
 
         try:
             command(*args, **kwargs)
@@ -54,8 +54,17 @@ def _errors_to_exit_codes(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(error.exit_code) from None
         except BrokenPipeError:  # the reader of our output went away, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError as error:
+            print_error(
+                RunError(
+                    expected="files that can be read and written", found=str(error), fix="check path, rights and space"
+                )
+            )
+            raise typer.Exit(RunError.exit_code) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
+        finally:
+            err.show_cursor(True)
 
     return wrapped
 
@@ -138,6 +147,8 @@ def predict(
 
     parts = open_parts(open_run(run))
     model, _ = load_model(parts)
+    if output_file is not None and not output_file.absolute().parent.is_dir():
+        raise RunError(expected=f"the folder of {output_file}", found="none", fix="make it first")
     items = _items_of_file(input_file) if input_file is not None else ({"text": text} for text in _texts(texts))
     as_json = input_file is not None or output_file is not None
     if output_file is None:
@@ -158,9 +169,17 @@ def _texts(texts: list[str] | None) -> Iterator[str]:
         from ift_peft.console import err
 
         err.print("reading texts from standard input, one a line", style="dim")
-    for line in sys.stdin:
-        if line.strip():
-            yield line.rstrip("\n")
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        try:
+            text = line.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                expected="UTF-8 text",
+                found=f"byte {line[error.start]:#04x} in line {number} of standard input",
+                fix="convert it: iconv -f GB18030 -t UTF-8",
+            ) from None
+        if text.strip():
+            yield text
 
 
 def _items_of_file(path: Path) -> Iterator[dict[str, Any]]:
@@ -170,14 +189,28 @@ def _items_of_file(path: Path) -> Iterator[dict[str, Any]]:
     faults: list[IftPeftError] = []
     records = read_source(str(path), faults)
     for record in records:
-        if not isinstance(record.values.get("text"), str) and not isinstance(record.values.get("messages"), list):
+        fault = _fault_of_item(record.values)
+        if fault is not None:
             faults.append(
-                DataError(
-                    expected="text or messages", found=f"{', '.join(record.values)} at {record.where}", fix="add one"
-                )
+                DataError(expected=fault, found=f"{', '.join(record.values)} at {record.where}", fix="repair it")
             )
     raise_faults(faults)
     yield from (record.values for record in records)
+
+
+def _fault_of_item(item: dict[str, Any]) -> str | None:
+    """What was expected of an item of a file, if it is not that. The answer itself must not be part of the question."""
+    if "messages" not in item:
+        return None if isinstance(item.get("text"), str) else "text or messages"
+    messages = item["messages"]
+    whole = isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    )
+    return (
+        None
+        if whole and messages and messages[-1]["role"] == "user"
+        else "messages of {role, content} ending with the user's"
+    )
 
 
 def _answers(

@@ -31,6 +31,7 @@ class ConsoleReporter:
 
     def stage(self, text: str, total: int) -> None:
         self._name, self._total, self._detail = text, total, ""
+        self._done: int | None = None
         self._started = self._printed = time.monotonic()
         if err.is_terminal:
             columns = (
@@ -46,7 +47,7 @@ class ConsoleReporter:
             self._task = self._bar.add_task(text, total=total, detail="")
 
     def advance(self, done: int, detail: str = "") -> None:
-        self._detail = detail
+        self._detail, self._done = detail, done
         if self._bar is not None:
             self._bar.update(self._task, completed=done, detail=detail)
         elif time.monotonic() - self._printed > PLAIN_EVERY_SECONDS and 0 < done < self._total:
@@ -55,14 +56,13 @@ class ConsoleReporter:
             self._line(f"{self._name} {done}/{self._total}", detail, f"{left:.0f} s left")
 
     def finish(self) -> None:
+        done = self._total if self._done is None else self._done
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._total)
+            self._bar.update(self._task, completed=done)
             self._bar.stop()
             self._bar = None
         elif self._total:
-            self._line(
-                f"{self._name} {self._total}/{self._total}", self._detail, f"{time.monotonic() - self._started:.0f} s"
-            )
+            self._line(f"{self._name} {done}/{self._total}", self._detail, f"{time.monotonic() - self._started:.0f} s")
         self._total = 0
 
     @staticmethod

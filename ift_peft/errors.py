@@ -25,6 +25,11 @@ class Faults(IftPeftError):
         self.args = ("\n\n".join(str(fault) for fault in faults),)
 
 
+def first_line(error: BaseException) -> str:
+    """Type and first line of another library's error, to be told inside one of ours."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
 class RecipeError(IftPeftError, ValueError):
     """A recipe that cannot be read or does not fit the schema."""
 

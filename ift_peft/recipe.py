@@ -17,6 +17,7 @@ from ift_peft.yaml_source import Location, YamlSource, read_yaml
 
 Quantization = Literal["none", "int8", "nf4", "fp4"]
 Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "columns"]
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -92,6 +93,9 @@ class Data(Section):
     @field_validator("labels", mode="before")
     @classmethod
     def _label_words(cls, value: Any) -> Any:
+        words = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        if any(word is None or isinstance(word, bool) for word in words):
+            raise ValueError("words; quote null, true and false")
         if isinstance(value, dict):
             return {str(stored): str(word) for stored, word in value.items()}
         return tuple(str(word) for word in value) if isinstance(value, list) else value
@@ -131,7 +135,7 @@ class Recipe(Section):
     adapter: Adapter = Adapter()
     data: Data
     training: dict[str, Any] = {}
-    """Passed through to TRL's `SFTConfig` under its own names; what it leaves out is in docs/architecture.md."""
+    """Passed through to TRL's `SFTConfig` under its own names; what is refused is in docs/architecture.md."""
     evaluation: Evaluation = Evaluation()
 
     @field_validator("training", mode="before")
@@ -176,23 +180,29 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     path = find_recipe(name)
     source = read_yaml(path)
     source.values.setdefault("name", path.stem)
-    _anchor_paths(source.values, path.resolve().parent)
+    _anchor_paths(source.values, path.resolve().parent, in_file=True)
     for override in overrides:
         source.override(override)
-    _anchor_paths(source.values, Path.cwd())
+    _anchor_paths(source.values, Path.cwd(), in_file=False)
     return validate(source)
 
 
-def _anchor_paths(values: dict[str, Any], folder: Path) -> None:
-    """Make existing relative paths absolute; what does not exist is left for the data reader to name."""
+def _anchor_paths(values: dict[str, Any], folder: Path, *, in_file: bool) -> None:
+    """Make relative paths absolute. Names of data files in a recipe are always meant relative to it; what else does
+    not exist, and may be a Hub id, is left for the reader to name.
+    """
     for section, keys in (("data", ("train", "test")), ("base", ("model",))):
         entries = values.get(section)
         if not isinstance(entries, dict):
             continue
         for key in keys:
             value = entries.get(key)
-            if isinstance(value, str) and value != "tiny" and (folder / value).exists():
-                entries[key] = str((folder / value).resolve())
+            if not isinstance(value, str) or value == "tiny":
+                continue
+            path = folder / Path(value).expanduser()
+            names_file = in_file and section == "data" and path.suffix.lower() in DATA_SUFFIXES
+            if path.exists() or names_file:
+                entries[key] = str(path.resolve())
 
 
 def validate(source: YamlSource) -> Recipe:
@@ -267,7 +277,7 @@ def _training_faults(training: dict[str, Any], source: YamlSource) -> Iterable[R
                 expected=f"training without {key}", found=f"it at {where}", fix=f"remove it: {RESERVED[key]}"
             )
         elif key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
+            near = difflib.get_close_matches(str(key), fields, n=1)
             yield RecipeError(
                 expected="a field of TRL's SFTConfig in training",
                 found=f"{key!r} at {where}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -9,6 +10,8 @@ import secrets
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
@@ -36,6 +39,10 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+class RunIsBusy(RunError):
+    """Another process holds the run."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,18 @@ class RunDir:
 
     def update_manifest(self, **entries: Any) -> None:
         self.write("manifest.json", {**self.read("manifest.json"), **entries})
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process. Raises `RunIsBusy` where another one trains in it."""
+        with (self.path / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RunIsBusy(
+                    expected=f"{self.path} to itself", found="another process training in it", fix="wait for it"
+                ) from None
+            yield
 
     @property
     def status(self) -> str:

@@ -111,7 +111,17 @@ def test_paths_are_relative_to_the_file_or_to_the_working_directory(
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("1e-4", 1e-4), ("2E3", 2e3), ("1.5e-4", 1.5e-4), ("12", 12), ("e5", "e5"), ("true", True)]
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("2E3", 2e3),
+        ("1.5e-4", 1.5e-4),
+        ("12", 12),
+        ("e5", "e5"),
+        ("true", True),
+        ("no", "no"),
+        ("on", "on"),
+    ],
 )
 def test_numbers_are_read_as_yaml_1_2_reads_them(text: str, value: object) -> None:
     parsed = parse_value(text)
@@ -130,3 +140,21 @@ def test_an_override_of_a_list_forgets_the_lines_of_what_it_replaced() -> None:
     )
     source.override("data.labels=[c,d]")
     assert source.where(("data", "labels", 0)) == "override 'data.labels=[c,d]'"
+
+
+def test_yes_and_no_are_label_words_and_null_is_not_one(tmp_path: Path) -> None:
+    recipe = load_recipe(written(tmp_path, MINIMAL + "  labels: [no, yes]\n"))
+    assert recipe.data.label_words == ("no", "yes")
+    for labels in ("[yes, null]", "[true, false]"):
+        with pytest.raises(RecipeError, match="quote null"):
+            load_recipe(written(tmp_path, MINIMAL + f"  labels: {labels}\n"))
+
+
+def test_a_data_file_named_in_a_recipe_is_never_taken_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "rows.jsonl").write_text("", "utf-8")
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(written(tmp_path / "there", MINIMAL))
+    assert recipe.data.train == str(tmp_path / "there" / "rows.jsonl")

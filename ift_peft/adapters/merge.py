@@ -18,7 +18,7 @@ from ift_peft.data.render import Rendered
 from ift_peft.errors import MergeError
 from ift_peft.infer.likelihood import label_probabilities, pad, supervised_logits
 from ift_peft.infer.load import Parts, held_out_rows, load_model
-from ift_peft.model.base import DTYPES, quiet
+from ift_peft.model.base import DTYPES, choose_device, quiet
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import write_atomically
 
@@ -50,9 +50,9 @@ def merge(parts: Parts, *, output: Path, dtype: str, reporter: Reporter) -> Merg
     """
     if output.exists():
         raise MergeError(expected=f"no {output} yet", found="it exists", fix="remove it, or give another --output")
-    rows, rendered = held_out_rows(parts)
-    model, _ = load_model(parts, quantization="none")
-    model = model.float()
+    held_out = held_out_rows(parts)
+    rows, rendered = held_out.rows, held_out.rendered
+    model, _ = load_model(parts, quantization="none", compute_dtype="float32")
     reporter.stage("measuring adapter on unquantised base", 1)
     expected = _last_logits(model, parts, rendered)
     prompts = [row.prompt for row in rows]
@@ -110,9 +110,9 @@ def _verify(
     with quiet():
         reloaded = AutoModelForCausalLM.from_pretrained(
             partial, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True
-        )
+        ).to(choose_device(parts.recipe.base.device))
     found = _last_logits(reloaded, parts, rendered)
-    difference = max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))
+    difference = float(torch.stack([(a - b).abs().max() for a, b in zip(expected, found, strict=True)]).max())
     relabelled = _label_numbers(reloaded, parts, prompts)
     same = _agreement(labels, relabelled)
     if not difference <= BOUND[dtype]:
@@ -125,7 +125,7 @@ def _verify(
         raise MergeError(
             expected="the same label on every held-out row",
             found=f"{len(prompts) - same} changed",
-            fix="nothing was written",
+            fix="nothing was written; is the base deterministic on this device?",
         )
     in_run = _labels_of_run(parts)
     return MergeResult(output, dtype, len(rendered), difference, same, _agreement(in_run, relabelled))

@@ -22,6 +22,15 @@ class Fitted:
     truncated: int
     dropped: int
 
+    def notes(self, name: str, max_length: int | None) -> list[str]:
+        """What happened to rows that were too long, in words."""
+        notes = []
+        if self.truncated:
+            notes.append(f"{self.truncated} {name} rows over {max_length} tokens: the end of their text was cut")
+        if self.dropped:
+            notes.append(f"{self.dropped} {name} rows over {max_length} tokens were left out (data.overlong=drop)")
+        return notes
+
     @property
     def tokens(self) -> int:
         return sum(len(row.input_ids) for row in self.rendered)
@@ -48,7 +57,7 @@ def fit_rows(
     truncated = dropped = 0
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
-        for row, ids in zip(batch, renderer.render([row.messages for row in batch]), strict=True):
+        for row, ids in _render(batch, renderer, faults):
             if max_length is None or len(ids.input_ids) <= max_length:
                 kept.append(row)
                 rendered.append(ids)
@@ -71,6 +80,20 @@ def fit_rows(
         )
     raise_faults(faults)
     return Fitted(kept, rendered, truncated, dropped)
+
+
+def _render(batch: Sequence[Row], renderer: Renderer, faults: list[IftPeftError]) -> list[tuple[Row, Rendered]]:
+    """The rows with their ids; those that template or tokenizer refuse go to `faults` by their origin."""
+    try:
+        return list(zip(batch, renderer.render([row.messages for row in batch]), strict=True))
+    except DataError:
+        pairs = []
+        for row in batch:
+            try:
+                pairs.append((row, renderer.render([row.messages])[0]))
+            except DataError as error:
+                faults.append(DataError(expected=error.expected, found=f"{error.found} at {row.where}", fix=error.fix))
+        return pairs
 
 
 def _too_long(row: Row, ids: Rendered, max_length: int, overlong: str) -> DataError:

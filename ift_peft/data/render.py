@@ -151,7 +151,14 @@ class Renderer:
         return list(texts), [list(map(tuple, marks)) for marks in spans]
 
     def _spans(self, conversations: Sequence[Sequence[Message]]) -> tuple[list[str], list[list[Span]]]:
-        """Each conversation's text, and the characters of each of its answers with their end tokens."""
+        """Each conversation's text, and the characters of each of its answers with their end tokens.
+
+        White space around an answer is taken off first: not every template does it, and it is never part of an answer.
+        """
+        conversations = [
+            [{**m, "content": m["content"].strip()} if m["role"] == "assistant" else m for m in conversation]
+            for conversation in conversations
+        ]
         answers = [[message["content"] for message in c if message["role"] == "assistant"] for c in conversations]
         if self.marked:
             texts, marks = self._render(conversations, return_assistant_tokens_mask=True)
@@ -160,9 +167,10 @@ class Renderer:
                 for text, marked in zip(texts, marks, strict=True)
             ]
             if [len(marked) for marked in marks] != [len(contents) for contents in answers]:
+                wrong = next(i for i, marked in enumerate(marks) if len(marked) != len(answers[i]))
                 raise DataError(
                     expected="one {% generation %} block for each answer",
-                    found=f"{len(marks[0])} for {len(answers[0])} answers in {texts[0][:60]!r}",
+                    found=f"{len(marks[wrong])} for {len(answers[wrong])} answers in {texts[wrong][:60]!r}",
                     fix="correct the chat template",
                 )
         else:

@@ -75,7 +75,18 @@ def read_rows(data: Data) -> tuple[list[Row], list[Row]]:
         )
     if not faults and test is not None and not test:
         faults.append(
-            DataError(expected="at least one held-out row", found=f"none in {data.test}", fix="check the source")
+            DataError(
+                expected="at least one held-out row", found=f"none in {data.test or data.train}", fix="check the source"
+            )
+        )
+    both = sorted({row.where for row in train} & {row.where for row in test or ()})
+    if both:
+        faults.append(
+            DataError(
+                expected="training and held-out rows from different files",
+                found=f"{len(both)} rows in both, the first at {both[0]}",
+                fix="name the files: data.train=… data.test=…",
+            )
         )
     raise_faults(faults)
     if test is None:
@@ -123,6 +134,12 @@ def to_rows(records: Sequence[Record], data: Data, faults: list[IftPeftError]) -
 
 def _to_row(record: Record, data: Data) -> Row:
     form = data.format if data.format != "auto" else _detect(record.values, data.columns)
+    if form in ("messages", "sharegpt") and data.instruction is not None:
+        raise _Fault(
+            "no data.instruction for rows that hold whole conversations",
+            f"{data.instruction!r}",
+            "set data.instruction=null, or put it into the rows",
+        )
     row = _FORMATS[form](record, data)
     _check(row.messages)
     if data.labels is not None and row.label is None:
@@ -213,7 +230,11 @@ def _from_prompt_completion(record: Record, data: Data) -> Row:
 
 def _from_alpaca(record: Record, data: Data) -> Row:
     given = record.values.get("input")
-    question = _text(record.values, "instruction") + (f"\n{given}" if isinstance(given, str) and given.strip() else "")
+    if record.values.get("history"):
+        raise _Fault("Alpaca rows without history", "history", "store these rows as messages")
+    if given is not None and not isinstance(given, str):
+        raise _Fault("text under 'input'", type(given).__name__, "set 'input' to a string")
+    question = _text(record.values, "instruction") + (f"\n{given}" if given and given.strip() else "")
     prompt = ask(question, instruction=data.instruction, system=record.values.get("system") or data.system)
     return Row((*prompt, {"role": "assistant", "content": _text(record.values, "output")}), record.where)
 
@@ -272,6 +293,13 @@ def _check(messages: Sequence[Message]) -> None:
             "none" if not messages else messages[-1]["role"],
             "add the answer",
         )
+    for message in messages:
+        try:
+            message["content"].encode()
+        except UnicodeEncodeError as error:
+            raise _Fault(
+                "whole characters", f"half of a surrogate pair, {error.object[error.start]!a},", "repair the text"
+            ) from None
     unknown = [message["role"] for message in messages if message["role"] not in ROLES]
     if unknown:
         raise _Fault(f"roles out of {', '.join(ROLES)}", ", ".join(sorted(set(unknown))), "rename the role")
@@ -296,8 +324,13 @@ def split_rows(rows: Sequence[Row], *, test_size: float | int, seed: int) -> tup
     share = test_size if test_size < 1 else test_size / len(rows)
     rng = random.Random(seed)
     chosen: set[str] = set()
-    for stratum in strata.values():
-        wanted, taken = round(share * sum(map(len, stratum))), 0
+    exact = [share * sum(map(len, stratum)) for stratum in strata.values()]
+    counts = [int(part) for part in exact]
+    nearest = sorted(range(len(exact)), key=lambda at: counts[at] - exact[at])
+    for at in nearest[: round(sum(exact)) - sum(counts)]:  # largest remainders
+        counts[at] += 1
+    for stratum, wanted in zip(strata.values(), counts, strict=True):
+        taken = 0
         for group in rng.sample(stratum, len(stratum)):
             if taken >= wanted:
                 break

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ift_peft.errors import DataError, IftPeftError
+from ift_peft.errors import DataError, IftPeftError, first_line
+from ift_peft.recipe import DATA_SUFFIXES
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
@@ -31,7 +31,7 @@ def read_source(source: str, faults: list[IftPeftError], *, split: str = "train"
         return list(_read_file(path, faults, header=header))
     if path.is_dir():
         return list(_read_folder(path, faults, split=split, header=header))
-    if _HUB_ID.match(source) and path.suffix not in SUFFIXES:
+    if _HUB_ID.match(source) and path.suffix not in DATA_SUFFIXES:
         return list(_read_hub(source, faults, split=split))
     faults.append(
         DataError(
@@ -54,7 +54,7 @@ def _split_files(folder: Path, split: str) -> list[Path]:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in SUFFIXES[:-1])
+    return sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in DATA_SUFFIXES[:-1])
 
 
 def _read_folder(folder: Path, faults: list[IftPeftError], *, split: str, header: bool) -> Iterator[Record]:
@@ -63,7 +63,9 @@ def _read_folder(folder: Path, faults: list[IftPeftError], *, split: str, header
     if not files:
         faults.append(
             DataError(
-                expected=f"files ending in {', '.join(SUFFIXES[:-1])} in {folder}", found="none", fix="check the folder"
+                expected=f"files ending in {', '.join(DATA_SUFFIXES[:-1])} in {folder}",
+                found="none",
+                fix="check the folder",
             )
         )
     for path in files:
@@ -83,7 +85,7 @@ def _read_file(path: Path, faults: list[IftPeftError], *, header: bool) -> Itera
     else:
         faults.append(
             DataError(
-                expected=f"a file ending in {', '.join(SUFFIXES)}",
+                expected=f"a file ending in {', '.join(DATA_SUFFIXES)}",
                 found=str(path),
                 fix="convert it, or rename it to what it is",
             )
@@ -194,6 +196,15 @@ def _read_table(path: Path, faults: list[IftPeftError], *, delimiter: str, heade
             continue
         if names is None:
             names = [cell.strip() for cell in cells] if header else [str(i) for i in range(len(cells))]
+            if len(set(names)) < len(names):
+                faults.append(
+                    DataError(
+                        expected="each column name once",
+                        found=f"{', '.join(names)} at {path}:{start}",
+                        fix="rename one",
+                    )
+                )
+                return
             if header:
                 continue
         if len(cells) != len(names):
@@ -230,7 +241,7 @@ def _read_hub(name: str, faults: list[IftPeftError], *, split: str) -> Iterator[
         faults.append(
             DataError(
                 expected=f"the data set {name} on the Hub or in its cache, with a split {split!r}",
-                found=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+                found=first_line(error),
                 fix="check id, split and network; a local file or folder is given by its path",
             )
         )

@@ -15,9 +15,10 @@ from ift_peft.run_dir import RunDir
 def evaluate_run(run: RunDir, *, data: Path | None, reporter: Reporter) -> dict[str, Any]:
     """The scores of base and adapter on the run's held-out rows, or on those of `data`, in the form of scores.json."""
     parts = open_parts(run)
-    rows, _ = held_out_rows(parts, data)
+    fitted = held_out_rows(parts, data)
+    rows = fitted.rows
     model, notes = load_model(parts)
-    for note in notes:
+    for note in (*fitted.notes("held-out", parts.max_length), *notes):
         reporter.note(note)
     measured = []
     section = parts.recipe.evaluation

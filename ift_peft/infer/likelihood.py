@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ift_peft.data.render import IGNORE, Rendered, Renderer
 from ift_peft.data.rows import Message
+from ift_peft.errors import ModelError
 
 Progress = Callable[[int, int], None]  # rows done, rows in all
 
@@ -83,6 +84,12 @@ def answer_likelihoods(
         logits, targets, rows = supervised_logits(model, batch)
         log_probs = -F.cross_entropy(logits.float(), targets, reduction="none")
         sums = torch.zeros(len(indices), device=device).index_add_(0, rows, log_probs)
+        if not bool(torch.isfinite(sums).all()):
+            raise ModelError(
+                expected="finite likelihoods",
+                found="NaN or infinity in the logits",
+                fix="use base.compute_dtype=float32, or bfloat16 on a GPU that has it",
+            )
         counts = torch.bincount(rows, minlength=len(indices))
         for index, total, count in zip(indices, sums.tolist(), counts.tolist(), strict=True):
             results[index] = Likelihood(total, count)

@@ -10,8 +10,8 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from ift_peft.data.fit import fit_rows
-from ift_peft.data.render import Rendered, Renderer
+from ift_peft.data.fit import Fitted, fit_rows
+from ift_peft.data.render import Renderer
 from ift_peft.data.rows import Message, Row, ask, read_rows_of
 from ift_peft.errors import Faults, RunError
 from ift_peft.model.base import load_base, quiet
@@ -41,7 +41,11 @@ class Parts:
     def fit_prompt(self, messages: Sequence[Message]) -> tuple[tuple[Message, ...], bool]:
         """The prompt as it may be asked, shortened like a training row if it must be; True if it was."""
         longest = max(self.labels, key=len) if self.labels else "…"
-        row = Row((*messages, {"role": "assistant", "content": longest}), "the given text")
+        head, placeholder, tail = (self.recipe.data.instruction or "").partition("{text}")
+        content = messages[-1]["content"]
+        around = bool(placeholder) and content.startswith(head) and content.endswith(tail)
+        text = content[len(head) : len(content) - len(tail)] if around else None
+        row = Row((*messages, {"role": "assistant", "content": longest}), "the given text", text=text)
         fitted = fit_rows([row], self.renderer, max_length=self.max_length, overlong="truncate")
         return fitted.rows[0].prompt, bool(fitted.truncated)
 
@@ -81,17 +85,22 @@ def open_parts(run: RunDir) -> Parts:
     return Parts(run, recipe, location, renderer, manifest.get("max_length"))
 
 
-def load_model(parts: Parts, *, quantization: Quantization | None = None) -> tuple[Any, list[str]]:
+def load_model(
+    parts: Parts, *, quantization: Quantization | None = None, compute_dtype: str | None = None
+) -> tuple[Any, list[str]]:
     """The base with the run's adapter on it, in evaluation mode, and notes on how it was loaded.
 
-    `quantization` replaces the one the run was trained with. The model is a `PeftModel`.
+    `quantization` and `compute_dtype` replace those the run was trained with. The model is a `PeftModel`.
     """
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (parts.run.adapter / name).is_file():
+            raise RunError(expected=f"adapter/{name}", found=f"none in {parts.run.path}", fix="train again")
     section = parts.recipe.base
     base = load_base(
         parts.location,
         quantization=quantization or section.quantization,
         double_quantization=section.double_quantization,
-        compute_dtype=section.compute_dtype,
+        compute_dtype=compute_dtype or section.compute_dtype,
         device=section.device,
     )
     with quiet():
@@ -100,12 +109,11 @@ def load_model(parts: Parts, *, quantization: Quantization | None = None) -> tup
     return model, base.notes
 
 
-def held_out_rows(parts: Parts, data_path: Path | None = None) -> tuple[list[Row], list[Rendered]]:
+def held_out_rows(parts: Parts, data_path: Path | None = None) -> Fitted:
     """The run's own held-out rows, or those of another file read by the run's recipe."""
     if data_path is None:
-        data = Data(train=str(parts.run.test_rows), format="messages", labels=parts.recipe.data.labels)
+        data = Data(train=str(parts.run.test_rows), format="messages", labels=parts.labels or None)
     else:
         data = parts.recipe.data.model_copy(update={"train": str(data_path), "test": None})
     rows = read_rows_of(data)
-    fitted = fit_rows(rows, parts.renderer, max_length=parts.max_length, overlong=parts.recipe.data.overlong)
-    return fitted.rows, fitted.rendered
+    return fit_rows(rows, parts.renderer, max_length=parts.max_length, overlong=parts.recipe.data.overlong)

@@ -86,6 +86,8 @@ def generate(
         attention_mask=torch.ones_like(input_ids),
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        repetition_penalty=1.0,  # some bases' generation_config sets others, which are not greedy decoding
+        no_repeat_ngram_size=0,
         eos_token_id=parts.renderer.end_token_id,
         pad_token_id=parts.tokenizer.pad_token_id,
         streamer=_CallbackStreamer(parts.tokenizer, on_text) if on_text is not None else None,

@@ -43,11 +43,11 @@ def matched_modules(model: PreTrainedModel, target_modules: str | tuple[str, ...
     ]
     head_name = next((name for name, module in model.named_modules() if module is head), None)
     endings = sorted({_ending(name) for name in linears})
-    hint = f"use all-linear, or names out of {', '.join(endings)}"
+    hint = f"use all-linear, or a list of names out of {', '.join(endings)}"
     if target_modules == "all-linear":
         return linears
     if isinstance(target_modules, str):
-        matched = [name for name in linears if re.fullmatch(target_modules, name)]
+        matched = _matched_by_pattern(model, target_modules, linears, hint)
         missing = [] if matched else [target_modules]
     else:
         matched = [name for name in linears if any(_ends_with(name, ending) for ending in target_modules)]
@@ -59,13 +59,33 @@ def matched_modules(model: PreTrainedModel, target_modules: str | tuple[str, ...
                 found=f"{head_name!r} among them, which TRL's trainer refuses",
                 fix=f"remove it; {hint}",
             )
-    if missing:
+    if missing or not matched:
         raise ModelError(
             expected="adapter.target_modules to match modules of the base",
-            found=f"no linear module for {', '.join(map(repr, missing))}",
+            found=f"no linear module for {', '.join(map(repr, missing)) or 'an empty list'}",
             fix=hint,
         )
     return matched
+
+
+def _matched_by_pattern(model: PreTrainedModel, pattern: str, linears: list[str], hint: str) -> list[str]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ModelError(
+            expected="adapter.target_modules to be all-linear, a list, or a regular expression",
+            found=f"{pattern!r} ({error})",
+            fix=hint,
+        ) from None
+    selected = [name for name, _ in model.named_modules() if name and compiled.fullmatch(name)]
+    wrong = [name for name in selected if name not in linears]
+    if wrong:
+        raise ModelError(
+            expected="a pattern that matches linear modules only, without the language-model head",
+            found=f"{wrong[0]!r} among its matches",
+            fix="end it in the module's own name, e.g. .*self_attn[.]q_proj",
+        )
+    return selected
 
 
 def embedding_name(model: PreTrainedModel) -> str:

@@ -10,10 +10,11 @@ from typing import Any
 
 import psutil
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from ift_peft.errors import ModelError
+from ift_peft.errors import ModelError, first_line
 from ift_peft.model.tokenizer import BaseLocation
 from ift_peft.recipe import Quantization
 
@@ -46,7 +47,7 @@ def choose_dtype(compute_dtype: str, device: torch.device) -> torch.dtype:
         return DTYPES[compute_dtype]
     if device.type == "cpu":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def load_base(
@@ -74,10 +75,10 @@ def load_base(
             model = AutoModelForCausalLM.from_pretrained(
                 location.folder, use_safetensors=True, trust_remote_code=False, local_files_only=True, **arguments
             )
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise ModelError(
                 expected=f"a causal language model in {location.folder}",
-                found=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+                found=first_line(error),
                 fix="check that its architecture is known to the installed transformers and its weights are complete",
             ) from error
         if place.type == "cpu" and quantization in ("nf4", "fp4"):
@@ -128,7 +129,7 @@ def skeleton(location: BaseLocation) -> PreTrainedModel:
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(
                 expected=f"the config of a causal language model in {location.folder}",
-                found=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+                found=first_line(error),
                 fix="choose a base that transformers' AutoModelForCausalLM knows",
             ) from error
 

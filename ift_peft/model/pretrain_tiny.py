@@ -323,7 +323,7 @@ def train(plan: Plan, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, out: P
             save_state(out / "last.pt", model, optimizers, step + 1)
     facts = {
         "plan": asdict(plan),
-        "parameters": model.num_parameters(),
+        "parameters": model.num_parameters() + model.lm_head.weight.numel(),  # untied in export
         "tokens_trained": plan.steps * plan.tokens_per_step,
         "tokens_of_one_pass": int(sum(len(ids) * p for ids, p in zip(corpus.ids, corpus.passes, strict=True))),
         "held_out_loss_nats_per_token": round(held_out_loss(model, corpus), 4),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ift_peft.errors import ModelError
+from ift_peft.errors import ModelError, first_line
 
 TINY = Path(__file__).resolve().parent / "tiny"
 _SAMPLES = 16  # places read in each weight file for the fingerprint
@@ -72,11 +72,13 @@ def _download(model: str, revision: str | None) -> Path:
     reason = "nothing in the Hub cache"
     for local_only in (True, False):
         try:
-            return Path(
+            folder = Path(
                 snapshot_download(model, revision=revision, allow_patterns=patterns, local_files_only=local_only)
             )
+            if not local_only or ((folder / "config.json").is_file() and any(folder.glob("*.safetensors"))):
+                return folder
         except Exception as error:  # the hub client raises many unrelated types; the last is told
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            reason = first_line(error)
     raise ModelError(
         expected="base.model to be tiny, a folder in Hugging Face format, or a Hub id, cached or downloadable",
         found=f"{model!r} ({reason})",
@@ -91,7 +93,7 @@ def load_tokenizer(location: BaseLocation) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(
             expected=f"a tokenizer in {location.folder}",
-            found=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            found=first_line(error),
             fix="give a folder with tokenizer.json and tokenizer_config.json",
         ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)

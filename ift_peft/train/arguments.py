@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
-from ift_peft.errors import RecipeError
+from ift_peft.errors import RecipeError, first_line
 from ift_peft.training_fields import training_fields
 
 DEFAULT_MAX_LENGTH = 1024
@@ -68,10 +68,14 @@ def sft_config(
         "dataset_kwargs": {"skip_prepare_dataset": True},
     }
     try:
-        return SFTConfig(**arguments)
+        config = SFTConfig(**arguments)
+        if on_gpu:
+            _ = config.device  # counts the devices; one is used, as TRL refuses DataParallel
+            config._n_gpu = min(1, config._n_gpu)
+        return config
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(
             expected="values in training that TRL's SFTConfig accepts",
-            found=str(error).splitlines()[0],
+            found=first_line(error),
             fix="change the value named there",
         ) from error

@@ -19,11 +19,12 @@ from typing import Any
 
 import transformers
 from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig
 
 from ift_peft.data.fit import Fitted, fit_rows
 from ift_peft.data.render import Rendered, Renderer
 from ift_peft.data.rows import Row, read_rows
-from ift_peft.errors import RunError, TrainingError
+from ift_peft.errors import RecipeError, RunError, TrainingError, first_line
 from ift_peft.evaluate.compare import Predictions, compare, predict_rows, prediction_lines
 from ift_peft.evaluate.metrics import Resampling
 from ift_peft.model.adapter import lora_config, matched_modules
@@ -31,7 +32,7 @@ from ift_peft.model.base import LoadedBase, choose_device, choose_dtype, load_ba
 from ift_peft.model.tokenizer import BaseLocation, ensure_pad_token, load_tokenizer, locate_base
 from ift_peft.recipe import Recipe
 from ift_peft.reporter import Reporter
-from ift_peft.run_dir import RunDir, create_run
+from ift_peft.run_dir import RunDir, RunIsBusy, create_run
 from ift_peft.train.arguments import choose_max_length, sft_config
 from ift_peft.train.card import adapter_card
 from ift_peft.train.checkpoints import newest_complete
@@ -74,10 +75,7 @@ def prepare(recipe: Recipe) -> Prepared:
         for rows in (train_rows, test_rows)
     ]
     for name, part in zip(("training", "held-out"), fitted, strict=True):
-        if part.truncated:
-            notes.append(f"{part.truncated} {name} rows over {max_length} tokens: the end of their text was cut")
-        if part.dropped:
-            notes.append(f"{part.dropped} {name} rows over {max_length} tokens were left out (data.overlong=drop)")
+        notes.extend(part.notes(name, max_length))
     return Prepared(location, tokenizer, renderer, fitted[0], fitted[1], max_length, notes)
 
 
@@ -101,11 +99,17 @@ def resume(run: RunDir, *, reporter: Reporter) -> RunDir:
 
     Raises `RunError` for a run that succeeded, and where rows, base or template are no longer those it began with.
     """
+    with run.locked():
+        pass  # refused at once where another process is at it
     if run.status == "succeeded":
         raise RunError(expected="an unfinished run", found=f"{run.path} has succeeded", fix="train again: ift train")
     recipe = run.recipe()
     prepared = prepare(recipe)
-    recorded, now = run.read("manifest.json")["inputs"], _inputs(prepared)
+    recorded, now = run.read("manifest.json").get("inputs"), _inputs(prepared)
+    if recorded is None:
+        raise RunError(
+            expected="a run that got as far as its rows", found=f"none recorded in {run.path}", fix="start a new run"
+        )
     changed = [name for name, value in now.items() if recorded.get(name) != value]
     if changed:
         raise RunError(
@@ -119,8 +123,17 @@ def resume(run: RunDir, *, reporter: Reporter) -> RunDir:
     reporter.note(
         f"resuming from {checkpoint.name}" if checkpoint else "no complete checkpoint; starting from the first step"
     )
-    run.update_manifest(status="running", resumed_from=checkpoint.name if checkpoint else None)
+    _forget_steps_after(run, int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+    run.update_manifest(status="running", error=None, resumed_from=checkpoint.name if checkpoint else None)
     return _run(recipe, prepared, run, reporter, checkpoint=checkpoint)
+
+
+def _forget_steps_after(run: RunDir, step: int) -> None:
+    """Steps after the checkpoint are taken again, and logged again."""
+    path = run.path / "metrics.jsonl"
+    if path.is_file():
+        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        run.write_lines(path.name, [line for line in lines if line["step"] <= step])
 
 
 def _inputs(prepared: Prepared) -> dict[str, Any]:
@@ -172,14 +185,19 @@ def _record_inputs(run: RunDir, prepared: Prepared) -> None:
 def _run(recipe: Recipe, prepared: Prepared, run: RunDir, reporter: Reporter, *, checkpoint: Path | None) -> RunDir:
     started = time.monotonic()
     try:
-        with quiet():
+        with quiet(), run.locked():
             _train_and_measure(recipe, prepared, run, reporter, checkpoint)
-    except Interrupted:
+    except (Interrupted, KeyboardInterrupt) as error:
         run.update_manifest(status="interrupted")
+        if isinstance(error, Interrupted):
+            raise
+        raise Interrupted(
+            expected="a run that ends by itself", found="it was interrupted", fix=f"go on with: {_resume_command(run)}"
+        ) from None
+    except RunIsBusy:
         raise
     except BaseException as error:
-        reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        run.update_manifest(status=reason, error=f"{type(error).__name__}: {error}"[:2000])
+        run.update_manifest(status="failed", error=f"{type(error).__name__}: {error}"[:2000])
         raise
     finished = datetime.now().astimezone().isoformat(timespec="seconds")
     run.update_manifest(status="succeeded", finished=finished, seconds=round(time.monotonic() - started, 1))
@@ -212,7 +230,7 @@ def _train_and_measure(
         raise Interrupted(
             expected=f"{trainer.state.max_steps} steps",
             found=f"a signal after step {trainer.state.global_step}; a checkpoint was saved",
-            fix=f"go on with: ift train --resume {os.path.relpath(run.path)}",
+            fix=f"go on with: {_resume_command(run)}",
         )
     broken = non_finite(trainer.model)
     if broken:
@@ -221,6 +239,8 @@ def _train_and_measure(
             found=f"NaN or infinity in {broken[0]}",
             fix="lower training.learning_rate",
         )
+    # The trainer wrapped the model's forward in autocast; before and after must be measured in the same arithmetic.
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     after = _measure(trainer.model, recipe, prepared, reporter, adapter=True)
     labels = recipe.data.label_words
     scores = compare(prepared.test.rows, labels, before, after, _resampling(recipe))
@@ -231,10 +251,17 @@ def _train_and_measure(
         notes=[*prepared.notes, *base.notes],
         parameters={"trained": parameters[0], "all": parameters[1]},
         steps=trainer.state.global_step,
-        tokens_per_second=round(recorder.tokens_per_second, 1),
-        padding_share=round(1 - trainer.tokens_seen / max(1, trainer.padded_tokens_seen), 4),
     )
+    if trainer.tokens_seen:  # nothing is trained when a run resumes after its last step
+        run.update_manifest(
+            tokens_per_second=round(recorder.tokens_per_second, 1),
+            padding_share=round(1 - trainer.tokens_seen / trainer.padded_tokens_seen, 4),
+        )
     gc.collect()
+
+
+def _resume_command(run: RunDir) -> str:
+    return f"ift train --resume {os.path.relpath(run.path)}"
 
 
 def _build_trainer(
@@ -248,7 +275,20 @@ def _build_trainer(
         max_length=prepared.max_length,
     )
     transformers.set_seed(arguments.seed)
-    trainer = SupervisedTrainer(
+    try:
+        trainer = _trainer(recipe, prepared, base, arguments, recorder)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise RecipeError(
+            expected="a recipe that SFTTrainer takes", found=first_line(error), fix="change the setting named there"
+        ) from error
+    recorder.trainer = trainer
+    return trainer
+
+
+def _trainer(
+    recipe: Recipe, prepared: Prepared, base: LoadedBase, arguments: SFTConfig, recorder: RunRecorder
+) -> SupervisedTrainer:
+    return SupervisedTrainer(
         model=base.model,
         args=arguments,
         train_dataset=to_dataset(prepared.train.rendered),
@@ -261,8 +301,6 @@ def _build_trainer(
         ),
         callbacks=[recorder],
     )
-    recorder.trainer = trainer
-    return trainer
 
 
 def _measure(model: Any, recipe: Recipe, prepared: Prepared, reporter: Reporter, *, adapter: bool) -> Predictions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -75,16 +76,16 @@ class RunRecorder(TrainerCallback):
         self.stop_requested = False
         self.loss: float | None = None
         self.started = time.monotonic()
-        self.first_step = 0
+        self.ended: float | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.started, self.first_step = time.monotonic(), state.global_step
+        self.started = time.monotonic()
         self.reporter.stage("training", state.max_steps)
 
     @property
     def tokens_per_second(self) -> float:
         assert self.trainer is not None
-        return self.trainer.tokens_seen / max(1e-9, time.monotonic() - self.started)
+        return self.trainer.tokens_seen / max(1e-9, (self.ended or time.monotonic()) - self.started)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         loss = "" if self.loss is None else f"loss {self.loss:.4f}  "
@@ -110,7 +111,8 @@ class RunRecorder(TrainerCallback):
             {"step": state.global_step, **logs, "tokens_per_second": round(self.tokens_per_second, 1)},
         )
         norm = float(logs.get("grad_norm", 0.0))
-        if not (self.loss == self.loss and abs(self.loss) != float("inf") and norm == norm and norm != float("inf")):
+        # Under float16 the loss scaler skips steps whose gradient overflows, so an infinite norm is no fault there.
+        if not math.isfinite(self.loss) or not (math.isfinite(norm) or args.fp16):
             raise TrainingError(
                 expected="a finite loss and gradient",
                 found=f"loss {self.loss}, gradient norm {norm} at step {state.global_step}",
@@ -118,6 +120,7 @@ class RunRecorder(TrainerCallback):
             )
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.ended = time.monotonic()
         self.reporter.finish()
 
 

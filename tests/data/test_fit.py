@@ -66,3 +66,9 @@ def test_an_error_says_which_length_would_do(renderer: Renderer) -> None:
     with pytest.raises(DataError, match=f"training.max_length to {length}"):
         fit_rows([row(LONG)], renderer, max_length=60, overlong="error")
     assert fit_rows([row(LONG)], renderer, max_length=length, overlong="error").truncated == 0
+
+
+def test_a_row_that_the_template_refuses_is_named(renderer: Renderer) -> None:
+    with pytest.raises(DataError, match="special token") as caught:
+        fit_rows([row("好"), row("好", "正面<|end|>", number=2)], renderer, max_length=60, overlong="truncate")
+    assert "at rows.jsonl:2" in str(caught.value)

@@ -188,6 +188,14 @@ def test_templates_that_lose_the_answer_or_its_end_are_refused(template: str, me
         Renderer(tokenizer).render([ONE])
 
 
+def test_white_space_around_an_answer_is_not_part_of_it() -> None:
+    tokenizer = with_specials(byte_tokenizer())
+    tokenizer.chat_template = family_template("qwen3")
+    renderer = Renderer(tokenizer)
+    loose = (ONE[0], {"role": "assistant", "content": "\n 正面 ok \n"})
+    assert renderer.render([loose]) == renderer.render([ONE])
+
+
 def test_an_answer_that_ends_in_a_special_token_is_refused() -> None:
     tokenizer = with_specials(byte_tokenizer())
     tokenizer.chat_template = family_template("qwen3")

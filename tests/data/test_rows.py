@@ -90,6 +90,38 @@ def test_more_faults_than_a_screen_are_counted(tmp_path: Path) -> None:
         rows_of(tmp_path, [{"prompt": "q", "completion": ""}] * 50)
 
 
+def test_rows_cannot_be_trained_on_and_held_out_at_once(tmp_path: Path) -> None:
+    line = json.dumps({"prompt": "q", "completion": "a"}) + "\n"
+    (tmp_path / "reviews.jsonl").write_text(line, "utf-8")
+    (tmp_path / "test.jsonl").write_text(line, "utf-8")
+    with pytest.raises(DataError, match=r"1 rows in both, the first at .*test\.jsonl:1"):
+        read_rows(Data(train=str(tmp_path)))
+    with pytest.raises(DataError, match="different files"):
+        read_rows(Data(train=str(tmp_path / "test.jsonl"), test=str(tmp_path / "test.jsonl")))
+
+
+@pytest.mark.parametrize(
+    ("record", "options", "message"),
+    [
+        (
+            {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+            {"instruction": "x"},
+            "no data.instruction",
+        ),
+        ({"instruction": "q", "output": "a", "history": [["b", "c"]]}, {}, "without history"),
+        ({"instruction": "q", "input": [1], "output": "a"}, {}, "text under 'input'"),
+        ({"prompt": "hi \ud83d", "completion": "a"}, {}, "half of a surrogate pair"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(
+    tmp_path: Path, record: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(record) + "\n", "utf-8")
+    with pytest.raises(DataError, match=message):
+        read_rows_of(Data(train=str(path), **options))
+
+
 def row(text: str, label: str, number: int) -> Row:
     return Row(({"role": "user", "content": text}, {"role": "assistant", "content": label}), f"f:{number}", label, text)
 
@@ -103,6 +135,12 @@ def test_a_split_is_reproducible_stratified_and_keeps_equal_texts_together() -> 
     assert Counter(r.label for r in test) == {"a": 76, "b": 26}
     assert not {r.text for r in train} & {r.text for r in test}
     assert len(split_rows(rows, test_size=40, seed=0)[1]) == 40
+
+
+def test_a_number_of_test_rows_is_that_number_over_many_classes() -> None:
+    rows = [row(f"text {i}", str(i % 10), i) for i in range(100)]
+    for size in (5, 15, 33):
+        assert len(split_rows(rows, test_size=size, seed=0)[1]) == size
 
 
 def test_a_split_that_leaves_a_side_empty_is_refused() -> None:

@@ -12,7 +12,7 @@ import pytest
 from ift_peft.run_dir import RunDir, open_run
 from tests.conftest import OFFLINE
 
-SHORT = ("data.max_train_rows=160", "data.max_test_rows=60", "training.num_train_epochs=1")
+SHORT = ("base.device=cpu", "data.max_train_rows=160", "data.max_test_rows=60", "training.num_train_epochs=1")
 
 
 @pytest.fixture(scope="session")

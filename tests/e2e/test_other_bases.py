@@ -17,6 +17,7 @@ from ift_peft.run_dir import open_run
 from tests.conftest import OFFLINE, ROOT, Ift
 
 STEPS = "training.max_steps=3"
+CPU = "base.device=cpu"
 
 
 @pytest.mark.slow
@@ -24,7 +25,7 @@ def test_a_llama_without_chat_template_and_pad_token_trains_merges_and_predicts(
     ift: Ift, stories: str, tmp_path: Path
 ) -> None:
     small = ("data.max_train_rows=24", "data.max_test_rows=8", STEPS)
-    trained = ift("train", "sentiment", f"base.model={stories}", *small)
+    trained = ift("train", "sentiment", f"base.model={stories}", CPU, *small)
     assert trained.returncode == 0, trained.stderr
     assert "has no pad token" in trained.stderr
     assert "has no chat template" in trained.stderr
@@ -45,6 +46,24 @@ def test_a_llama_without_chat_template_and_pad_token_trains_merges_and_predicts(
 
 
 @pytest.mark.slow
+def test_labels_that_rename_stored_values_survive_measuring_and_merging(ift: Ift, tmp_path: Path) -> None:
+    rows = "".join(f'{{"text": "text {i}", "label": {i % 2}}}\n' for i in range(20))
+    (tmp_path / "rows.jsonl").write_text(rows, "utf-8")
+    (tmp_path / "swap.yaml").write_text(
+        'data: {train: rows.jsonl, test_size: 6, labels: {"0": "1", "1": "0"}}\n'
+        "base: {device: cpu}\nadapter: {r: 4}\ntraining: {max_steps: 2}\n",
+        "utf-8",
+    )
+    trained = ift("train", "swap.yaml")
+    assert trained.returncode == 0, trained.stderr
+    run = open_run(tmp_path / "runs/swap")
+    again = ift("evaluate", str(run.path))
+    assert again.returncode == 0, again.stderr
+    assert f"{run.read('scores.json')['adapter']['accuracy']['value']:.3f}" in again.stdout
+    assert ift("merge", str(run.path)).returncode == 0
+
+
+@pytest.mark.slow
 def test_a_task_without_labels_is_measured_by_loss_and_answers_by_generating(
     ift: Ift, stories: str, tmp_path: Path
 ) -> None:
@@ -53,7 +72,7 @@ def test_a_task_without_labels_is_measured_by_loss_and_answers_by_generating(
     )
     (tmp_path / "rows.jsonl").write_text(rows, "utf-8")
     (tmp_path / "story.yaml").write_text(
-        f"base: {{model: {stories}}}\ndata: {{train: rows.jsonl, test_size: 4}}\n"
+        f"base: {{model: {stories}, device: cpu}}\ndata: {{train: rows.jsonl, test_size: 4}}\n"
         "training: {max_steps: 12, learning_rate: 1e-2, per_device_train_batch_size: 8}\n",
         "utf-8",
     )
@@ -108,7 +127,7 @@ def test_the_wheel_trains_from_any_folder_without_network(tmp_path: Path) -> Non
     where = subprocess.run([python, "-c", "import ift_peft; print(ift_peft.__file__)"], **options)
     assert str(environment) in where.stdout
     trained = subprocess.run(
-        [python, "-m", "ift_peft", "train", "sentiment", "data.max_train_rows=24", "data.max_test_rows=8", STEPS],
+        [python, "-m", "ift_peft", "train", "sentiment", "data.max_train_rows=24", "data.max_test_rows=8", STEPS, CPU],
         **options,
     )
     assert trained.returncode == 0, trained.stderr

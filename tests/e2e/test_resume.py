@@ -20,6 +20,7 @@ from ift_peft.train.run import resume
 from tests.conftest import OFFLINE, Ift
 
 SETTINGS = (
+    "base.device=cpu",
     "data.max_train_rows=160",
     "data.max_test_rows=20",
     "training.num_train_epochs=3",

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ift_peft.adapters.merge import merge
 from ift_peft.data.render import IGNORE, Renderer
-from ift_peft.errors import Faults, MergeError, RunError
+from ift_peft.errors import Faults, MergeError, ModelError, RunError
 from ift_peft.evaluate.run import evaluate_run
 from ift_peft.infer.load import held_out_rows, load_model, open_parts
 from ift_peft.infer.predict import answer_all, generate
@@ -22,6 +22,7 @@ from ift_peft.model.base import load_base
 from ift_peft.model.tokenizer import TINY, locate_base
 from ift_peft.reporter import Silent
 from ift_peft.run_dir import RunDir, list_runs, open_run
+from ift_peft.train.run import resume
 from tests.conftest import Ift
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("short_run")]
@@ -94,7 +95,7 @@ def test_other_rows_are_measured_through_the_runs_own_recipe(short_run: RunDir, 
 def test_predictions_are_those_of_the_evaluation(short_run: RunDir) -> None:
     parts = open_parts(short_run)
     model, _ = load_model(parts)
-    rows, _ = held_out_rows(parts)
+    rows = held_out_rows(parts).rows
     answers = list(answer_all(model, parts, [row.prompt for row in rows], max_new_tokens=8))
     stored = [
         json.loads(line)["adapter"] for line in (short_run.path / "predictions.jsonl").read_text("utf-8").splitlines()
@@ -171,6 +172,23 @@ def test_a_run_is_refused_on_another_base_template_or_tokenizer(short_run: RunDi
             assert "golden example" in str(caught.value)
 
 
+def test_a_run_that_is_being_trained_is_not_resumed_beside_it(short_run: RunDir, tmp_path: Path) -> None:
+    copy = RunDir(tmp_path / "copy")
+    shutil.copytree(short_run.path, copy.path)
+    copy.update_manifest(status="running")
+    with copy.locked(), pytest.raises(RunError, match="another process"):
+        resume(copy, reporter=Silent())
+
+
+def test_likelihoods_that_are_no_numbers_are_refused(short_run: RunDir) -> None:
+    parts = open_parts(short_run)
+    model, _ = load_model(parts)
+    with torch.no_grad():
+        next(model.parameters())[:] = float("nan")
+    with pytest.raises(ModelError, match="NaN or infinity"):
+        list(answer_all(model, parts, [parts.prompt_of("好")], max_new_tokens=8))
+
+
 def test_an_unfinished_run_is_not_served_and_a_missing_one_is_named(short_run: RunDir, tmp_path: Path) -> None:
     copy = RunDir(tmp_path / "copy")
     shutil.copytree(short_run.path, copy.path)
@@ -197,10 +215,12 @@ def test_the_command_line_predicts_from_arguments_input_and_files(short_run: Run
     assert written.returncode == 0, written.stderr
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines()]
     assert [line["answer"] in ("正面", "负面") for line in lines] == [True, True]
-    (tmp_path / "bad.jsonl").write_text('{"txt": "很好"}\n', "utf-8")
+    answered = '{"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "正面"}]}'
+    (tmp_path / "bad.jsonl").write_text(f'{{"txt": "很好"}}\n{answered}\n', "utf-8")
     refused = ift("predict", run, "--input", "bad.jsonl")
     assert refused.returncode == 3
     assert "bad.jsonl:1" in refused.stderr
+    assert "bad.jsonl:2" in refused.stderr
 
 
 def test_the_command_line_lists_runs_and_merges(short_run: RunDir, ift: Ift, tmp_path: Path) -> None:

@@ -37,5 +37,5 @@ def test_a_run_trains_reloads_and_merges(quantization: str, tmp_path: Path) -> N
 
 
 def test_the_compute_type_suits_the_device() -> None:
-    expected = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    expected = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     assert choose_dtype("auto", torch.device("cuda")) == expected

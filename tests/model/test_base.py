@@ -103,8 +103,15 @@ def test_target_modules_select_by_pefts_rules() -> None:
     ]
     with pytest.raises(ModelError, match=r"'qproj'[\s\S]*q_proj"):
         matched_modules(bare, ("qproj", "v_proj"))
-    with pytest.raises(ModelError, match="no linear module"):
-        matched_modules(bare, "q_proj.*")
+    for wrong, message in (
+        ("q_proj.*", "no linear module"),
+        ("*_proj", "a regular expression"),
+        (".*attn.*", "linear modules only"),
+        (".*(q_proj|lm_head)", "lm_head"),
+        ((), "an empty list"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            matched_modules(bare, wrong)
     with pytest.raises(ModelError, match="lm_head"):
         matched_modules(bare, ("q_proj", "lm_head"))
 

@@ -33,7 +33,12 @@ def rendered() -> list[Rendered]:
 def curve(
     trainer_class: type[SFTTrainer], rows: Dataset, folder: Path, **settings: Any
 ) -> tuple[list[float], torch.Tensor]:
-    settings = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, **settings}
+    settings = {
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "activation_checkpointing": False,
+        **settings,
+    }
     config = SFTConfig(
         output_dir=str(folder),
         report_to="none",
@@ -44,7 +49,6 @@ def curve(
         lr_scheduler_type="constant",
         use_cpu=True,
         bf16=False,
-        activation_checkpointing=False,
         max_length=None,
         save_strategy="no",
         disable_tqdm=True,
@@ -85,6 +89,8 @@ def test_accumulation_and_checkpointing_change_speed_and_not_the_curve(
         SupervisedTrainer, rows, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4
     )
     assert accumulated == pytest.approx(plain, rel=1e-4)
+    checkpointed, _ = curve(SupervisedTrainer, rows, tmp_path, activation_checkpointing=True)
+    assert checkpointed == pytest.approx(plain, rel=1e-5)
 
 
 def test_our_defaults_suit_the_device_and_the_recipe_overrides_them(tmp_path: Path) -> None:
