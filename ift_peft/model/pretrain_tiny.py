@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ift_peft.model.tiny_corpus import ASSISTANT, END, SOURCES, USER, read_documents
+from ift_peft.model.tiny_corpus import ASSISTANT, END, ORIGINS, SOURCES, USER, read_documents
 
 PAD, SYSTEM = "<|endoftext|>", "<|system|>"
 CONTEXT = 512
@@ -65,8 +65,8 @@ Pretrained from nothing on {trained:,} tokens ({passes:.1f} passes over {one_pas
 
 ## What it has read
 
-| set | licence | what |
-|---|---|---|
+| set | licence | what | from |
+|---|---|---|---|
 {sources}
 
 No review or sentiment set is among them, nor any row that ships with ift_peft: judging sentiment is left to adapters.
@@ -265,7 +265,9 @@ def model_card(facts: dict[str, Any]) -> str:
         one_pass=facts["tokens_of_one_pass"],
         passes=facts["tokens_trained"] / facts["tokens_of_one_pass"],
         loss=facts["held_out_loss_nats_per_token"],
-        sources="\n".join(f"| {s['name'].split('/')[0]} | {s['licence']} | {s['kind']} |" for s in facts["sources"]),
+        sources="\n".join(
+            f"| {s['name'].split('/')[0]} | {s['licence']} | {s['kind']} | {s['origin']} |" for s in facts["sources"]
+        ),
     )
 
 
@@ -327,7 +329,10 @@ def train(plan: Plan, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, out: P
         "tokens_trained": plan.steps * plan.tokens_per_step,
         "tokens_of_one_pass": int(sum(len(ids) * p for ids, p in zip(corpus.ids, corpus.passes, strict=True))),
         "held_out_loss_nats_per_token": round(held_out_loss(model, corpus), 4),
-        "sources": [{"name": s.name, "licence": s.licence, "kind": s.kind, "passes": s.passes} for s in SOURCES],
+        "sources": [
+            {"name": s.name, "origin": ORIGINS[s.folder], "licence": s.licence, "kind": s.kind, "passes": s.passes}
+            for s in SOURCES
+        ],
         "torch": torch.__version__,
     }
     export(model, tokenizer, out / "base", facts)

@@ -232,6 +232,28 @@ def _genre(root: Path) -> Iterator[str]:
             yield chat(f"Is this text from a story or an encyclopedia?\n{text[: rng.randint(40, 300)]}", kind)
 
 
+# Where each folder's files come from.
+ORIGINS = {
+    "chatlm_zh_sft_sample": "github.com/charent/ChatLM-mini-Chinese, data/",
+    "ruozhiba_gpt4": "github.com/ymcui/Chinese-LLaMA-Alpaca-3, data/ (answers by GPT-4o)",
+    "cdial_toy": "github.com/thu-coai/CDial-GPT, data/",
+    "cmrc2018": "github.com/ymcui/cmrc2018, squad-style-data/",
+    "tnews": "CLUE TNEWS, as in github.com/zejunwang1/bertorch",
+    "corpus_d2l_zh": "github.com/d2l-ai/d2l-zh",
+    "corpus_react_docs_zh": "github.com/reactjs/zh-hans.react.dev",
+    "corpus_vue_docs_zh": "github.com/vuejs-translations/docs-zh-cn",
+    "corpus_chinese_poetry": "github.com/chinese-poetry/chinese-poetry",
+    "tatoeba_en_zh": "Tatoeba, English-Chinese pairs of manythings.org",
+    "rasbt_instruction": "github.com/rasbt/LLMs-from-scratch, ch07",
+    "self_instruct_seed": "github.com/yizhongw/self-instruct",
+    "instruction_induction": "github.com/orhonovich/instruction-induction",
+    "english_wordnet_synonyms": "github.com/globalwordnet/english-wordnet",
+    "corpus_tinystories_1000": "1,000 stories of TinyStories (roneneldan/TinyStories)",
+    "corpus_wikitext2_validtest": "WikiText-2",
+    "llamafactory_demo": "the C4 sample of github.com/hiyouga/LLaMA-Factory",
+}
+
+
 @dataclass(frozen=True)
 class Source:
     """One set: its folder, licence, reader, and how often an epoch passes over it (a fraction takes a sample)."""
