@@ -1,52 +1,55 @@
-"""Train a recipe and keep its scores beside its cost: the figures of the README's table.
+"""Keep a finished run's scores beside its cost and its command: the figures of the README's table.
 
-    python -m benchmarks.recipe_scores NAME RECIPE [section.key=value …]
+    ift train sentiment
+    python -m benchmarks.recipe_scores builtin runs/sentiment/latest
 
-The result is written to benchmarks/results/recipe_NAME.json. Overrides that name files are kept by file name only.
+The result is written to benchmarks/results/recipe_NAME.json. Of paths in overrides the last two parts are kept.
 """
 
 from __future__ import annotations
 
-import tempfile
-import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from benchmarks.record import write_result
-from ift_peft.console import ConsoleReporter, print_scores
-from ift_peft.recipe import load_recipe
-from ift_peft.train.run import train
+from ift_peft.console import print_scores
+from ift_peft.run_dir import open_run
+
+KEPT = (
+    "base",
+    "rows",
+    "parameters",
+    "steps",
+    "tokens_per_second",
+    "padding_share",
+    "notes",
+    "seconds",
+    "git",
+    "inputs",
+)
 
 
-def public(override: str) -> str:
-    """The override without the folders of this machine."""
-    key, _, value = override.partition("=")
-    return f"{key}={'/'.join(Path(value).parts[-2:])}" if "/" in value else override
+def public(argument: str) -> str:
+    """The argument without the folders of this machine."""
+    key, equals, value = argument.partition("=")
+    return f"{key}={'/'.join(Path(value).parts[-2:])}" if equals and "/" in value else argument
 
 
 def main(
     name: Annotated[str, typer.Argument(help="Name of the result.")],
-    recipe: Annotated[str, typer.Argument(help="A recipe's name or file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
+    run: Annotated[Path, typer.Argument(help="A finished run.")],
 ) -> None:
-    """Train, measure, and write down scores, time and throughput."""
-    loaded = load_recipe(recipe, overrides or ())
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        run = train(loaded, root=Path(folder), reporter=ConsoleReporter())
-        seconds = time.monotonic() - started
-        scores, manifest = run.read("scores.json"), run.read("manifest.json")
-    kept = ("base", "rows", "parameters", "steps", "tokens_per_second", "padding_share", "notes", "seconds")
+    """Write down a run's scores, time and throughput."""
+    opened = open_run(run)
+    scores, manifest = opened.read("scores.json"), opened.read("manifest.json")
     result = {
-        "recipe": recipe,
-        "overrides": [public(override) for override in overrides or ()],
+        "command": " ".join(map(public, manifest["command"])),
         "scores": scores,
-        **{key: manifest[key] for key in kept},
-        "wall_seconds": round(seconds, 1),
+        **{key: manifest[key] for key in KEPT},
     }
-    print_scores(scores, title=f"{name}: {scores['rows']} held-out rows, {seconds / 60:.1f} minutes")
+    print_scores(scores, title=f"{name}: {scores['rows']} held-out rows, {manifest['seconds'] / 60:.1f} minutes")
     typer.echo(f"written to {write_result(f'recipe_{name}', result)}")
 
 
