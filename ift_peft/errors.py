@@ -22,6 +22,7 @@ class Faults(IftPeftError):
         self.faults = tuple(faults)
         first = faults[0]
         super().__init__(expected=first.expected, found=first.found, fix=first.fix)
+        self.exit_code = first.exit_code
         self.args = ("\n\n".join(str(fault) for fault in faults),)
 
 
