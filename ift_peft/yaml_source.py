@@ -66,9 +66,10 @@ class YamlSource:
                 expected="a YAML value after =", found=f"{assignment!r} ({error})", fix="quote the value"
             ) from None
         target = self.values
-        for key in keys[:-1]:
+        for depth, key in enumerate(keys[:-1], start=1):
             if not isinstance(target.get(key), dict):
                 target[key] = {}
+                self.lines[keys[:depth]] = f"override {assignment!r}"
             target = target[key]
         target[keys[-1]] = value
         self.lines = {where: line for where, line in self.lines.items() if where[: len(keys)] != keys}
