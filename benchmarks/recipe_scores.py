@@ -33,8 +33,8 @@ KEPT = (
 
 def public(argument: str) -> str:
     """The argument without the folders of this machine."""
-    key, equals, value = argument.partition("=")
-    return f"{key}={'/'.join(Path(value).parts[-2:])}" if equals and "/" in value else argument
+    key, equals, value = argument.rpartition("=")
+    return f"{key}{equals}{'/'.join(Path(value).parts[-2:])}" if "/" in value else argument
 
 
 def main(
