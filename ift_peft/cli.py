@@ -143,22 +143,19 @@ def predict(
     Example: echo "The room was spotless." | ift predict runs/sentiment/latest
     """
     from ift_peft.infer.load import load_model, open_parts
-    from ift_peft.run_dir import open_run
+    from ift_peft.run_dir import json_lines, open_run, write_atomically
 
-    parts = open_parts(open_run(run))
-    model, _ = load_model(parts)
     if output_file is not None and not output_file.absolute().parent.is_dir():
         raise RunError(expected=f"the folder of {output_file}", found="none", fix="make it first")
-    items = _items_of_file(input_file) if input_file is not None else ({"text": text} for text in _texts(texts))
+    items = iter(_items_of_file(input_file)) if input_file is not None else ({"text": text} for text in _texts(texts))
+    parts = open_parts(open_run(run))
+    model, _ = load_model(parts)
     as_json = input_file is not None or output_file is not None
     if output_file is None:
         for line in _answers(model, parts, items, max_new_tokens, stream=not as_json and sys.stdout.isatty()):
             _print_answer(line, as_json=as_json)
         return
-    from ift_peft.run_dir import write_atomically
-
-    lines = list(_answers(model, parts, items, max_new_tokens, stream=False))
-    write_atomically(output_file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_atomically(output_file, json_lines(list(_answers(model, parts, items, max_new_tokens, stream=False))))
 
 
 def _texts(texts: list[str] | None) -> Iterator[str]:
@@ -182,7 +179,7 @@ def _texts(texts: list[str] | None) -> Iterator[str]:
             yield text
 
 
-def _items_of_file(path: Path) -> Iterator[dict[str, Any]]:
+def _items_of_file(path: Path) -> list[dict[str, Any]]:
     from ift_peft.data.rows import raise_faults
     from ift_peft.data.sources import read_source
 
@@ -195,7 +192,7 @@ def _items_of_file(path: Path) -> Iterator[dict[str, Any]]:
                 DataError(expected=fault, found=f"{', '.join(record.values)} at {record.where}", fix="repair it")
             )
     raise_faults(faults)
-    yield from (record.values for record in records)
+    return [record.values for record in records]
 
 
 def _fault_of_item(item: dict[str, Any]) -> str | None:

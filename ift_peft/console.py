@@ -24,14 +24,14 @@ class ConsoleReporter:
         self._bar: Progress | None = None
         self._task: Any = None
         self._name, self._total, self._detail = "", 0, ""
+        self._done: int | None = None
         self._started = self._printed = 0.0
 
     def note(self, text: str) -> None:
         err.print(f"  {text}", markup=False)
 
     def stage(self, text: str, total: int) -> None:
-        self._name, self._total, self._detail = text, total, ""
-        self._done: int | None = None
+        self._name, self._total, self._detail, self._done = text, total, "", None
         self._started = self._printed = time.monotonic()
         if err.is_terminal:
             columns = (

@@ -26,6 +26,12 @@ class Faults(IftPeftError):
         self.args = ("\n\n".join(str(fault) for fault in faults),)
 
 
+def raise_all(faults: Sequence[IftPeftError]) -> None:
+    """Raise nothing, the one fault, or all of them together."""
+    if faults:
+        raise Faults(faults) if len(faults) > 1 else faults[0]
+
+
 def first_line(error: BaseException) -> str:
     """Type and first line of another library's error, to be told inside one of ours."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

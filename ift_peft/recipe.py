@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ift_peft.errors import Faults, IftPeftError, RecipeError
+from ift_peft.errors import IftPeftError, RecipeError, raise_all
 from ift_peft.training_fields import RESERVED, fits, training_fields
 from ift_peft.yaml_source import Location, YamlSource, read_yaml
 
@@ -216,8 +216,7 @@ def validate(source: YamlSource) -> Recipe:
     training = source.values.get("training")
     if isinstance(training, dict):
         faults.extend(_training_faults(training, source))
-    if faults:
-        raise Faults(faults) if len(faults) > 1 else faults[0]
+    raise_all(faults)
     assert recipe is not None
     return recipe
 

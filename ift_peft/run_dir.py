@@ -10,7 +10,7 @@ import secrets
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -39,6 +39,11 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def json_lines(lines: Sequence[dict[str, Any]]) -> str:
+    """One JSON object a line, readable characters kept."""
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 class RunIsBusy(RunError):
@@ -83,11 +88,11 @@ class RunDir:
         write_atomically(self.path / name, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
     def write_lines(self, name: str, lines: list[dict[str, Any]]) -> None:
-        write_atomically(self.path / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        write_atomically(self.path / name, json_lines(lines))
 
     def append(self, name: str, line: dict[str, Any]) -> None:
         with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(json_lines([line]))
 
     def update_manifest(self, **entries: Any) -> None:
         self.write("manifest.json", {**self.read("manifest.json"), **entries})

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ift_peft.errors import Faults, RecipeError
+from ift_peft.errors import RecipeError, raise_all
 
 Location = tuple[str | int, ...]
 
@@ -118,8 +118,7 @@ def read_yaml(path: Path) -> YamlSource:
     source = YamlSource(name=str(path), values=values)
     repeated: list[RecipeError] = []
     _note_lines(node, (), source, repeated)
-    if repeated:
-        raise Faults(repeated) if len(repeated) > 1 else repeated[0]
+    raise_all(repeated)
     return source
 
 

@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ift_peft.data.fit import Fitted
 from ift_peft.data.render import Rendered
+from ift_peft.data.rows import Row
 from ift_peft.errors import MergeError
-from ift_peft.infer.likelihood import label_probabilities, pad, supervised_logits
+from ift_peft.evaluate.compare import predict_rows
+from ift_peft.infer.likelihood import pad, supervised_logits
 from ift_peft.infer.load import Parts, held_out_rows, load_model
 from ift_peft.model.base import DTYPES, choose_device, quiet
 from ift_peft.reporter import Reporter
@@ -51,12 +54,10 @@ def merge(parts: Parts, *, output: Path, dtype: str, reporter: Reporter) -> Merg
     if output.exists():
         raise MergeError(expected=f"no {output} yet", found="it exists", fix="remove it, or give another --output")
     held_out = held_out_rows(parts)
-    rows, rendered = held_out.rows, held_out.rendered
     model, _ = load_model(parts, quantization="none", compute_dtype="float32")
     reporter.stage("measuring adapter on unquantised base", 1)
-    expected = _last_logits(model, parts, rendered)
-    prompts = [row.prompt for row in rows]
-    labels = _label_numbers(model, parts, prompts)
+    expected = _last_logits(model, parts, held_out.rendered)
+    labels = _label_numbers(model, parts, held_out.rows)
     reporter.finish()
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.parent / f".{output.name}.{secrets.token_hex(4)}"
@@ -71,7 +72,7 @@ def merge(parts: Parts, *, output: Path, dtype: str, reporter: Reporter) -> Merg
         _save_tokenizer(parts, partial)
         del model, merged
         reporter.stage("measuring merged model, reloaded", 1)
-        result = _verify(parts, partial, output, dtype, rendered, expected, prompts, labels)
+        result = _verify(parts, partial, output, dtype, held_out, expected, labels)
         reporter.finish()
         _describe(parts, partial, result)
         for path in partial.iterdir():
@@ -102,33 +103,32 @@ def _verify(
     partial: Path,
     output: Path,
     dtype: str,
-    rendered: Sequence[Rendered],
+    held_out: Fitted,
     expected: list[torch.Tensor],
-    prompts: Sequence[Any],
     labels: list[int] | None,
 ) -> MergeResult:
     with quiet():
         reloaded = AutoModelForCausalLM.from_pretrained(
             partial, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True
         ).to(choose_device(parts.recipe.base.device))
-    found = _last_logits(reloaded, parts, rendered)
+    found = _last_logits(reloaded, parts, held_out.rendered)
     difference = float(torch.stack([(a - b).abs().max() for a, b in zip(expected, found, strict=True)]).max())
-    relabelled = _label_numbers(reloaded, parts, prompts)
+    relabelled = _label_numbers(reloaded, parts, held_out.rows)
     same = _agreement(labels, relabelled)
     if not difference <= BOUND[dtype]:
         raise MergeError(
             expected=f"logits within {BOUND[dtype]:g} of the adapter's after reloading the merged {dtype} model",
-            found=f"a difference of {difference:.3g} on {len(rendered)} held-out rows",
+            found=f"a difference of {difference:.3g} on {len(held_out.rows)} held-out rows",
             fix="merge with --dtype float32; nothing was written",
         )
-    if dtype == "float32" and same is not None and same < len(prompts):
+    if dtype == "float32" and same is not None and same < len(held_out.rows):
         raise MergeError(
             expected="the same label on every held-out row",
-            found=f"{len(prompts) - same} changed",
+            found=f"{len(held_out.rows) - same} changed",
             fix="nothing was written; is the base deterministic on this device?",
         )
     in_run = _labels_of_run(parts)
-    return MergeResult(output, dtype, len(rendered), difference, same, _agreement(in_run, relabelled))
+    return MergeResult(output, dtype, len(held_out.rows), difference, same, _agreement(in_run, relabelled))
 
 
 def _agreement(one: list[int] | None, other: list[int] | None) -> int | None:
@@ -146,11 +146,10 @@ def _labels_of_run(parts: Parts) -> list[int] | None:
     return chosen
 
 
-def _label_numbers(model: Any, parts: Parts, prompts: Sequence[Any]) -> list[int] | None:
+def _label_numbers(model: Any, parts: Parts, rows: Sequence[Row]) -> list[int] | None:
     if not parts.labels:
         return None
-    probabilities = label_probabilities(model, parts.renderer, prompts, parts.labels, batch_size=_BATCH)
-    return [int(index) for index in probabilities.argmax(axis=1)]
+    return predict_rows(model, parts.renderer, rows, parts.labels, batch_size=_BATCH, adapter=True).chosen
 
 
 @torch.no_grad()

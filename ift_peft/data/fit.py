@@ -63,7 +63,7 @@ def fit_rows(
                 rendered.append(ids)
             elif overlong == "drop":
                 dropped += 1
-            elif overlong == "truncate" and (shorter := shorten(row, renderer, max_length=max_length)) is not None:
+            elif overlong == "truncate" and (shorter := shorten(row, ids, renderer, max_length=max_length)) is not None:
                 kept.append(shorter[0])
                 rendered.append(shorter[1])
                 truncated += 1
@@ -104,8 +104,8 @@ def _too_long(row: Row, ids: Rendered, max_length: int, overlong: str) -> DataEr
     return DataError(expected=f"at most {max_length} tokens", found=f"{len(ids.input_ids)} at {row.where}", fix=fix)
 
 
-def shorten(row: Row, renderer: Renderer, *, max_length: int) -> tuple[Row, Rendered] | None:
-    """The row with the end of its longest user text cut until it fits; None where not even an empty text would."""
+def shorten(row: Row, ids: Rendered, renderer: Renderer, *, max_length: int) -> tuple[Row, Rendered] | None:
+    """The row, rendered as `ids`, with the end of its longest user text cut until it fits; None where none would."""
     index = max(
         (i for i, message in enumerate(row.messages) if message["role"] == "user"),
         key=lambda i: len(row.messages[i]["content"]),
@@ -114,7 +114,6 @@ def shorten(row: Row, renderer: Renderer, *, max_length: int) -> tuple[Row, Rend
     text = row.text if row.text is not None and row.text in content else content
     head, _, tail = content.rpartition(text)
     offsets = renderer.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    (ids,) = renderer.render([row.messages])
     keep = len(offsets)
     while keep > 0:
         keep -= max(1, len(ids.input_ids) - max_length)

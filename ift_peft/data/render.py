@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jinja2
@@ -119,7 +120,7 @@ class Renderer:
         self._check_prompts(conversations, rendered)
         return rendered
 
-    @property
+    @cached_property
     def end_token_id(self) -> int:
         """The last supervised token of any answer: where generation stops."""
         labels = [label for label in self.render([(*_QUESTION, _PROBE)])[0].labels if label != IGNORE]
@@ -222,18 +223,17 @@ class Renderer:
             if closing is None:
                 break
             body = shorter - len(closing)
-        answer = content.strip()
         stripped = start + len(text[start:body].rstrip())
         closed = body
         while token := next((token for token in self._specials if text.startswith(token, closed, end)), None):
             closed += len(token)
-        if not text.endswith(answer, start, stripped) or closed == body or stripped != body:
+        if not text.endswith(content, start, stripped) or closed == body or stripped != body:
             raise DataError(
                 expected="the chat template to end an answer with its text and a special token",
                 found=repr(text[max(start, end - 60) : end]),
                 fix="correct the template, or remove special tokens from the answer",
             )
-        first = body - len(answer)
+        first = body - len(content)
         return (first - 1 if first > start and text[first - 1] == " " else first, closed)
 
     def _check_prompts(self, conversations: Sequence[Sequence[Message]], rendered: Sequence[Rendered]) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ift_peft.data.sources import Record, folder_has_split, read_source
-from ift_peft.errors import DataError, Faults, IftPeftError
+from ift_peft.errors import DataError, IftPeftError, raise_all
 from ift_peft.recipe import Columns, Data
 
 Message = dict[str, str]
@@ -106,8 +106,6 @@ def read_rows_of(data: Data) -> list[Row]:
 
 def raise_faults(faults: Sequence[IftPeftError]) -> None:
     """Raise all faults as one error; beyond the first few only their number is told."""
-    if not faults:
-        return
     shown = list(faults[:SHOWN_FAULTS])
     if len(faults) > SHOWN_FAULTS:
         shown.append(
@@ -117,7 +115,7 @@ def raise_faults(faults: Sequence[IftPeftError]) -> None:
                 fix="repair these first",
             )
         )
-    raise Faults(shown) if len(shown) > 1 else shown[0]
+    raise_all(shown)
 
 
 def to_rows(records: Sequence[Record], data: Data, faults: list[IftPeftError]) -> list[Row]:

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from ift_peft.data.fit import Fitted, fit_rows
 from ift_peft.data.render import Renderer
 from ift_peft.data.rows import Message, Row, ask, read_rows_of
-from ift_peft.errors import Faults, RunError
-from ift_peft.model.base import load_base, quiet
+from ift_peft.errors import RunError, raise_all
+from ift_peft.model.base import load_section, quiet
 from ift_peft.model.tokenizer import BaseLocation, ensure_pad_token, load_tokenizer, locate_base
 from ift_peft.recipe import Data, Quantization, Recipe
 from ift_peft.run_dir import RunDir
@@ -80,8 +80,7 @@ def open_parts(run: RunDir) -> Parts:
         )
         if then != now
     ]
-    if faults:
-        raise Faults(faults) if len(faults) > 1 else faults[0]
+    raise_all(faults)
     return Parts(run, recipe, location, renderer, manifest.get("max_length"))
 
 
@@ -95,14 +94,7 @@ def load_model(
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (parts.run.adapter / name).is_file():
             raise RunError(expected=f"adapter/{name}", found=f"none in {parts.run.path}", fix="train again")
-    section = parts.recipe.base
-    base = load_base(
-        parts.location,
-        quantization=quantization or section.quantization,
-        double_quantization=section.double_quantization,
-        compute_dtype=compute_dtype or section.compute_dtype,
-        device=section.device,
-    )
+    base = load_section(parts.location, parts.recipe.base, quantization=quantization, compute_dtype=compute_dtype)
     with quiet():
         model = PeftModel.from_pretrained(base.model, parts.run.adapter)
     model.eval()

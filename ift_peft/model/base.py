@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from ift_peft.errors import ModelError, first_line
 from ift_peft.model.tokenizer import BaseLocation
-from ift_peft.recipe import Quantization
+from ift_peft.recipe import Base, Quantization
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -88,6 +88,19 @@ def load_base(
     model.eval()
     model.name_or_path = str(location.folder)  # PEFT looks here, not on the Hub, for the base's vocabulary size
     return LoadedBase(model, place, dtype, quantization, notes)
+
+
+def load_section(
+    location: BaseLocation, section: Base, *, quantization: Quantization | None = None, compute_dtype: str | None = None
+) -> LoadedBase:
+    """`load_base` as the recipe's section says; `quantization` and `compute_dtype` replace the section's."""
+    return load_base(
+        location,
+        quantization=quantization or section.quantization,
+        double_quantization=section.double_quantization,
+        compute_dtype=compute_dtype or section.compute_dtype,
+        device=section.device,
+    )
 
 
 def _quantization_config(quantization: Quantization, double: bool, dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import os
@@ -13,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,12 +23,12 @@ from trl import SFTConfig
 
 from ift_peft.data.fit import Fitted, fit_rows
 from ift_peft.data.render import Rendered, Renderer
-from ift_peft.data.rows import Row, read_rows
+from ift_peft.data.rows import read_rows
 from ift_peft.errors import RecipeError, RunError, TrainingError, first_line
-from ift_peft.evaluate.compare import Predictions, compare, predict_rows, prediction_lines
-from ift_peft.evaluate.metrics import Resampling
+from ift_peft.evaluate.compare import compare, prediction_lines
+from ift_peft.evaluate.run import measure, resampling
 from ift_peft.model.adapter import lora_config, matched_modules
-from ift_peft.model.base import LoadedBase, choose_device, choose_dtype, load_base, quiet, skeleton
+from ift_peft.model.base import LoadedBase, choose_device, choose_dtype, load_section, quiet, skeleton
 from ift_peft.model.tokenizer import BaseLocation, ensure_pad_token, load_tokenizer, locate_base
 from ift_peft.recipe import Recipe
 from ift_peft.reporter import Reporter
@@ -168,6 +168,7 @@ def _record_inputs(run: RunDir, prepared: Prepared) -> None:
         inputs=_inputs(prepared),
         base={"name": prepared.location.public_name, "revision": prepared.location.revision},
         template=prepared.renderer.origin,
+        generation_prompt=prepared.renderer.generation_prompt,
         max_length=prepared.max_length,
         rows={
             name: {
@@ -207,14 +208,7 @@ def _run(recipe: Recipe, prepared: Prepared, run: RunDir, reporter: Reporter, *,
 def _train_and_measure(
     recipe: Recipe, prepared: Prepared, run: RunDir, reporter: Reporter, checkpoint: Path | None
 ) -> None:
-    section = recipe.base
-    base = load_base(
-        prepared.location,
-        quantization=section.quantization,
-        double_quantization=section.double_quantization,
-        compute_dtype=section.compute_dtype,
-        device=section.device,
-    )
+    base = load_section(prepared.location, recipe.base)
     for note in (*prepared.notes, *base.notes):
         reporter.note(note)
     recorder = RunRecorder(run, reporter)
@@ -223,7 +217,9 @@ def _train_and_measure(
     reporter.note(
         f"{parameters[0]:,} of {parameters[1]:,} parameters are trained ({100 * parameters[0] / parameters[1]:.2f} %)"
     )
-    before = _measure(trainer.model, recipe, prepared, reporter, adapter=False)
+    rows, labels = prepared.test.rows, recipe.data.label_words
+    measuring = partial(measure, trainer.model, prepared.renderer, rows, labels, recipe.evaluation, reporter=reporter)
+    before = measuring(adapter=False)
     with stopping_on_signals(recorder):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.global_step < trainer.state.max_steps:
@@ -241,11 +237,10 @@ def _train_and_measure(
         )
     # The trainer wrapped the model's forward in autocast; before and after must be measured in the same arithmetic.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    after = _measure(trainer.model, recipe, prepared, reporter, adapter=True)
-    labels = recipe.data.label_words
-    scores = compare(prepared.test.rows, labels, before, after, _resampling(recipe))
+    after = measuring(adapter=True)
+    scores = compare(rows, labels, before, after, resampling(recipe.evaluation))
     run.write("scores.json", scores)
-    run.write_lines("predictions.jsonl", prediction_lines(prepared.test.rows, labels, before, after))
+    run.write_lines("predictions.jsonl", prediction_lines(rows, labels, before, after))
     _save_adapter(trainer, recipe, prepared, run, scores)
     run.update_manifest(
         notes=[*prepared.notes, *base.notes],
@@ -257,7 +252,6 @@ def _train_and_measure(
             tokens_per_second=round(recorder.tokens_per_second, 1),
             padding_share=round(1 - trainer.tokens_seen / trainer.padded_tokens_seen, 4),
         )
-    gc.collect()
 
 
 def _resume_command(run: RunDir) -> str:
@@ -301,28 +295,6 @@ def _trainer(
         ),
         callbacks=[recorder],
     )
-
-
-def _measure(model: Any, recipe: Recipe, prepared: Prepared, reporter: Reporter, *, adapter: bool) -> Predictions:
-    rows: Sequence[Row] = prepared.test.rows
-    labels = recipe.data.label_words
-    reporter.stage("measuring the adapter" if adapter else "measuring the base", len(rows) * max(1, len(labels)))
-    predictions = predict_rows(
-        model,
-        prepared.renderer,
-        rows,
-        labels,
-        batch_size=recipe.evaluation.per_device_eval_batch_size,
-        adapter=adapter,
-        progress=lambda done, total: reporter.advance(done),
-    )
-    reporter.finish()
-    return predictions
-
-
-def _resampling(recipe: Recipe) -> Resampling:
-    section = recipe.evaluation
-    return Resampling(section.bootstrap_samples, section.confidence, section.seed)
 
 
 def _save_adapter(
