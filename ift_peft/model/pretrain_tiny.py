@@ -272,17 +272,23 @@ def model_card(facts: dict[str, Any]) -> str:
 
 
 def restore(
-    plan: Plan, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], out: Path, *, planned: int | None
+    plan: Plan,
+    model: LlamaForCausalLM,
+    optimizers: list[torch.optim.Optimizer],
+    out: Path,
+    *,
+    planned: dict[str, Any] | None,
 ) -> int:
     """Load the state to go on from and return its step: 0 without one.
 
-    A run prolonged to more steps than `planned` goes back to where its decay began.
+    A run prolonged to more steps than were `planned` goes back to where its decay began, if it had.
     """
     for name in ("last.pt", "stable.pt"):
-        if not (out / name).exists():
+        if planned is None or not (out / name).exists():
             continue
         state = torch.load(out / name, weights_only=True)
-        if name == "stable.pt" or state["step"] <= plan.decay_from or plan.steps == planned:
+        constant = state["step"] <= min(plan.decay_from, planned["decay_from"])
+        if name == "stable.pt" or constant or plan.steps == planned["steps"]:
             model.load_state_dict(state["model"])
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
@@ -304,7 +310,7 @@ def train(plan: Plan, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, out: P
     """Run or continue `plan`, logging to `out`/log.jsonl and writing the finished base to `out`/base."""
     model = build_model(plan, tokenizer)
     optimizers = build_optimizers(model, plan)
-    first = restore(plan, model, optimizers, out, planned=_planned_steps(out))
+    first = restore(plan, model, optimizers, out, planned=_planned(out))
     (out / "plan.json").write_text(json.dumps(asdict(plan), indent=2) + "\n", "utf-8")
     step_loss = torch.compile(loss_of) if compiled else loss_of
     started, seen = time.monotonic(), 0
@@ -339,9 +345,10 @@ def train(plan: Plan, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, out: P
     typer.echo(json.dumps({k: facts[k] for k in ("parameters", "tokens_trained", "held_out_loss_nats_per_token")}))
 
 
-def _planned_steps(out: Path) -> int | None:
+def _planned(out: Path) -> dict[str, Any] | None:
     path = out / "plan.json"
-    return int(json.loads(path.read_text("utf-8"))["steps"]) if path.exists() else None
+    planned: dict[str, Any] | None = json.loads(path.read_text("utf-8")) if path.exists() else None
+    return planned
 
 
 def main(
