@@ -17,7 +17,8 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import Pipeline
 
 from benchmarks.record import write_result
-from ift_peft.data.rows import Row, read_rows
+from ift_peft.data.row import Row
+from ift_peft.data.rows import read_rows
 from ift_peft.evaluate.intervals import wilson
 from ift_peft.recipe import load_recipe
 

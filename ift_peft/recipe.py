@@ -4,128 +4,19 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
-from ift_peft.errors import IftPeftError, RecipeError, raise_all
+from ift_peft.errors import IftPeftError, RecipeError, first_line, raise_all
+from ift_peft.sections import DATA_SUFFIXES, Adapter, Base, Data, Evaluation, Section
 from ift_peft.training_fields import RESERVED, fits, training_fields
 from ift_peft.yaml_source import Location, YamlSource, read_yaml
 
-Quantization = Literal["none", "int8", "nf4", "fp4"]
-Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "columns"]
-DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
-Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
-
-
-class Base(Section):
-    model: str = "tiny"
-    """`tiny`, a folder in Hugging Face format, or a Hub id."""
-    revision: str | None = None
-    """Commit, tag or branch of a Hub id."""
-    quantization: Quantization = "none"
-    double_quantization: bool = True
-    """Quantise the scales of nf4 and fp4 as well (QLoRA, arXiv:2305.14314)."""
-    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """`auto`: float32 on CPU, bfloat16 on a GPU that has it, else float16."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-
-
-class Adapter(Section):
-    method: Literal["lora"] = "lora"
-    r: Count = 16
-    lora_alpha: Annotated[float, Field(gt=0)] = 32
-    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    target_modules: str | tuple[str, ...] = "all-linear"
-    """`all-linear`, a list of module name endings, or a regular expression on full module names."""
-    embeddings: bool = False
-    """Adapt the input embedding as well: for small bases, whose embeddings lack distinctions that the task needs."""
-    bias: Literal["none", "all", "lora_only"] = "none"
-    use_rslora: bool = False
-
-    @field_validator("target_modules", mode="before")
-    @classmethod
-    def _as_tuple(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
-
-
-class Columns(Section):
-    """Which columns of a table hold what: by name, or by number (from 0) in files without a header."""
-
-    text: str | int = "text"
-    label: str | int | None = None
-    answer: str | int | None = None
-
-
-class Data(Section):
-    train: str
-    """A file, a folder, or a Hub id."""
-    test: str | None = None
-    """Held-out rows; without it, `test_size` of the training rows are set aside."""
-    test_size: Fraction | Count = 0.2
-    train_split: str = "train"
-    """Split to take of a Hub id."""
-    test_split: str = "test"
-    seed: int = 0
-    max_train_rows: Count | None = None
-    """Take this many training rows, drawn with `seed`."""
-    max_test_rows: Count | None = None
-    format: Format = "auto"
-    columns: Columns = Columns()
-    header: bool = True
-    """Whether CSV and TSV files name their columns in the first line."""
-    system: str | None = None
-    instruction: str | None = None
-    """Asked of every row; `{text}` marks where the text goes, else it follows on a new line."""
-    labels: tuple[str, ...] | dict[str, str] | None = None
-    """The classes. A list also reads the integers 0, 1, … as positions in it; a mapping renames stored values."""
-    overlong: Literal["truncate", "drop", "error"] = "truncate"
-    """A row over `training.max_length`: cut its longest user text, leave it out, or stop. Answers are never cut."""
-
-    @field_validator("labels", mode="before")
-    @classmethod
-    def _label_words(cls, value: Any) -> Any:
-        words = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        if any(word is None or isinstance(word, bool) for word in words):
-            raise ValueError("words; quote null, true and false")
-        if isinstance(value, dict):
-            return {str(stored): str(word) for stored, word in value.items()}
-        return tuple(str(word) for word in value) if isinstance(value, list) else value
-
-    @field_validator("labels")
-    @classmethod
-    def _at_least_two_labels(cls, value: tuple[str, ...] | dict[str, str] | None) -> Any:
-        if value is None:
-            return value
-        words = list(value.values()) if isinstance(value, dict) else list(value)
-        if len(set(words)) < 2 or not all(word.strip() for word in words):
-            raise ValueError("at least two different, non-empty words")
-        if isinstance(value, tuple) and len(set(words)) != len(words):
-            raise ValueError("words that are each listed once")
-        return value
-
-    @property
-    def label_words(self) -> tuple[str, ...]:
-        """The classes in order, each once; empty where the task is not classification."""
-        if self.labels is None:
-            return ()
-        words = self.labels.values() if isinstance(self.labels, dict) else self.labels
-        return tuple(dict.fromkeys(words))
-
-
-class Evaluation(Section):
-    per_device_eval_batch_size: Count = 32
-    bootstrap_samples: Annotated[int, Field(ge=100)] = 2000
-    confidence: Fraction = 0.95
-    seed: int = 0
+YAML_SUFFIXES = (".yaml", ".yml")
 
 
 class Recipe(Section):
@@ -134,7 +25,7 @@ class Recipe(Section):
     base: Base = Base()
     adapter: Adapter = Adapter()
     data: Data
-    training: dict[str, Any] = {}
+    training: dict[str, Any] = Field(default_factory=dict)
     """Passed through to TRL's `SFTConfig` under its own names; what is refused is in docs/architecture.md."""
     evaluation: Evaluation = Evaluation()
 
@@ -161,7 +52,7 @@ def find_recipe(name: str) -> Path:
     if name in shipped:
         return shipped[name]
     path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
+    if path.suffix in YAML_SUFFIXES or path.is_file():
         return path
     near = difflib.get_close_matches(name, shipped, n=1)
     raise RecipeError(
@@ -178,31 +69,98 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises `RecipeError`, or `Faults` holding one for every fault.
     """
     path = find_recipe(name)
-    source = read_yaml(path)
+    source = _read(path, extended=())
     source.values.setdefault("name", path.stem)
-    _anchor_paths(source.values, path.resolve().parent, in_file=True)
     for override in overrides:
         source.override(override)
     _anchor_paths(source.values, Path.cwd(), in_file=False)
+    _read_pools(source.values, source)
     return validate(source)
 
 
+def _read(path: Path, *, extended: tuple[Path, ...]) -> YamlSource:
+    """The YAML of `path` laid over the recipe that it `extends`, if any, with paths made absolute."""
+    source = read_yaml(path)
+    _anchor_paths(source.values, path.resolve().parent, in_file=True)
+    parent = source.values.pop("extends", None)
+    if parent is None:
+        return source
+    chain = (*extended, path.resolve())
+    beside = path.parent / str(parent)
+    below = find_recipe(str(beside) if beside.is_file() else str(parent))
+    if below.resolve() in chain:
+        raise RecipeError(
+            expected="recipes that end in one that extends none", found=f"{parent!r} at {path} again", fix="break it"
+        )
+    return source.over(_read(below, extended=chain))
+
+
 def _anchor_paths(values: dict[str, Any], folder: Path, *, in_file: bool) -> None:
-    """Make relative paths absolute. Names of data files in a recipe are always meant relative to it; what else does
-    not exist, and may be a Hub id, is left for the reader to name.
+    """Make relative paths absolute. Names of files in a recipe are always meant relative to it; what else does not
+    exist, and may be a Hub id, is left for the reader to name.
     """
-    for section, keys in (("data", ("train", "test")), ("base", ("model",))):
-        entries = values.get(section)
-        if not isinstance(entries, dict):
+    for entries, key in _paths(values):
+        value = entries[key]
+        if value in ("tiny", "builtin"):
             continue
-        for key in keys:
-            value = entries.get(key)
-            if not isinstance(value, str) or value == "tiny":
-                continue
-            path = folder / Path(value).expanduser()
-            names_file = in_file and section == "data" and path.suffix.lower() in DATA_SUFFIXES
-            if path.exists() or names_file:
-                entries[key] = str(path.resolve())
+        path = folder / Path(value).expanduser()
+        names_file = in_file and key != "model" and path.suffix.lower() in (*DATA_SUFFIXES, *YAML_SUFFIXES)
+        if path.exists() or names_file:
+            entries[key] = str(path.resolve())
+
+
+def _paths(values: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """Container and key of every entry that may name a file."""
+    base, data, evaluation = (_section(values, name) for name in ("base", "data", "evaluation"))
+    sources = [source for source in data.get("sources") or () if isinstance(source, dict)]
+    perturbations = [_section(data, "augment"), _section(evaluation, "perturbation")]
+    places: list[tuple[Any, Any]] = [(base, "model"), (data, "train"), (data, "test")]
+    places += [(source, "train") for source in sources]
+    places += _pools(values)
+    for section in perturbations:
+        if isinstance(section.get("lexicons"), list):
+            places += [(section["lexicons"], index) for index in range(len(section["lexicons"]))]
+    for entries, key in places:
+        if isinstance(entries.get(key) if isinstance(entries, dict) else entries[key], str):
+            yield entries, key
+
+
+def _pools(values: dict[str, Any]) -> list[tuple[Any, Any]]:
+    data, evaluation = _section(values, "data"), _section(values, "evaluation")
+    places: list[tuple[Any, Any]] = [(evaluation, "unseen_instructions")]
+    for entries in [data, *(source for source in data.get("sources") or () if isinstance(source, dict))]:
+        places += [(entries, "instructions"), (_section(entries, "instructions"), "pool")]
+    return places
+
+
+def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    section = values.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _read_pools(values: dict[str, Any], source: YamlSource) -> None:
+    """Put the phrasings of a file in the place of its name, so that a run records them.
+
+    Raises `Faults` holding a `RecipeError` for every file that cannot be read.
+    """
+    faults: list[IftPeftError] = []
+    for entries, key in _pools(values):
+        name = entries.get(key)
+        if not isinstance(name, str):
+            continue
+        try:
+            text = Path(name).read_text("utf-8")
+            is_yaml = Path(name).suffix.lower() in YAML_SUFFIXES
+            entries[key] = yaml.safe_load(text) if is_yaml else [line for line in text.splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            faults.append(
+                RecipeError(
+                    expected=f"{key} to be a list, or a file of one phrasing a line or of YAML",
+                    found=f"{first_line(error)} ({name}, in {source.name})",
+                    fix="check the path; a recipe's is relative to its file, an override's to the working directory",
+                )
+            )
+    raise_all(faults)
 
 
 def validate(source: YamlSource) -> Recipe:

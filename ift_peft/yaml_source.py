@@ -46,6 +46,13 @@ class YamlSource:
                 return self.lines[location[:length]]
         return self.name
 
+    def over(self, below: YamlSource) -> YamlSource:
+        """This document laid over another: mappings are merged, everything else replaces; names come from this one."""
+        lines = dict(below.lines)
+        merged = _merge(below.values, self.values)
+        merged["name"] = self.values.get("name", Path(self.name).stem)
+        return YamlSource(self.name, merged, {**lines, **self.lines})
+
     def override(self, assignment: str) -> None:
         """Apply one `section.key=value`; the value is read as YAML, so `[a,b]`, `1e-4` and `true` work.
 
@@ -74,6 +81,14 @@ class YamlSource:
         target[keys[-1]] = value
         self.lines = {where: line for where, line in self.lines.items() if where[: len(keys)] != keys}
         self.lines[keys] = f"override {assignment!r}"
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
 
 
 def parse_value(text: str) -> Any:

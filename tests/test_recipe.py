@@ -68,7 +68,7 @@ def test_a_repeated_key_is_refused(tmp_path: Path) -> None:
         ("", "an empty file"),
         ("- a\n", "a list"),
         ("data: [\n", r"mine\.yaml:2"),
-        ("data: {}\n", "data.train to be set"),
+        ("data: {}\n", "either train or sources"),
     ],
 )
 def test_files_that_are_no_recipe_are_refused(tmp_path: Path, text: str, message: str) -> None:

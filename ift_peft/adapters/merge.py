@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ift_peft.data.fit import Fitted
 from ift_peft.data.render import Rendered
-from ift_peft.data.rows import Row
+from ift_peft.data.row import Row
 from ift_peft.errors import MergeError
 from ift_peft.evaluate.compare import predict_rows
 from ift_peft.infer.likelihood import pad, supervised_logits

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ift_peft.data.render import Rendered, Renderer, without_labels
-from ift_peft.data.rows import Row, raise_faults
+from ift_peft.data.row import Row
+from ift_peft.data.rows import raise_faults
 from ift_peft.errors import DataError, IftPeftError
 
 BATCH = 1000

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from ift_peft.data.rows import Message
+from ift_peft.data.row import Message
 from ift_peft.errors import DataError, IftPeftError, ModelError
 
 IGNORE = -100

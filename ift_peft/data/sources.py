@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ift_peft.errors import DataError, IftPeftError, first_line
-from ift_peft.recipe import DATA_SUFFIXES
+from ift_peft.sections import DATA_SUFFIXES
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 

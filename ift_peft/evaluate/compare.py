@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ift_peft.data.render import Renderer
-from ift_peft.data.rows import Row
+from ift_peft.data.row import Row
 from ift_peft.evaluate import metrics
 from ift_peft.evaluate.intervals import Floats
 from ift_peft.evaluate.metrics import Resampling

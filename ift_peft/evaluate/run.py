@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ift_peft.data.render import Renderer
-from ift_peft.data.rows import Row
+from ift_peft.data.row import Row
 from ift_peft.evaluate.compare import Predictions, compare, predict_rows
 from ift_peft.evaluate.metrics import Resampling
 from ift_peft.infer.load import held_out_rows, load_model, open_parts
-from ift_peft.recipe import Evaluation
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir
+from ift_peft.sections import Evaluation
 
 
 def measure(

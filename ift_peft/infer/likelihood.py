@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ift_peft.data.render import IGNORE, Rendered, Renderer
-from ift_peft.data.rows import Message
+from ift_peft.data.row import Message
 from ift_peft.errors import ModelError
 
 Progress = Callable[[int, int], None]  # rows done, rows in all

@@ -12,12 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 from ift_peft.data.fit import Fitted, fit_rows
 from ift_peft.data.render import Renderer
-from ift_peft.data.rows import Message, Row, ask, read_rows_of
+from ift_peft.data.row import Message, Row, ask
+from ift_peft.data.rows import read_rows_of
 from ift_peft.errors import RunError, raise_all
 from ift_peft.model.base import load_section, quiet
 from ift_peft.model.tokenizer import BaseLocation, ensure_pad_token, load_tokenizer, locate_base
-from ift_peft.recipe import Data, Quantization, Recipe
+from ift_peft.recipe import Recipe
 from ift_peft.run_dir import RunDir
+from ift_peft.sections import Data, Quantization
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from ift_peft.data.rows import Message
+from ift_peft.data.row import Message
 from ift_peft.infer.likelihood import label_probabilities
 from ift_peft.infer.load import Parts
 

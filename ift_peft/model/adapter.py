@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ift_peft.errors import ModelError
-from ift_peft.recipe import Adapter
+from ift_peft.sections import Adapter
 
 
 def lora_config(adapter: Adapter, model: PreTrainedModel, *, base_name: str, revision: str | None) -> LoraConfig:

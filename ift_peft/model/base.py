@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from ift_peft.errors import ModelError, first_line
 from ift_peft.model.tokenizer import BaseLocation
-from ift_peft.recipe import Base, Quantization
+from ift_peft.sections import Base, Quantization
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

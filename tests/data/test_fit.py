@@ -5,7 +5,7 @@ from transformers import AutoTokenizer
 
 from ift_peft.data.fit import fit_rows
 from ift_peft.data.render import IGNORE, Renderer
-from ift_peft.data.rows import Row, ask
+from ift_peft.data.row import Row, ask
 from ift_peft.errors import DataError, Faults
 from ift_peft.model.tokenizer import TINY
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from ift_peft.data.rows import Row, read_rows, read_rows_of, split_rows
+from ift_peft.data.row import Row
+from ift_peft.data.rows import read_rows, read_rows_of, split_rows
 from ift_peft.errors import DataError, Faults
-from ift_peft.recipe import Columns, Data
+from ift_peft.sections import Columns, Data
 
 
 def rows_of(tmp_path: Path, records: list[dict[str, Any]], **options: Any) -> list[Row]:

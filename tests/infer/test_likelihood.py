@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ift_peft.data.render import IGNORE, Renderer
-from ift_peft.data.rows import ask
+from ift_peft.data.row import ask
 from ift_peft.infer.likelihood import answer_likelihoods, label_probabilities, pad, supervised_logits
 from ift_peft.model.tokenizer import TINY
 

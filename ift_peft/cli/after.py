@@ -1,0 +1,69 @@
+"""Commands on a finished run: evaluate, merge."""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ift_peft.cli.app import RunArgument, app, errors_to_exit_codes
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@app.command()
+@errors_to_exit_codes
+def evaluate(
+    run: RunArgument,
+    data: Annotated[Path | None, typer.Option(help="Other rows, in the form that the run's recipe reads.")] = None,
+) -> None:
+    """Measure base and adapter of a run again, on its own held-out rows or on others.
+
+    Example: ift evaluate runs/sentiment/latest --data more_reviews.jsonl
+    """
+    from ift_peft.console import ConsoleReporter, print_scores
+    from ift_peft.evaluate.run import evaluate_run
+    from ift_peft.run_dir import open_run
+
+    opened = open_run(run)
+    scores = evaluate_run(opened, data=data, reporter=ConsoleReporter())
+    print_scores(scores, title=f"{opened.recipe().name}: {scores['rows']} rows of {data or 'its held-out set'}")
+
+
+@app.command()
+@errors_to_exit_codes
+def merge(
+    run: RunArgument,
+    output: Annotated[Path | None, typer.Option(help="Folder to write; by default RUN/merged.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Type of the merged weights.")] = Dtype.float32,
+) -> None:
+    """Merge a run's adapter into its unquantised base, reload it, and compare.
+
+    Example: ift merge runs/sentiment/latest --output sentiment-merged
+    """
+    from ift_peft.adapters.merge import merge as merge_run
+    from ift_peft.console import ConsoleReporter, out
+    from ift_peft.infer.load import open_parts
+    from ift_peft.run_dir import open_run
+
+    opened = open_run(run)
+    parts = open_parts(opened)
+    result = merge_run(parts, output=output or opened.path / "merged", dtype=dtype.value, reporter=ConsoleReporter())
+    lines = [
+        f"merged   {os.path.relpath(result.folder)} ({result.dtype})",
+        f"logits   at most {result.max_logit_difference:.2e} from the adapter's on {result.rows} held-out rows",
+    ]
+    if result.same_labels is not None:
+        lines.append(f"labels   {result.same_labels} of {result.rows} as with the adapter on the unquantised base")
+    if result.same_labels_as_run is not None and parts.recipe.base.quantization != "none":
+        lines.append(
+            f"         {result.same_labels_as_run} of {result.rows} as in the run over {parts.recipe.base.quantization}"
+        )
+    out.print("\n".join(lines), markup=False)

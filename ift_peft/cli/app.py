@@ -1,0 +1,60 @@
+"""The application and what its commands share."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, ParamSpec
+
+import typer
+
+from ift_peft.errors import IftPeftError, RunError
+
+P = ParamSpec("P")
+RUNS = Path("runs")
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Parameter-efficient instruction fine-tuning: one recipe in, one proven adapter out.\n\n"
+    'Example: ift train sentiment, then ift predict runs/sentiment/latest "这个产品真的很好，我非常满意。"',
+)
+
+RunArgument = Annotated[Path, typer.Argument(help="A run folder, e.g. runs/sentiment/latest.")]
+RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Folder of all runs.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="section.key=value, e.g. training.learning_rate=1e-4 base.model=Qwen/Qwen3-0.6B"),
+]
+
+
+def errors_to_exit_codes(command: Callable[P, None]) -> Callable[P, None]:
+    @wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        from ift_peft.console import err, print_error
+
+        try:
+            command(*args, **kwargs)
+        except IftPeftError as error:
+            print_error(error)
+            raise typer.Exit(error.exit_code) from None
+        except BrokenPipeError:  # the reader of our output went away, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError as error:
+            print_error(
+                RunError(
+                    expected="files that can be read and written", found=str(error), fix="check path, rights and space"
+                )
+            )
+            raise typer.Exit(RunError.exit_code) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        finally:
+            err.show_cursor(True)
+
+    return wrapped

@@ -1,0 +1,138 @@
+"""The command predict: texts in, answers out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ift_peft.cli.app import RunArgument, app, errors_to_exit_codes
+from ift_peft.errors import DataError, IftPeftError, RunError
+
+BATCH = 256  # lines of a file answered at a time
+
+
+@app.command()
+@errors_to_exit_codes
+def predict(
+    run: RunArgument,
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts; without any, lines of standard input.")] = None,
+    input_file: Annotated[
+        Path | None, typer.Option("--input", help='JSONL file of {"text": …} or {"messages": […]}.')
+    ] = None,
+    output_file: Annotated[Path | None, typer.Option("--output", help="Write JSONL here instead of printing.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest generated answer, in tokens.", min=1)] = 256,
+) -> None:
+    """Answer texts with a run: labels with probabilities for classification, generated text otherwise.
+
+    Example: echo "The room was spotless." | ift predict runs/sentiment/latest
+    """
+    from ift_peft.infer.load import load_model, open_parts
+    from ift_peft.run_dir import json_lines, open_run, write_atomically
+
+    if output_file is not None and not output_file.absolute().parent.is_dir():
+        raise RunError(expected=f"the folder of {output_file}", found="none", fix="make it first")
+    items = iter(_items_of_file(input_file)) if input_file is not None else ({"text": text} for text in _texts(texts))
+    parts = open_parts(open_run(run))
+    model, _ = load_model(parts)
+    as_json = input_file is not None or output_file is not None
+    if output_file is None:
+        for line in _answers(model, parts, items, max_new_tokens, stream=not as_json and sys.stdout.isatty()):
+            _print_answer(line, as_json=as_json)
+        return
+    write_atomically(output_file, json_lines(list(_answers(model, parts, items, max_new_tokens, stream=False))))
+
+
+def _texts(texts: list[str] | None) -> Iterator[str]:
+    if texts:
+        yield from texts
+        return
+    if sys.stdin.isatty():
+        from ift_peft.console import err
+
+        err.print("reading texts from standard input, one a line", style="dim")
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        try:
+            text = line.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                expected="UTF-8 text",
+                found=f"byte {line[error.start]:#04x} in line {number} of standard input",
+                fix="convert it: iconv -f GB18030 -t UTF-8",
+            ) from None
+        if text.strip():
+            yield text
+
+
+def _items_of_file(path: Path) -> list[dict[str, Any]]:
+    from ift_peft.data.rows import raise_faults
+    from ift_peft.data.sources import read_source
+
+    faults: list[IftPeftError] = []
+    records = read_source(str(path), faults)
+    for record in records:
+        fault = _fault_of_item(record.values)
+        if fault is not None:
+            faults.append(
+                DataError(expected=fault, found=f"{', '.join(record.values)} at {record.where}", fix="repair it")
+            )
+    raise_faults(faults)
+    return [record.values for record in records]
+
+
+def _fault_of_item(item: dict[str, Any]) -> str | None:
+    """What was expected of an item of a file, if it is not that. The answer itself must not be part of the question."""
+    if "messages" not in item:
+        return None if isinstance(item.get("text"), str) else "text or messages"
+    messages = item["messages"]
+    whole = isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    )
+    return (
+        None
+        if whole and messages and messages[-1]["role"] == "user"
+        else "messages of {role, content} ending with the user's"
+    )
+
+
+def _answers(
+    model: Any, parts: Any, items: Iterator[dict[str, Any]], max_new_tokens: int, *, stream: bool
+) -> Iterator[dict[str, Any]]:
+    from ift_peft.console import stream as write
+    from ift_peft.infer.predict import answer_all
+
+    def ask_all(batch: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        prompts = [item["messages"] if "messages" in item else parts.prompt_of(item["text"]) for item in batch]
+        answers = answer_all(
+            model, parts, prompts, max_new_tokens=max_new_tokens, on_text=write if stream and not parts.labels else None
+        )
+        for item, answer in zip(batch, answers, strict=True):
+            shown = {"streamed": True} if stream and not parts.labels else {}
+            yield {"text": item.get("text", ""), **answer.to_json(), **shown}
+
+    batch: list[dict[str, Any]] = []
+    size = BATCH if not sys.stdin.isatty() else 1
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield from ask_all(batch)
+            batch = []
+    yield from ask_all(batch)
+
+
+def _print_answer(line: dict[str, Any], *, as_json: bool) -> None:
+    from ift_peft.console import stream
+
+    if as_json:
+        stream(json.dumps(line, ensure_ascii=False) + "\n")
+    elif line.pop("streamed", False):
+        stream("\n")
+    elif "probabilities" in line:
+        probabilities = "  ".join(f"{label} {p:.3f}" for label, p in line["probabilities"].items())
+        stream(f"{line['answer']}\t{probabilities}\t{line['text']}\n")
+    else:
+        stream(f"{line['answer']}\n")

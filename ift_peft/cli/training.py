@@ -1,0 +1,95 @@
+"""Commands that make and list runs: train, recipes, runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ift_peft.cli.app import RUNS, Overrides, RunsDir, app, errors_to_exit_codes
+from ift_peft.errors import RecipeError
+
+
+@app.command()
+@errors_to_exit_codes
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="A shipped recipe's name or a YAML file.")] = None,
+    overrides: Overrides = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with this unfinished run instead.")] = None,
+    runs_dir: RunsDir = RUNS,
+) -> None:
+    """Train a recipe, measure it before and after, and write the run.
+
+    Example: ift train sentiment training.num_train_epochs=2
+    """
+    from ift_peft.console import ConsoleReporter, err, out, print_scores
+    from ift_peft.recipe import load_recipe
+    from ift_peft.run_dir import open_run
+
+    if (recipe is None) == (resume is None):
+        raise RecipeError(
+            expected="a recipe or --resume RUN", found="both" if recipe else "neither", fix="ift train sentiment"
+        )
+    loaded = load_recipe(recipe, overrides or ()) if recipe is not None else None
+    err.print("loading torch, transformers, peft, trl …", style="dim")
+    from ift_peft.train import run as training
+
+    reporter = ConsoleReporter()
+    if loaded is not None:
+        run = training.train(loaded, root=runs_dir, reporter=reporter)
+    else:
+        assert resume is not None
+        run = training.resume(open_run(resume, finished=False), reporter=reporter)
+    name, scores = run.recipe().name, run.read("scores.json")
+    print_scores(scores, title=f"{name}: {scores['rows']} held-out rows")
+    folder = os.path.relpath(run.path.parent / "latest" if resume is None else run.path)
+    out.print(
+        f"run      {os.path.relpath(run.path)}\npredict  ift predict {folder} TEXT\nmerge    ift merge {folder}",
+        markup=False,
+    )
+
+
+@app.command()
+@errors_to_exit_codes
+def recipes(
+    show: Annotated[str | None, typer.Option(help="Print this recipe's YAML.")] = None,
+) -> None:
+    """List the recipes that ship, with a line each.
+
+    Example: ift recipes --show sentiment
+    """
+    from ift_peft.console import out
+    from ift_peft.recipe import find_recipe, load_recipe, shipped_recipes
+
+    if show is not None:
+        out.print(find_recipe(show).read_text("utf-8"), markup=False, end="")
+        return
+    for name in shipped_recipes():
+        out.print(f"{name:<20} {load_recipe(name).description}", markup=False)
+
+
+@app.command()
+@errors_to_exit_codes
+def runs(runs_dir: RunsDir = RUNS) -> None:
+    """List runs with their status and scores.
+
+    Example: ift runs --runs-dir runs
+    """
+    from rich.table import Table
+
+    from ift_peft.console import out
+    from ift_peft.run_dir import list_runs
+
+    table = Table(show_header=True)
+    for heading in ("run", "status", "base model", "metric", "base", "adapter", "rows"):
+        table.add_column(heading)
+    for run in list_runs(runs_dir):
+        manifest = run.read("manifest.json")
+        scores = run.read("scores.json") if (run.path / "scores.json").is_file() else {}
+        metric = next(iter(scores.get("adapter", {})), "")
+        cells = [f"{scores[who][metric]['value']:.3f}" if metric else "" for who in ("base", "adapter")]
+        base = manifest.get("base", {}).get("name", "")
+        table.add_row(os.path.relpath(run.path), manifest["status"], base, metric, *cells, str(scores.get("rows", "")))
+    out.print(table)

@@ -1,0 +1,321 @@
+"""The sections of a recipe, as frozen models: what can be set, and what each setting means. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Quantization = Literal["none", "int8", "nf4", "fp4"]
+Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "columns"]
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
+Language = Literal["zh", "en"]
+Action = Literal["off", "warn", "drop", "stop"]
+Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
+Count = Annotated[int, Field(ge=1)]
+Labels = tuple[str, ...] | dict[str, str]
+Pool = tuple[str, ...] | dict[Language, tuple[str, ...]]
+"""Phrasings of one instruction: the same for every row, or by the language of its text."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
+
+
+class Base(Section):
+    model: str = "tiny"
+    """`tiny`, a folder in Hugging Face format, or a Hub id."""
+    revision: str | None = None
+    """Commit, tag or branch of a Hub id."""
+    quantization: Quantization = "none"
+    double_quantization: bool = True
+    """Quantise the scales of nf4 and fp4 as well (QLoRA, arXiv:2305.14314)."""
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto`: float32 on CPU, bfloat16 on a GPU that has it, else float16."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class Adapter(Section):
+    method: Literal["lora"] = "lora"
+    r: Count = 16
+    lora_alpha: Annotated[float, Field(gt=0)] = 32
+    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """`all-linear`, a list of module name endings, or a regular expression on full module names."""
+    embeddings: bool = False
+    """Adapt the input embedding as well: for small bases, whose embeddings lack distinctions that the task needs."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool = False
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class Columns(Section):
+    """Which columns of a table hold what: by name, by number (from 0) in files without a header, or `answers.0.text`.
+
+    `text` may be made of several: `"{context}\\n问题：{question}"`.
+    """
+
+    text: str | int = "text"
+    label: str | int | None = None
+    answer: str | int | None = None
+
+
+class Instructions(Section):
+    """Several phrasings of one instruction, so that the adapter learns the task and not its wording."""
+
+    pool: Pool
+    """A list, or a list for each language; in a recipe also a file: one phrasing a line, or YAML of either form."""
+    hold_out: Annotated[int, Field(ge=0)] = 0
+    """Train on all but this many, drawn with `seed`; those are measured as unseen."""
+    position: Literal["before", "after"] = "before"
+    """Where a phrasing without `{text}` stands. `{labels}` becomes the list of the classes."""
+    draw: Literal["epoch", "row"] = "epoch"
+    """Draw a phrasing for each row anew in every epoch, or once."""
+    seed: int = 0
+
+    @field_validator("pool")
+    @classmethod
+    def _distinct(cls, value: Pool) -> Pool:
+        return distinct(value)
+
+
+class Noise(Section):
+    """Slips of the hand, each as the share of characters (letters or Han) it befalls."""
+
+    insert: Rate = 0.0
+    """A neighbouring character doubled or a letter next to it on the keyboard typed as well."""
+    delete: Rate = 0.0
+    swap: Rate = 0.0
+    """Two neighbouring characters exchanged."""
+    confuse: Rate = 0.0
+    """Another character of like sound or shape, or a neighbouring key."""
+    spacing: Rate = 0.0
+    """White space and punctuation doubled, dropped, or of the other width."""
+
+
+class Perturbation(Section):
+    """Changes to a text that keep what it says. Label words, negations, names and numbers are never touched."""
+
+    synonyms: Rate = 0.0
+    """Share of the words with a synonym that are replaced."""
+    lexicons: tuple[str, ...] = ("builtin",)
+    """`builtin`, and files in the form of Cilin (`Aa01A01= 人 士 …`) or WordNet (JSONL with pos and members)."""
+    noise: Noise = Noise()
+    seed: int = 0
+
+
+class Augment(Perturbation):
+    """Changed copies of training rows, added to them."""
+
+    copies: Count = 1
+    """Changed copies of each row."""
+
+
+class Quality(Section):
+    """What to do with each kind of finding: `off`, `warn`, `drop` the training rows found, or `stop`."""
+
+    exact_duplicates: Action = "warn"
+    near_duplicates: Action = "warn"
+    leakage: Action = "warn"
+    """Training rows equal or nearly equal to held-out ones."""
+    contradictions: Action = "warn"
+    """Equal prompts with different labels."""
+    mislabelled: Action = "warn"
+    """Rows that a cross-validated classifier finds mislabelled (confident learning, arXiv:1911.00068)."""
+    overlong: Action = "warn"
+    imbalance: Literal["off", "warn", "stop"] = "warn"
+    characters: Action = "warn"
+    """Control characters, replacement characters, wrongly decoded text."""
+    language: Action = "warn"
+    personal_data: Action = "warn"
+    near_threshold: Fraction = 0.8
+    """Jaccard similarity of character trigrams from which two texts are near duplicates."""
+    imbalance_ratio: Annotated[float, Field(gt=1)] = 10.0
+    """Largest class over smallest from which it is a finding."""
+    languages: tuple[Language, ...] = ()
+    """Languages that rows may be in; empty: any."""
+    redact: bool = False
+    """Replace personal data in training rows by a word for its kind."""
+    seed: int = 0
+
+
+class Source(Section):
+    """One of several sources of training rows; what is not set here is as in `data`."""
+
+    train: str
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How often each of its rows is seen in an epoch; a fraction draws that share of them anew in every epoch."""
+    test: str | None = None
+    train_split: str | None = None
+    test_split: str | None = None
+    format: Format | None = None
+    records: str | None = None
+    columns: Columns | None = None
+    header: bool | None = None
+    system: str | None = None
+    instruction: str | None = None
+    instructions: Instructions | None = None
+    labels: Labels | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, values: Any) -> Any:
+        return with_pool(values)
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _label_words(cls, value: Any) -> Any:
+        return as_labels(value)
+
+    @field_validator("labels")
+    @classmethod
+    def _at_least_two_labels(cls, value: Labels | None) -> Labels | None:
+        return None if value is None else distinct_labels(value)
+
+
+class Data(Section):
+    train: str | None = None
+    """A file, a folder, or a Hub id."""
+    sources: tuple[Source, ...] = ()
+    """Several sources in place of `train`."""
+    test: str | None = None
+    """Held-out rows; without it, `test_size` of the training rows are set aside."""
+    test_size: Fraction | Count = 0.2
+    train_split: str = "train"
+    """Split to take of a Hub id."""
+    test_split: str = "test"
+    seed: int = 0
+    max_train_rows: Count | None = None
+    """Take this many training rows, drawn with `seed`."""
+    max_test_rows: Count | None = None
+    format: Format = "auto"
+    records: str | None = None
+    """Where the rows lie inside each record, as `paragraphs.qas`; fields on the way there are theirs as well."""
+    columns: Columns = Columns()
+    header: bool = True
+    """Whether CSV and TSV files name their columns in the first line."""
+    system: str | None = None
+    instruction: str | None = None
+    """Asked of every row; `{text}` marks where the text goes, else it follows on a new line."""
+    instructions: Instructions | None = None
+    """Several phrasings in place of one; a list or a file stands for its `pool`."""
+    augment: Augment | None = None
+    quality: Quality | None = None
+    """Checks before training; `ift check` does them all."""
+    streaming: bool = False
+    """Read, check and tokenise training rows piece by piece, for sets larger than memory; needs `test`."""
+    labels: Labels | None = None
+    """The classes. A list also reads the integers 0, 1, … as positions in it; a mapping renames stored values."""
+    overlong: Literal["truncate", "drop", "error"] = "truncate"
+    """A row over `training.max_length`: cut its longest user text, leave it out, or stop. Answers are never cut."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, values: Any) -> Any:
+        return with_pool(values)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        faults = []
+        if (self.train is None) == (not self.sources):
+            faults.append("either train or sources")
+        if self.instruction is not None and self.instructions is not None:
+            faults.append("either instruction or instructions")
+        if self.streaming and self.test is None:
+            faults.append("data.test to be set where rows are streamed")
+        if self.streaming and (self.max_train_rows or self.quality):
+            faults.append("no max_train_rows and no quality where rows are streamed: both need all rows at once")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _label_words(cls, value: Any) -> Any:
+        return as_labels(value)
+
+    @field_validator("labels")
+    @classmethod
+    def _at_least_two_labels(cls, value: Labels | None) -> Labels | None:
+        return None if value is None else distinct_labels(value)
+
+    def by_source(self) -> list[tuple[Data, float]]:
+        """The section of each source with its weight, as if that source were the only one."""
+        if not self.sources:
+            return [(self, 1.0)]
+        parts = []
+        for source in self.sources:
+            own = {name: value for name, value in source if value is not None and name != "weight"}
+            if source.instruction is not None or source.instructions is not None:
+                own = {"instruction": None, "instructions": None, **own}
+            parts.append((self.model_copy(update={"sources": (), "test": None, **own}), source.weight))
+        return parts
+
+    @property
+    def label_words(self) -> tuple[str, ...]:
+        """The classes in order, each once; empty where the task is not classification."""
+        if self.labels is None:
+            return ()
+        words = self.labels.values() if isinstance(self.labels, dict) else self.labels
+        return tuple(dict.fromkeys(words))
+
+
+class Evaluation(Section):
+    unseen_instructions: Pool | None = None
+    """Phrasings that training never uses; the score with each is measured beside the score with the trained ones."""
+    max_unseen_rows: Count | None = None
+    """Ask them of this many held-out rows, drawn with `seed`."""
+    perturbation: Perturbation | None = None
+    """Measure on held-out texts changed like this as well."""
+    per_device_eval_batch_size: Count = 32
+    bootstrap_samples: Annotated[int, Field(ge=100)] = 2000
+    confidence: Fraction = 0.95
+    seed: int = 0
+
+    @field_validator("unseen_instructions")
+    @classmethod
+    def _distinct(cls, value: Pool | None) -> Pool | None:
+        return None if value is None else distinct(value)
+
+
+def distinct(pool: Pool) -> Pool:
+    """`pool`, where it holds phrasings and each once. Raises `ValueError` otherwise."""
+    lists = list(pool.values()) if isinstance(pool, dict) else [pool]
+    for phrasings in lists:
+        if not phrasings or len(set(phrasings)) != len(phrasings) or not all(phrase.strip() for phrase in phrasings):
+            raise ValueError("phrasings that are each listed once")
+    return pool
+
+
+def with_pool(values: Any) -> Any:
+    """`instructions` given as a list, or by language, as an `Instructions` section."""
+    if not isinstance(values, dict):
+        return values
+    given = values.get("instructions")
+    by_language = isinstance(given, dict) and bool(given) and set(given) <= set(get_args(Language))
+    return {**values, "instructions": {"pool": given}} if isinstance(given, list | tuple) or by_language else values
+
+
+def as_labels(value: Any) -> Any:
+    """Label words as strings. Raises `ValueError` for null, true and false, which YAML makes of unquoted words."""
+    words = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if any(word is None or isinstance(word, bool) for word in words):
+        raise ValueError("words; quote null, true and false")
+    if isinstance(value, dict):
+        return {str(stored): str(word) for stored, word in value.items()}
+    return tuple(str(word) for word in value) if isinstance(value, list) else value
+
+
+def distinct_labels(labels: Labels) -> Labels:
+    """`labels`, where they are at least two different words. Raises `ValueError` otherwise."""
+    words = list(labels.values()) if isinstance(labels, dict) else list(labels)
+    if len(set(words)) < 2 or not all(word.strip() for word in words):
+        raise ValueError("at least two different, non-empty words")
+    if isinstance(labels, tuple) and len(set(words)) != len(words):
+        raise ValueError("words that are each listed once")
+    return labels
