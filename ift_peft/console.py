@@ -85,8 +85,33 @@ def print_scores(scores: dict[str, Any], *, title: str) -> None:
         )
     out.print(table)
     out.print(f"\n{scores['intervals']};\nthe change is paired: both on the same resampled rows\n", markup=False)
+    _print_probes(scores)
     if "confusion" in scores:
         _print_confusion(scores["confusion"])
+
+
+def _print_probes(scores: dict[str, Any]) -> None:
+    """The same metric where rows were asked in unseen words, or their text was changed."""
+    probes = {name: scores[name] for name in ("unseen", "perturbed") if name in scores}
+    if not probes:
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("", "base", "adapter", "change"):
+        table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
+    for name, probe in probes.items():
+        (metric,) = probe["adapter"]
+        title = f"{metric}, {name}"
+        if "phrasings" in probe:
+            title = f"{metric}, {len(probe['phrasings'])} unseen phrasings"
+        elif name == "perturbed":
+            title = f"{metric}, perturbed text"
+        cells = (_cell(probe[who].get(metric), signed=who == "change") for who in ("base", "adapter", "change"))
+        table.add_row(title, *cells)
+        if "spread" in probe:
+            best = (f"{probe['spread'][who]:.3f}" for who in ("base", "adapter"))
+            table.add_row("  best minus worst", *best, "")
+    out.print(table)
+    out.print()
 
 
 def _cell(part: dict[str, float] | None, *, signed: bool) -> str:

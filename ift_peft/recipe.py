@@ -43,7 +43,8 @@ def recipes_root() -> Path:
 
 def shipped_recipes() -> dict[str, Path]:
     """Recipe name to file, for every recipe that ships."""
-    return {path.stem: path for path in sorted(recipes_root().rglob("*.yaml"))}
+    root = recipes_root()
+    return {path.stem: path for path in sorted(root.rglob("*.yaml")) if path.relative_to(root).parts[0] != "data"}
 
 
 def find_recipe(name: str) -> Path:

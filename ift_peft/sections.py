@@ -228,8 +228,8 @@ class Data(Section):
             faults.append("either instruction or instructions")
         if self.streaming and self.test is None:
             faults.append("data.test to be set where rows are streamed")
-        if self.streaming and (self.max_train_rows or self.quality):
-            faults.append("no max_train_rows and no quality where rows are streamed: both need all rows at once")
+        if self.streaming and (self.max_train_rows or self.quality or self.augment):
+            faults.append("no max_train_rows, quality or augment where rows are streamed: they need all rows at once")
         if faults:
             raise ValueError("; ".join(faults))
         return self
@@ -255,6 +255,11 @@ class Data(Section):
                 own = {"instruction": None, "instructions": None, **own}
             parts.append((self.model_copy(update={"sources": (), "test": None, **own}), source.weight))
         return parts
+
+    @property
+    def protected_words(self) -> frozenset[str]:
+        """The classes of every source: words that no augmentation may touch."""
+        return frozenset(word for part, _ in self.by_source() for word in part.label_words)
 
     @property
     def label_words(self) -> tuple[str, ...]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +26,9 @@ def _no_network(socket_disabled: None) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ["OMP_NUM_THREADS"] = "1"
+    cache = tempfile.mkdtemp(prefix="ift_peft-tests-")
+    os.environ["IFT_PEFT_CACHE"] = cache
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -103,13 +103,13 @@ def _answers(
     model: Any, parts: Any, items: Iterator[dict[str, Any]], max_new_tokens: int, *, stream: bool
 ) -> Iterator[dict[str, Any]]:
     from ift_peft.console import stream as write
+    from ift_peft.infer.load import Question
     from ift_peft.infer.predict import answer_all
 
     def ask_all(batch: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        prompts = [item["messages"] if "messages" in item else parts.prompt_of(item["text"]) for item in batch]
-        answers = answer_all(
-            model, parts, prompts, max_new_tokens=max_new_tokens, on_text=write if stream and not parts.labels else None
-        )
+        questions = [Question(item["messages"]) if "messages" in item else parts.ask(item["text"]) for item in batch]
+        on_text = write if stream and not parts.labels else None
+        answers = answer_all(model, parts, questions, max_new_tokens=max_new_tokens, on_text=on_text)
         for item, answer in zip(batch, answers, strict=True):
             shown = {"streamed": True} if stream and not parts.labels else {}
             yield {"text": item.get("text", ""), **answer.to_json(), **shown}

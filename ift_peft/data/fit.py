@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Literal
 
 from ift_peft.data.render import Rendered, Renderer, without_labels
 from ift_peft.data.row import Row
-from ift_peft.data.rows import raise_faults
+from ift_peft.data.rows import SHOWN_FAULTS, raise_faults
 from ift_peft.errors import DataError, IftPeftError
 
 BATCH = 1000
+Overlong = Literal["truncate", "drop", "error"]
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """Rows with their rendering, and how many had to be shortened or left out to fit."""
+@dataclass
+class Fit:
+    """What happened to the rows that were made to fit."""
 
-    rows: list[Row]
-    rendered: list[Rendered]
-    truncated: int
-    dropped: int
+    truncated: int = 0
+    dropped: int = 0
+    faults: list[IftPeftError] = field(default_factory=list)
+    faulty: int = 0
+
+    def fault(self, error: IftPeftError) -> None:
+        """Keep the first faults, and the number of all: a large set may have as many faults as rows."""
+        self.faulty += 1
+        if len(self.faults) <= SHOWN_FAULTS:
+            self.faults.append(error)
 
     def notes(self, name: str, max_length: int | None) -> list[str]:
         """What happened to rows that were too long, in words."""
@@ -31,6 +39,15 @@ class Fitted:
         if self.dropped:
             notes.append(f"{self.dropped} {name} rows over {max_length} tokens were left out (data.overlong=drop)")
         return notes
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Rows with their rendering, and how many had to be shortened or left out to fit."""
+
+    rows: list[Row]
+    rendered: list[Rendered]
+    fit: Fit
 
     @property
     def tokens(self) -> int:
@@ -46,54 +63,79 @@ def fit_rows(
     renderer: Renderer,
     *,
     max_length: int | None,
-    overlong: Literal["truncate", "drop", "error"],
+    overlong: Overlong,
 ) -> Fitted:
     """Render `rows` so that each has at most `max_length` tokens (None: any number).
 
     Raises `Faults` naming every row that cannot fit, and every row left without a supervised token.
     """
-    kept: list[Row] = []
-    rendered: list[Rendered] = []
-    faults: list[IftPeftError] = []
-    truncated = dropped = 0
-    for start in range(0, len(rows), BATCH):
-        batch = rows[start : start + BATCH]
-        for row, ids in _render(batch, renderer, faults):
-            if max_length is None or len(ids.input_ids) <= max_length:
-                kept.append(row)
-                rendered.append(ids)
-            elif overlong == "drop":
-                dropped += 1
-            elif overlong == "truncate" and (shorter := shorten(row, ids, renderer, max_length=max_length)) is not None:
-                kept.append(shorter[0])
-                rendered.append(shorter[1])
-                truncated += 1
-            else:
-                faults.append(_too_long(row, ids, max_length, overlong))
-    faults.extend(without_labels(rendered, [row.where for row in kept]))
-    if not faults and rows and not kept:
-        faults.append(
+    fit = Fit()
+    pairs = [
+        pair
+        for batch in fit_batches(rows, renderer, fit, max_length=max_length, overlong=overlong)
+        for pair in batch
+        if pair is not None
+    ]
+    raise_unfit(fit, rows=len(rows), kept=len(pairs), max_length=max_length)
+    return Fitted([row for row, _ in pairs], [rendered for _, rendered in pairs], fit)
+
+
+def raise_unfit(fit: Fit, *, rows: int, kept: int, max_length: int | None) -> None:
+    """Raise the faults found while fitting, and one where every row was dropped."""
+    if not fit.faults and rows and not kept:
+        fit.fault(
             DataError(
                 expected=f"rows of at most {max_length} tokens",
-                found=f"none among {len(rows)}; all were dropped",
+                found=f"none among {rows}; all were dropped",
                 fix="raise training.max_length or set data.overlong=truncate",
             )
         )
-    raise_faults(faults)
-    return Fitted(kept, rendered, truncated, dropped)
+    raise_faults(fit.faults, count=fit.faulty)
 
 
-def _render(batch: Sequence[Row], renderer: Renderer, faults: list[IftPeftError]) -> list[tuple[Row, Rendered]]:
-    """The rows with their ids; those that template or tokenizer refuse go to `faults` by their origin."""
+def fit_batches(
+    rows: Iterable[Row], renderer: Renderer, fit: Fit, *, max_length: int | None, overlong: Overlong
+) -> Iterator[list[tuple[Row, Rendered] | None]]:
+    """The rows with their rendering, batch by batch; None for a row that was left out or is at fault."""
+    remaining = iter(rows)
+    while batch := list(islice(remaining, BATCH)):
+        yield [
+            None if pair is None else _fitted(*pair, renderer, fit, max_length=max_length, overlong=overlong)
+            for pair in _render(batch, renderer, fit)
+        ]
+
+
+def _fitted(
+    row: Row, ids: Rendered, renderer: Renderer, fit: Fit, *, max_length: int | None, overlong: Overlong
+) -> tuple[Row, Rendered] | None:
+    if max_length is not None and len(ids.input_ids) > max_length:
+        if overlong == "drop":
+            fit.dropped += 1
+            return None
+        shorter = shorten(row, ids, renderer, max_length=max_length) if overlong == "truncate" else None
+        if shorter is None:
+            fit.fault(_too_long(row, ids, max_length, overlong))
+            return None
+        fit.truncated += 1
+        row, ids = shorter
+    if ids.supervised == 0:
+        fit.fault(without_labels(row.where))
+        return None
+    return row, ids
+
+
+def _render(batch: Sequence[Row], renderer: Renderer, fit: Fit) -> list[tuple[Row, Rendered] | None]:
+    """The rows with their ids; None for those that template or tokenizer refuse, whose faults name their origin."""
     try:
         return list(zip(batch, renderer.render([row.messages for row in batch]), strict=True))
     except DataError:
-        pairs = []
+        pairs: list[tuple[Row, Rendered] | None] = []
         for row in batch:
             try:
                 pairs.append((row, renderer.render([row.messages])[0]))
             except DataError as error:
-                faults.append(DataError(expected=error.expected, found=f"{error.found} at {row.where}", fix=error.fix))
+                fit.fault(DataError(expected=error.expected, found=f"{error.found} at {row.where}", fix=error.fix))
+                pairs.append(None)
         return pairs
 
 

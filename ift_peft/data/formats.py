@@ -2,158 +2,183 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
+from ift_peft.data.fields import RecordFault, cell, kind, string, text_of, unfold
 from ift_peft.data.row import Message, Row, ask
 from ift_peft.data.sources import Record
 from ift_peft.errors import DataError, IftPeftError
 from ift_peft.sections import Columns, Data
 
 ROLES = ("system", "user", "assistant")
-_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "observation": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+}
 
 
-class _Fault(Exception):
-    """What is wrong with one record: expected, found, fix."""
-
-
-def to_rows(records: Sequence[Record], data: Data, faults: list[IftPeftError]) -> list[Row]:
-    """A row for every usable record; the others are appended to `faults`."""
+def to_rows(records: Iterable[Record], data: Data, faults: list[IftPeftError]) -> list[Row]:
+    """A row for every usable record, or record inside it (`data.records`); the others are appended to `faults`."""
     rows = []
-    for record in records:
+    for record in records if data.records is None else unfold(records, data.records, faults):
         try:
             rows.append(_to_row(record, data))
-        except _Fault as fault:
+        except RecordFault as fault:
             expected, found, fix = fault.args
             faults.append(DataError(expected=expected, found=f"{found} at {record.where}", fix=fix))
     return rows
 
 
 def _to_row(record: Record, data: Data) -> Row:
-    form = data.format if data.format != "auto" else _detect(record.values, data.columns)
-    if form in ("messages", "sharegpt") and data.instruction is not None:
-        raise _Fault(
+    form = data.format if data.format != "auto" else _detect(record.values, data)
+    if form in ("messages", "sharegpt") and (data.instruction is not None or data.instructions is not None):
+        raise RecordFault(
             "no data.instruction for rows that hold whole conversations",
-            f"{data.instruction!r}",
-            "set data.instruction=null, or put it into the rows",
+            "several in data.instructions" if data.instruction is None else f"{data.instruction!r}",
+            "set data.instruction=null and data.instructions=null, or put it into the rows",
         )
     row = _FORMATS[form](record, data)
     _check(row.messages)
     if data.labels is not None and row.label is None:
         label = _label(row.answer, data)
-        return Row((*row.prompt, {"role": "assistant", "content": label}), row.where, label)
+        return replace(row, messages=(*row.prompt, {"role": "assistant", "content": label}), label=label)
     return row
 
 
-def _detect(values: dict[str, Any], columns: Columns) -> str:
-    if columns.label is not None or columns.answer is not None:
+def _detect(values: dict[str, Any], data: Data) -> str:
+    if data.columns != Columns():
         return "columns"
     for form, keys in (
         ("messages", {"messages"}),
         ("sharegpt", {"conversations"}),
         ("prompt_completion", {"prompt", "completion"}),
+        ("prompt_completion", {"prompt", "response"}),
         ("alpaca", {"instruction", "output"}),
         ("columns", {"text", "label"}),
         ("columns", {"text", "answer"}),
     ):
         if keys <= values.keys():
             return form
-    raise _Fault(
-        "messages, conversations, prompt + completion, instruction + output, or text + label",
+    fix = "name yours: data.columns.text=… data.columns.label=… (or data.columns.answer=…)"
+    for name, value in values.items():
+        if isinstance(value, list) and value and all(isinstance(element, dict) for element in value):
+            fix += f"; rows that lie inside {name!r}: data.records={f'{data.records}.' if data.records else ''}{name}"
+    raise RecordFault(
+        "messages, conversations, prompt + completion or response, instruction + output, or text + label",
         f"columns {', '.join(map(str, values))}",
-        "name yours: data.columns.text=… data.columns.label=… (or data.columns.answer=…)",
+        fix,
     )
 
 
-def _text(values: dict[str, Any], key: str) -> str:
-    value = values.get(key)
-    if not isinstance(value, str):
-        raise _Fault(
-            f"text under {key!r}", "nothing" if value is None else type(value).__name__, f"set {key!r} to a string"
-        )
-    return value
-
-
-def _cell(values: dict[str, Any], column: str | int) -> Any:
-    key = str(column)
-    if key not in values:
-        near = difflib.get_close_matches(key, [str(name) for name in values], n=1)
-        raise _Fault(
-            f"a column {key!r}",
-            f"columns {', '.join(map(str, values))}",
-            f"did you mean {near[0]!r}?"
-            if near
-            else "set data.columns, or data.header=false for a file without a header",
-        )
-    return values[key]
+def _prompt(text: str, data: Data, *, system: str | None = None) -> tuple[Message, ...]:
+    return ask(text, instruction=data.instruction, system=system or data.system, labels=data.label_words)
 
 
 def _from_messages(record: Record, data: Data) -> Row:
     messages = record.values.get("messages")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise _Fault(
+        raise RecordFault(
             "messages to be a list of {role, content}", type(messages).__name__, "see the README for the formats"
         )
-    turns = tuple({"role": str(message.get("role")), "content": _text(message, "content")} for message in messages)
+    turns = tuple({"role": str(message.get("role")), "content": string(message, "content")} for message in messages)
     if data.system and turns and turns[0]["role"] != "system":
         turns = ({"role": "system", "content": data.system}, *turns)
     return Row(turns, record.where)
 
 
 def _from_sharegpt(record: Record, data: Data) -> Row:
+    """Turns of {from, value}. Tool calls are text: no template of a base and no tool is run for them.
+
+    A function_call is an answer whose content is the call as written, learnt like every answer; an observation is the
+    user's next turn; `tools` follows the system message on a new line, or is that message.
+    """
     turns = record.values.get("conversations")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise _Fault(
+        raise RecordFault(
             "conversations to be a list of {from, value}", type(turns).__name__, "see the README for the formats"
         )
     messages = []
     for turn in turns:
         role = _SHAREGPT_ROLES.get(str(turn.get("from")))
         if role is None:
-            raise _Fault(
+            raise RecordFault(
                 f"from to be one of {', '.join(_SHAREGPT_ROLES)}", repr(turn.get("from")), "rename or remove the turn"
             )
-        messages.append({"role": role, "content": _text(turn, "value")})
-    system = record.values.get("system") or data.system
-    if system and messages and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": str(system)})
+        messages.append({"role": role, "content": string(turn, "value")})
+    begun = bool(messages) and messages[0]["role"] == "system"
+    system = messages[0]["content"] if begun else record.values.get("system") or data.system
+    head = [str(part) for part in (system, _tools(record.values)) if part]
+    if head and messages:
+        messages[: int(begun)] = [{"role": "system", "content": "\n".join(head)}]
     return Row(tuple(messages), record.where)
 
 
+def _tools(values: dict[str, Any]) -> str:
+    """The tools as they are written, empty where there are none. Stored as a list, they become one line of JSON."""
+    tools = values.get("tools") or ""
+    if isinstance(tools, list):
+        tools = json.dumps(tools, ensure_ascii=False)
+    if not isinstance(tools, str):
+        raise RecordFault("tools to be text or a list", kind(tools), "repair or remove them")
+    return "" if tools.strip() in ("", "[]") else tools
+
+
 def _from_prompt_completion(record: Record, data: Data) -> Row:
-    prompt = ask(_text(record.values, "prompt"), instruction=data.instruction, system=data.system)
-    return Row((*prompt, {"role": "assistant", "content": _text(record.values, "completion")}), record.where)
+    """`prompt` with `completion`, which goes before `response`."""
+    answer = "response" if "response" in record.values and "completion" not in record.values else "completion"
+    question = string(record.values, "prompt")
+    completion = {"role": "assistant", "content": string(record.values, answer)}
+    return Row((*_prompt(question, data), completion), record.where, text=question)
 
 
 def _from_alpaca(record: Record, data: Data) -> Row:
+    """The question is `instruction`, and `input` on a new line; `history` holds the turns before it."""
     given = record.values.get("input")
-    if record.values.get("history"):
-        raise _Fault("Alpaca rows without history", "history", "store these rows as messages")
     if given is not None and not isinstance(given, str):
-        raise _Fault("text under 'input'", type(given).__name__, "set 'input' to a string")
-    question = _text(record.values, "instruction") + (f"\n{given}" if given and given.strip() else "")
-    prompt = ask(question, instruction=data.instruction, system=record.values.get("system") or data.system)
-    return Row((*prompt, {"role": "assistant", "content": _text(record.values, "output")}), record.where)
+        raise RecordFault("text under 'input'", kind(given), "set 'input' to a string")
+    question = string(record.values, "instruction") + (f"\n{given}" if given and given.strip() else "")
+    *system, asked = _prompt(question, data, system=record.values.get("system"))
+    answer = {"role": "assistant", "content": string(record.values, "output")}
+    return Row((*system, *_history(record.values), asked, answer), record.where, text=question)
+
+
+def _history(values: dict[str, Any]) -> list[Message]:
+    """Earlier turns as messages; their answers are learnt like every answer."""
+    turns = values.get("history") or []
+    messages = []
+    for turn in turns if isinstance(turns, list) else [turns]:
+        if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(part, str) for part in turn):
+            raise RecordFault(
+                "history to be a list of [question, answer]", f"{turn!r:.60}", "repair it, or store the row as messages"
+            )
+        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    return messages
 
 
 def _from_columns(record: Record, data: Data) -> Row:
     columns = data.columns
-    text = _cell(record.values, columns.text)
-    if not isinstance(text, str):
-        raise _Fault(f"text under {columns.text!r}", type(text).__name__, "choose the column that holds the text")
-    if not text.strip():
-        raise _Fault(f"text under {columns.text!r}", "an empty cell", "fill or remove the row")
-    prompt = ask(text, instruction=data.instruction, system=data.system)
+    text = text_of(record.values, columns.text)
+    prompt = _prompt(text, data)
     if data.labels is not None:
-        label = _label(_cell(record.values, "label" if columns.label is None else columns.label), data)
+        label = _label(cell(record.values, "label" if columns.label is None else columns.label), data)
         return Row((*prompt, {"role": "assistant", "content": label}), record.where, label, text)
-    answer = columns.answer if columns.answer is not None else "answer" if columns.label is None else columns.label
-    value = _cell(record.values, answer)
-    return Row(
-        (*prompt, {"role": "assistant", "content": "" if value is None else str(value)}), record.where, text=text
-    )
+    column = columns.answer if columns.answer is not None else "answer" if columns.label is None else columns.label
+    value = cell(record.values, column)
+    if isinstance(value, dict | list):
+        inner = "0" if isinstance(value, list) else next(iter(value), "…")
+        raise RecordFault(
+            f"text under {column!r}", kind(value), f"name a part of it, as data.columns.answer={column}.{inner}"
+        )
+    answer = {"role": "assistant", "content": "" if value is None else str(value)}
+    return Row((*prompt, answer), record.where, text=text)
 
 
 _FORMATS: dict[str, Callable[[Record, Data], Row]] = {
@@ -178,7 +203,7 @@ def _label(value: Any, data: Data) -> str:
         numbered = not any(word.isdigit() for word in labels)
         if numbered and stored.isdecimal() and int(stored) < len(labels):
             return labels[int(stored)]
-    raise _Fault(
+    raise RecordFault(
         f"a label out of {', '.join(labels)}" + (f" or 0 to {len(labels) - 1}" if numbered else ""),
         repr(value),
         "add it to data.labels, or repair the row",
@@ -187,7 +212,7 @@ def _label(value: Any, data: Data) -> str:
 
 def _check(messages: Sequence[Message]) -> None:
     if not messages or messages[-1]["role"] != "assistant":
-        raise _Fault(
+        raise RecordFault(
             "the conversation to end with the assistant",
             "none" if not messages else messages[-1]["role"],
             "add the answer",
@@ -196,13 +221,13 @@ def _check(messages: Sequence[Message]) -> None:
         try:
             message["content"].encode()
         except UnicodeEncodeError as error:
-            raise _Fault(
+            raise RecordFault(
                 "whole characters", f"half of a surrogate pair, {error.object[error.start]!a},", "repair the text"
             ) from None
     unknown = [message["role"] for message in messages if message["role"] not in ROLES]
     if unknown:
-        raise _Fault(f"roles out of {', '.join(ROLES)}", ", ".join(sorted(set(unknown))), "rename the role")
+        raise RecordFault(f"roles out of {', '.join(ROLES)}", ", ".join(sorted(set(unknown))), "rename the role")
     if len(messages) < 2 or all(message["role"] != "user" for message in messages):
-        raise _Fault("a user message before the answer", "none", "add the question")
+        raise RecordFault("a user message before the answer", "none", "add the question")
     if any(message["role"] == "assistant" and not message["content"].strip() for message in messages):
-        raise _Fault("an answer with text", "an empty answer", "fill the answer or remove the row")
+        raise RecordFault("an answer with text", "an empty answer", "fill the answer or remove the row")

@@ -21,7 +21,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from ift_peft.data.row import Message
-from ift_peft.errors import DataError, IftPeftError, ModelError
+from ift_peft.errors import DataError, ModelError
 
 IGNORE = -100
 
@@ -297,14 +297,10 @@ def _labels(ids: Sequence[int], offsets: Sequence[Span], spans: Sequence[Span], 
     return labels
 
 
-def without_labels(rendered: Sequence[Rendered], origins: Sequence[str]) -> list[IftPeftError]:
-    """A fault for every row in which nothing would be learnt."""
-    return [
-        DataError(
-            expected="at least one supervised token",
-            found=f"none at {where}",
-            fix="check the answer, the chat template and training.max_length",
-        )
-        for row, where in zip(rendered, origins, strict=True)
-        if row.supervised == 0
-    ]
+def without_labels(where: str) -> DataError:
+    """The fault of a row in which nothing would be learnt."""
+    return DataError(
+        expected="at least one supervised token",
+        found=f"none at {where}",
+        fix="check the answer, the chat template and training.max_length",
+    )

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+from ift_peft.sections import Language
 
 Message = dict[str, str]
 
@@ -26,17 +31,47 @@ class Row:
         return self.messages[:-1]
 
     @property
+    def key(self) -> str:
+        """The origin without the folders it lies in, so that draws are the same wherever the data is kept."""
+        return re.split(r"[/\\]", self.where)[-1]
+
+    @property
     def answer(self) -> str:
         return self.messages[-1]["content"]
 
 
-def ask(text: str, *, instruction: str | None, system: str | None) -> tuple[Message, ...]:
-    """The prompt of one text: the same for training, evaluation and inference."""
+def ask(
+    text: str,
+    *,
+    instruction: str | None,
+    system: str | None,
+    labels: Sequence[str] = (),
+    position: Literal["before", "after"] = "before",
+) -> tuple[Message, ...]:
+    """The prompt of one text: the same for training, evaluation and inference.
+
+    `{text}` and `{labels}` in the instruction are filled; an instruction without `{text}` stands `position` it.
+    """
     if instruction is None:
         content = text
-    elif "{text}" in instruction:
-        content = instruction.replace("{text}", text)
     else:
-        content = f"{instruction}\n{text}"
+        # The text goes in last, so that braces in it are left as they are.
+        instruction = instruction.replace("{labels}", list_of(labels, like=instruction))
+        if "{text}" in instruction:
+            content = text.join(instruction.split("{text}"))
+        else:
+            content = f"{instruction}\n{text}" if position == "before" else f"{text}\n{instruction}"
     head = ({"role": "system", "content": system},) if system else ()
     return (*head, {"role": "user", "content": content})
+
+
+def list_of(words: Sequence[str], *, like: str) -> str:
+    """`words` as a list in the language of the text `like`, its `{placeholders}` apart."""
+    return ("、" if language_of(re.sub(r"\{\w+\}", "", like)) == "zh" else ", ").join(words)
+
+
+def language_of(text: str) -> Language:
+    """`zh` where at least one letter in five is Han, else `en`."""
+    letters = sum(character.isalpha() for character in text)
+    han = sum("\u3400" <= character <= "\u9fff" for character in text)
+    return "zh" if han and han * 5 >= letters else "en"

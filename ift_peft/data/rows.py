@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
+from typing import Any
 
 from ift_peft.data.formats import to_rows
 from ift_peft.data.row import Row
-from ift_peft.data.sources import folder_has_split, read_source
+from ift_peft.data.sources import folder_has_split, iter_source, read_source
 from ift_peft.errors import DataError, IftPeftError, raise_all
 from ift_peft.sections import Data
 
 SHOWN_FAULTS = 20
+MOST_FAULTS = 1000  # a stream is not read to its end with more than these
+PIECE = 1000  # records of a stream that are read together
 
 
 def read_rows(data: Data) -> tuple[list[Row], list[Row]]:
@@ -23,17 +27,12 @@ def read_rows(data: Data) -> tuple[list[Row], list[Row]]:
     """
     faults: list[IftPeftError] = []
     train: list[Row] = []
-    held_out: list[list[Row]] = []
     for number, (part, _) in enumerate(data.by_source()):
         rows = _read(part, part.train, part.train_split, faults)
         if not rows and not faults:
             faults.append(_nothing("training", part.train))
         train += [replace(row, source=number) for row in rows] if number else rows
-        tests = _read_test(part, faults)
-        if tests is not None:
-            held_out.append([replace(row, source=number) for row in tests])
-    if data.sources and data.test is not None:
-        held_out.append(_read(data, data.test, data.test_split, faults))
+    held_out = _held_out(data, faults)
     test = [row for rows in held_out for row in rows] if held_out else None
     if not faults and test is not None and not test:
         faults.append(_nothing("held-out", data.test or data.train))
@@ -62,6 +61,69 @@ def read_rows_of(data: Data) -> list[Row]:
     return rows
 
 
+def stream_rows(data: Data) -> Iterator[Row]:
+    """The training rows of a recipe, read piece by piece, in the order in which `read_rows` has them.
+
+    Raises `Faults` naming the records that cannot be used when all are read, or as soon as there are very many.
+    """
+    faults: list[IftPeftError] = []
+    for number, (part, _) in enumerate(data.by_source()):
+        assert part.train is not None
+        records = iter_source(part.train, faults, split=part.train_split, header=part.header)
+        found = 0
+        while piece := list(islice(records, PIECE)):
+            for row in to_rows(piece, part, faults):
+                found += 1
+                yield replace(row, source=number) if number else row
+            if len(faults) > MOST_FAULTS:
+                raise_faults(faults)
+        if not found and not faults:
+            faults.append(_nothing("training", part.train))
+    raise_faults(faults)
+
+
+def held_out_rows(data: Data) -> list[Row]:
+    """The held-out rows that a recipe names. Raises `Faults` like `read_rows`."""
+    faults: list[IftPeftError] = []
+    rows = [row for rows in _held_out(data, faults) for row in rows]
+    if not faults and not rows:
+        faults.append(_nothing("held-out", data.test))
+    raise_faults(faults)
+    return _sample(rows, data.max_test_rows, data.seed)
+
+
+def _held_out(data: Data, faults: list[IftPeftError]) -> list[list[Row]]:
+    held_out = []
+    for number, (part, _) in enumerate(data.by_source()):
+        tests = _read_test(part, faults)
+        if tests is not None:
+            held_out.append([replace(row, source=number) for row in tests] if number else tests)
+    if data.sources and data.test is not None:
+        held_out.append(_read(data, data.test, data.test_split, faults))
+    return held_out
+
+
+def to_saved(row: Row) -> dict[str, Any]:
+    """A row as a JSON object, from which `from_saved` makes it again."""
+    optional = {"label": row.label, "text": row.text, "source": row.source or None}
+    return {
+        "messages": list(row.messages),
+        "where": row.where,
+        **{name: value for name, value in optional.items() if value is not None},
+    }
+
+
+def from_saved(values: dict[str, Any]) -> Row:
+    """The row of an object that `to_saved` made."""
+    return Row(
+        tuple(values["messages"]),
+        values["where"],
+        label=values.get("label"),
+        text=values.get("text"),
+        source=values.get("source", 0),
+    )
+
+
 def _read(data: Data, source: str | None, split: str, faults: list[IftPeftError]) -> list[Row]:
     assert source is not None  # the section was validated
     return to_rows(read_source(source, faults, split=split, header=data.header), data, faults)
@@ -82,15 +144,14 @@ def _nothing(kind: str, source: str | None) -> DataError:
     )
 
 
-def raise_faults(faults: Sequence[IftPeftError]) -> None:
-    """Raise all faults as one error; beyond the first few only their number is told."""
+def raise_faults(faults: Sequence[IftPeftError], *, count: int | None = None) -> None:
+    """Raise all faults as one error; beyond the first few only their number, `count` in all, is told."""
+    count = len(faults) if count is None else count
     shown = list(faults[:SHOWN_FAULTS])
-    if len(faults) > SHOWN_FAULTS:
+    if count > SHOWN_FAULTS:
         shown.append(
             DataError(
-                expected="usable rows",
-                found=f"{len(faults) - SHOWN_FAULTS} more faults like these",
-                fix="repair these first",
+                expected="usable rows", found=f"{count - SHOWN_FAULTS} more faults like these", fix="repair these first"
             )
         )
     raise_all(shown)
@@ -137,5 +198,6 @@ def split_rows(rows: Sequence[Row], *, test_size: float | int, seed: int) -> tup
 def _sample(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
     if limit is None or limit >= len(rows):
         return rows
-    kept = sorted(random.Random(seed).sample(range(len(rows)), limit))
+    order = random.Random(seed).sample(range(len(rows)), len(rows))
+    kept = sorted(order[:limit])  # so that a smaller sample is part of a larger one
     return [rows[index] for index in kept]

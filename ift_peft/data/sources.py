@@ -13,6 +13,7 @@ from typing import Any
 from ift_peft.errors import DataError, IftPeftError, first_line
 from ift_peft.sections import DATA_SUFFIXES
 
+PIECE = 1000  # rows of a Parquet file that are decoded together
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
@@ -26,13 +27,23 @@ class Record:
 
 def read_source(source: str, faults: list[IftPeftError], *, split: str = "train", header: bool = True) -> list[Record]:
     """Every record of `source`; what cannot be read is appended to `faults` by file and line, and reading goes on."""
+    return list(iter_source(source, faults, split=split, header=header))
+
+
+def iter_source(
+    source: str, faults: list[IftPeftError], *, split: str = "train", header: bool = True
+) -> Iterator[Record]:
+    """The records of `read_source`, one by one; only a JSON file, which is one value, is in memory as a whole."""
     path = Path(source)
     if path.is_file():
-        return list(_read_file(path, faults, header=header))
+        yield from _read_file(path, faults, header=header)
+        return
     if path.is_dir():
-        return list(_read_folder(path, faults, split=split, header=header))
+        yield from _read_folder(path, faults, split=split, header=header)
+        return
     if _HUB_ID.match(source) and path.suffix not in DATA_SUFFIXES:
-        return list(_read_hub(source, faults, split=split))
+        yield from _read_hub(source, faults, split=split)
+        return
     faults.append(
         DataError(
             expected="data.train and data.test to name a file, a folder or a Hub id",
@@ -40,7 +51,6 @@ def read_source(source: str, faults: list[IftPeftError], *, split: str = "train"
             fix="check the path; a recipe's is relative to its file, an override's to the working directory",
         )
     )
-    return []
 
 
 def folder_has_split(source: str, split: str) -> bool:
@@ -223,13 +233,15 @@ def _read_parquet(path: Path, faults: list[IftPeftError]) -> Iterator[Record]:
     import pyarrow
     from pyarrow import parquet
 
+    index = 0
     try:
-        table = parquet.read_table(path)
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=PIECE):
+                for row in batch.to_pylist():
+                    index += 1
+                    yield Record(row, f"{path} row {index}")
     except (OSError, pyarrow.ArrowException) as error:
         faults.append(DataError(expected="a Parquet file", found=f"{error} in {path}", fix="write it again"))
-        return
-    for index, row in enumerate(table.to_pylist(), start=1):
-        yield Record(row, f"{path} row {index}")
 
 
 def _read_hub(name: str, faults: list[IftPeftError], *, split: str) -> Iterator[Record]:

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ift_peft.data.instructions import unseen_pool
 from ift_peft.data.render import Renderer
 from ift_peft.data.row import Row
 from ift_peft.evaluate.compare import Predictions, compare, predict_rows
 from ift_peft.evaluate.metrics import Resampling
+from ift_peft.evaluate.probes import Probe, make_probes, probe_lines, probe_scores
 from ift_peft.infer.load import held_out_rows, load_model, open_parts
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir
@@ -25,9 +27,11 @@ def measure(
     *,
     adapter: bool,
     reporter: Reporter,
+    what: str = "",
 ) -> Predictions:
     """Predictions of a PEFT model with its adapter on or off, reported as one stage."""
-    reporter.stage(f"measuring the {'adapter' if adapter else 'base'}", len(rows) * max(1, len(labels)))
+    who = f"measuring the {'adapter' if adapter else 'base'}"
+    reporter.stage(f"{who} on {what}" if what else who, len(rows) * max(1, len(labels)))
     predictions = predict_rows(
         model,
         renderer,
@@ -46,17 +50,64 @@ def resampling(section: Evaluation) -> Resampling:
     return Resampling(section.bootstrap_samples, section.confidence, section.seed)
 
 
+PROBE_NAMES = {"unseen": "unseen phrasings", "perturbed": "perturbed text"}
+
+
+def measure_probes(
+    model: Any,
+    renderer: Renderer,
+    probes: Sequence[Probe],
+    labels: Sequence[str],
+    section: Evaluation,
+    *,
+    reporter: Reporter,
+    run: RunDir | None = None,
+) -> dict[str, Any]:
+    """The scores of each probe by its name; with `run`, what was predicted goes into predictions-<name>.jsonl."""
+    scores = {}
+    for probe in probes:
+        base, adapted = (
+            measure(
+                model,
+                renderer,
+                probe.rows,
+                labels,
+                section,
+                adapter=adapter,
+                reporter=reporter,
+                what=PROBE_NAMES[probe.name],
+            )
+            for adapter in (False, True)
+        )
+        scores[probe.name] = probe_scores(probe, labels, base, adapted, resampling(section))
+        if run is not None:
+            run.write_lines(f"predictions-{probe.name}.jsonl", probe_lines(probe, labels, base, adapted))
+    return scores
+
+
 def evaluate_run(run: RunDir, *, data: Path | None, reporter: Reporter) -> dict[str, Any]:
     """The scores of base and adapter on the run's held-out rows, or on those of `data`, in the form of scores.json."""
     parts = open_parts(run)
     fitted = held_out_rows(parts, data)
     rows = fitted.rows
     model, notes = load_model(parts)
-    for note in (*fitted.notes("held-out", parts.max_length), *notes):
+    for note in (*fitted.fit.notes("held-out", parts.max_length), *notes):
         reporter.note(note)
     section, labels = parts.recipe.evaluation, parts.labels
     base, adapted = (
         measure(model, parts.renderer, rows, labels, section, adapter=adapter, reporter=reporter)
         for adapter in (False, True)
     )
-    return compare(rows, labels, base, adapted, resampling(section))
+    probes = make_probes(
+        rows,
+        parts.askers,
+        section,
+        parts.renderer,
+        unseen=unseen_pool(parts.recipe.data, section.unseen_instructions),
+        protected=parts.recipe.data.protected_words,
+        max_length=parts.max_length,
+    )
+    return {
+        **compare(rows, labels, base, adapted, resampling(section)),
+        **measure_probes(model, parts.renderer, probes, labels, section, reporter=reporter),
+    }

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ift_peft.data.render import IGNORE, Rendered, Renderer
 from ift_peft.data.row import Message
 from ift_peft.errors import ModelError
+from ift_peft.infer.shared_prompt import answer_log_likelihoods, keeps_prompts
 
 Progress = Callable[[int, int], None]  # rows done, rows in all
 
@@ -84,12 +85,7 @@ def answer_likelihoods(
         logits, targets, rows = supervised_logits(model, batch)
         log_probs = -F.cross_entropy(logits.float(), targets, reduction="none")
         sums = torch.zeros(len(indices), device=device).index_add_(0, rows, log_probs)
-        if not bool(torch.isfinite(sums).all()):
-            raise ModelError(
-                expected="finite likelihoods",
-                found="NaN or infinity in the logits",
-                fix="use base.compute_dtype=float32, or bfloat16 on a GPU that has it",
-            )
+        _require_finite(bool(torch.isfinite(sums).all()))
         counts = torch.bincount(rows, minlength=len(indices))
         for index, total, count in zip(indices, sums.tolist(), counts.tolist(), strict=True):
             results[index] = Likelihood(total, count)
@@ -98,6 +94,15 @@ def answer_likelihoods(
             progress(done, len(rendered))
     model.train(was_training)
     return [result for result in results if result is not None]
+
+
+def _require_finite(finite: bool) -> None:
+    if not finite:
+        raise ModelError(
+            expected="finite likelihoods",
+            found="NaN or infinity in the logits",
+            fix="use base.compute_dtype=float32, or bfloat16 on a GPU that has it",
+        )
 
 
 def _by_length(rendered: Sequence[Rendered], batch_size: int) -> Iterator[list[int]]:
@@ -122,10 +127,39 @@ def label_probabilities(
     and labels that begin alike, comparable; a row is normalised over the labels.
     """
     conversations = [(*prompt, {"role": "assistant", "content": label}) for prompt in prompts for label in labels]
+    rendered = renderer.render(conversations)
+    groups = [rendered[start : start + len(labels)] for start in range(0, len(rendered), len(labels))]
     pad_token_id = renderer.tokenizer.pad_token_id
-    likelihoods = answer_likelihoods(
-        model, renderer.render(conversations), batch_size=batch_size, pad_token_id=pad_token_id, progress=progress
-    )
-    logs = np.array([one.log_probability for one in likelihoods], dtype=np.float64).reshape(len(prompts), len(labels))
+    found = _shared(model, groups, batch_size, pad_token_id, progress) if keeps_prompts(model) else None
+    if found is None:
+        likelihoods = answer_likelihoods(
+            model, rendered, batch_size=batch_size, pad_token_id=pad_token_id, progress=progress
+        )
+        found = [one.log_probability for one in likelihoods]
+    logs = np.array(found, dtype=np.float64).reshape(len(prompts), len(labels))
     shifted = np.exp(logs - logs.max(axis=1, keepdims=True))
     return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))
+
+
+def _shared(
+    model: Any, groups: Sequence[Sequence[Rendered]], batch_size: int, pad_token_id: int, progress: Progress | None
+) -> list[float] | None:
+    """Log-likelihoods of all answers in order, each prompt run once; None where the model's cache does not allow it."""
+    was_training = model.training
+    model.eval()
+    results: list[list[float]] = [[] for _ in groups]
+    done = 0
+    for indices in _by_length([group[0] for group in groups], batch_size):
+        found = answer_log_likelihoods(model, [groups[index] for index in indices], pad_token_id=pad_token_id)
+        if found is None:
+            model.train(was_training)
+            return None
+        for index, logs in zip(indices, found, strict=True):
+            results[index] = logs
+        done += sum(len(groups[index]) for index in indices)
+        if progress is not None:
+            progress(done, sum(map(len, groups)))
+    model.train(was_training)
+    flat = [log for logs in results for log in logs]
+    _require_finite(bool(np.isfinite(flat).all()))
+    return flat

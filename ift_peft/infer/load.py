@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from ift_peft.data.fit import Fitted, fit_rows
+from ift_peft.data.instructions import Asker, ask_held_out, askers
 from ift_peft.data.render import Renderer
-from ift_peft.data.row import Message, Row, ask
-from ift_peft.data.rows import read_rows_of
+from ift_peft.data.row import Message, Row
+from ift_peft.data.rows import from_saved, read_rows_of
 from ift_peft.errors import RunError, raise_all
 from ift_peft.model.base import load_section, quiet
 from ift_peft.model.tokenizer import BaseLocation, ensure_pad_token, load_tokenizer, locate_base
 from ift_peft.recipe import Recipe
 from ift_peft.run_dir import RunDir
-from ift_peft.sections import Data, Quantization
+from ift_peft.sections import Quantization
+
+
+class Question(NamedTuple):
+    """A prompt, and the text in it that may be shortened; None: any user message."""
+
+    messages: Sequence[Message]
+    text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -40,20 +50,22 @@ class Parts:
     def labels(self) -> tuple[str, ...]:
         return self.recipe.data.label_words
 
-    def fit_prompt(self, messages: Sequence[Message]) -> tuple[tuple[Message, ...], bool]:
+    @cached_property
+    def askers(self) -> list[Asker]:
+        return askers(self.recipe.data)
+
+    def fit_prompt(self, question: Question) -> tuple[tuple[Message, ...], bool]:
         """The prompt as it may be asked, shortened like a training row if it must be; True if it was."""
         longest = max(self.labels, key=len) if self.labels else "…"
-        head, placeholder, tail = (self.recipe.data.instruction or "").partition("{text}")
-        content = messages[-1]["content"]
-        around = bool(placeholder) and content.startswith(head) and content.endswith(tail)
-        text = content[len(head) : len(content) - len(tail)] if around else None
-        row = Row((*messages, {"role": "assistant", "content": longest}), "the given text", text=text)
+        answer = {"role": "assistant", "content": longest}
+        row = Row((*question.messages, answer), "the given text", text=question.text)
         fitted = fit_rows([row], self.renderer, max_length=self.max_length, overlong="truncate")
-        return fitted.rows[0].prompt, bool(fitted.truncated)
+        return fitted.rows[0].prompt, bool(fitted.fit.truncated)
 
-    def prompt_of(self, text: str) -> tuple[Message, ...]:
-        """The prompt that training would have made of `text`."""
-        return ask(text, instruction=self.recipe.data.instruction, system=self.recipe.data.system)
+    def ask(self, text: str) -> Question:
+        """The question that training would have made of `text`; of several phrasings, the first for its language."""
+        asker = self.askers[0]
+        return Question(asker.prompt(text, asker.first_instruction(text)), text)
 
 
 def open_parts(run: RunDir) -> Parts:
@@ -106,8 +118,8 @@ def load_model(
 def held_out_rows(parts: Parts, data_path: Path | None = None) -> Fitted:
     """The run's own held-out rows, or those of another file read by the run's recipe."""
     if data_path is None:
-        data = Data(train=str(parts.run.test_rows), format="messages", labels=parts.labels or None)
+        rows = [from_saved(json.loads(line)) for line in parts.run.test_rows.read_text("utf-8").splitlines()]
     else:
-        data = parts.recipe.data.model_copy(update={"train": str(data_path), "test": None})
-    rows = read_rows_of(data)
+        data = parts.recipe.data.model_copy(update={"train": str(data_path), "test": None, "sources": ()})
+        rows = ask_held_out(read_rows_of(data), askers(data))
     return fit_rows(rows, parts.renderer, max_length=parts.max_length, overlong=parts.recipe.data.overlong)

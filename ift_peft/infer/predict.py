@@ -11,7 +11,7 @@ from transformers import TextStreamer
 
 from ift_peft.data.row import Message
 from ift_peft.infer.likelihood import label_probabilities
-from ift_peft.infer.load import Parts
+from ift_peft.infer.load import Parts, Question
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Answer:
 def answer_all(
     model: Any,
     parts: Parts,
-    prompts: Sequence[Sequence[Message]],
+    questions: Sequence[Question],
     *,
     max_new_tokens: int,
     batch_size: int = 32,
     on_text: Callable[[str], None] | None = None,
 ) -> Iterator[Answer]:
-    """An answer to each prompt, in order. Generation is greedy; `on_text` receives it as it is generated."""
-    fitted = [parts.fit_prompt(prompt) for prompt in prompts]
+    """An answer to each question, in order. Generation is greedy; `on_text` receives it as it is generated."""
+    fitted = [parts.fit_prompt(question) for question in questions]
     if parts.labels:
         for start in range(0, len(fitted), batch_size):
             batch = fitted[start : start + batch_size]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from trl import SFTConfig
 
 from ift_peft.errors import RecipeError, first_line
+from ift_peft.train.batching import Strategy
 from ift_peft.training_fields import training_fields
 
 DEFAULT_MAX_LENGTH = 1024
@@ -49,6 +50,13 @@ def sft_config(
     Raises `RecipeError` with what `SFTConfig` says of values that it refuses.
     """
     on_gpu = device.type == "cuda"
+    strategy = training.get("train_sampling_strategy", "group_by_length")
+    if strategy not in get_args(Strategy):
+        raise RecipeError(
+            expected=f"training.train_sampling_strategy out of {', '.join(get_args(Strategy))}",
+            found=repr(strategy),
+            fix="choose one of them; orders are ours, so that a resumed run takes the rows it would have taken",
+        )
     arguments: dict[str, Any] = {
         "report_to": "none",
         "save_strategy": "epoch",

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -18,25 +16,21 @@ from types import FrameType
 from typing import Any
 
 import transformers
-from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from ift_peft.data.fit import Fitted, fit_rows
-from ift_peft.data.render import Rendered, Renderer
-from ift_peft.data.rows import read_rows
 from ift_peft.errors import RecipeError, RunError, TrainingError, first_line
 from ift_peft.evaluate.compare import compare, prediction_lines
-from ift_peft.evaluate.run import measure, resampling
-from ift_peft.model.adapter import lora_config, matched_modules
-from ift_peft.model.base import LoadedBase, choose_device, choose_dtype, load_section, quiet, skeleton
-from ift_peft.model.tokenizer import BaseLocation, ensure_pad_token, load_tokenizer, locate_base
+from ift_peft.evaluate.run import measure, measure_probes, resampling
+from ift_peft.model.adapter import lora_config
+from ift_peft.model.base import LoadedBase, choose_device, choose_dtype, load_section, quiet
 from ift_peft.recipe import Recipe
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir, RunIsBusy, create_run
-from ift_peft.train.arguments import choose_max_length, sft_config
+from ift_peft.train.arguments import sft_config
 from ift_peft.train.card import adapter_card
 from ift_peft.train.checkpoints import newest_complete
-from ift_peft.train.trainer import RunRecorder, SupervisedTrainer, non_finite, to_dataset
+from ift_peft.train.prepare import Prepared, inputs, prepare, record_inputs
+from ift_peft.train.trainer import RunRecorder, SupervisedTrainer, non_finite
 
 
 class Interrupted(TrainingError):
@@ -45,52 +39,18 @@ class Interrupted(TrainingError):
     exit_code = 130
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Everything that is known, and checked, before weights are loaded."""
-
-    location: BaseLocation
-    tokenizer: PreTrainedTokenizerBase
-    renderer: Renderer
-    train: Fitted
-    test: Fitted
-    max_length: int | None
-    notes: list[str]
-
-
-def prepare(recipe: Recipe) -> Prepared:
-    """Read and render the rows, and check base and adapter against each other. Loads no weights."""
-    train_rows, test_rows = read_rows(recipe.data)
-    location = locate_base(recipe.base.model, revision=recipe.base.revision)
-    tokenizer = load_tokenizer(location)
-    renderer = Renderer(tokenizer)
-    notes = [note for note in (ensure_pad_token(tokenizer),) if note]
-    if renderer.origin.startswith("fallback"):
-        notes.append("the tokenizer has no chat template; 'User: …\\nAssistant: …' is used, and saved with the adapter")
-    bare = skeleton(location)
-    matched_modules(bare, recipe.adapter.target_modules)
-    max_length = choose_max_length(recipe.training, getattr(bare.config, "max_position_embeddings", None))
-    fitted = [
-        fit_rows(rows, renderer, max_length=max_length, overlong=recipe.data.overlong)
-        for rows in (train_rows, test_rows)
-    ]
-    for name, part in zip(("training", "held-out"), fitted, strict=True):
-        notes.extend(part.notes(name, max_length))
-    return Prepared(location, tokenizer, renderer, fitted[0], fitted[1], max_length, notes)
-
-
 def train(recipe: Recipe, *, root: Path, reporter: Reporter) -> RunDir:
     """Run `recipe` and return its folder below `root`.
 
     Raises `RecipeError`, `DataError` or `ModelError` before a run folder exists, `TrainingError` for a run that could
     not finish, and `Interrupted` after a signal.
     """
-    prepared = prepare(recipe)
+    prepared = prepare(recipe, reporter)
     device = choose_device(recipe.base.device)
     dtype = choose_dtype(recipe.base.compute_dtype, device)
     sft_config(recipe.training, output_dir=root, device=device, compute_dtype=dtype, max_length=prepared.max_length)
     run = create_run(recipe, root)
-    _record_inputs(run, prepared)
+    record_inputs(run, prepared)
     return _run(recipe, prepared, run, reporter, checkpoint=None)
 
 
@@ -104,8 +64,8 @@ def resume(run: RunDir, *, reporter: Reporter) -> RunDir:
     if run.status == "succeeded":
         raise RunError(expected="an unfinished run", found=f"{run.path} has succeeded", fix="train again: ift train")
     recipe = run.recipe()
-    prepared = prepare(recipe)
-    recorded, now = run.read("manifest.json").get("inputs"), _inputs(prepared)
+    prepared = prepare(recipe, reporter)
+    recorded, now = run.read("manifest.json").get("inputs"), inputs(prepared)
     if recorded is None:
         raise RunError(
             expected="a run that got as far as its rows", found=f"none recorded in {run.path}", fix="start a new run"
@@ -134,53 +94,6 @@ def _forget_steps_after(run: RunDir, step: int) -> None:
     if path.is_file():
         lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         run.write_lines(path.name, [line for line in lines if line["step"] <= step])
-
-
-def _inputs(prepared: Prepared) -> dict[str, Any]:
-    return {
-        "base_fingerprint": prepared.location.fingerprint(),
-        "template_sha256": prepared.renderer.template_hash,
-        "train_sha256": _hash(prepared.train.rendered),
-        "test_sha256": _hash(prepared.test.rendered),
-    }
-
-
-def _hash(rendered: Sequence[Rendered]) -> str:
-    digest = hashlib.sha256()
-    for row in rendered:
-        digest.update(json.dumps([row.input_ids, row.labels]).encode())
-    return digest.hexdigest()
-
-
-def _record_inputs(run: RunDir, prepared: Prepared) -> None:
-    golden = prepared.train.rows[0], prepared.train.rendered[0]
-    run.write(
-        "golden.json",
-        {
-            "messages": list(golden[0].messages),
-            "input_ids": golden[1].input_ids,
-            "labels": golden[1].labels,
-            "template_sha256": prepared.renderer.template_hash,
-        },
-    )
-    run.write_lines("test.jsonl", [{"messages": list(row.messages), "where": row.where} for row in prepared.test.rows])
-    run.update_manifest(
-        inputs=_inputs(prepared),
-        base={"name": prepared.location.public_name, "revision": prepared.location.revision},
-        template=prepared.renderer.origin,
-        generation_prompt=prepared.renderer.generation_prompt,
-        max_length=prepared.max_length,
-        rows={
-            name: {
-                "rows": len(part.rows),
-                "tokens": part.tokens,
-                "supervised_tokens": part.supervised_tokens,
-                "truncated": part.truncated,
-                "dropped": part.dropped,
-            }
-            for name, part in (("train", prepared.train), ("test", prepared.test))
-        },
-    )
 
 
 def _run(recipe: Recipe, prepared: Prepared, run: RunDir, reporter: Reporter, *, checkpoint: Path | None) -> RunDir:
@@ -239,6 +152,9 @@ def _train_and_measure(
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     after = measuring(adapter=True)
     scores = compare(rows, labels, before, after, resampling(recipe.evaluation))
+    scores |= measure_probes(
+        trainer.model, prepared.renderer, prepared.probes, labels, recipe.evaluation, reporter=reporter, run=run
+    )
     run.write("scores.json", scores)
     run.write_lines("predictions.jsonl", prediction_lines(rows, labels, before, after))
     _save_adapter(trainer, recipe, prepared, run, scores)
@@ -285,7 +201,7 @@ def _trainer(
     return SupervisedTrainer(
         model=base.model,
         args=arguments,
-        train_dataset=to_dataset(prepared.train.rendered),
+        train_dataset=prepared.train.dataset.select_columns(["input_ids", "labels"]),
         processing_class=prepared.tokenizer,
         peft_config=lora_config(
             recipe.adapter,
@@ -294,6 +210,8 @@ def _trainer(
             revision=prepared.location.revision,
         ),
         callbacks=[recorder],
+        epochs=prepared.epochs,
+        lengths=prepared.lengths,
     )
 
 
@@ -306,7 +224,7 @@ def _save_adapter(
         prepared.tokenizer.chat_template = prepared.renderer.template
     prepared.tokenizer.save_pretrained(run.adapter)
     (run.adapter / "README.md").write_text(
-        adapter_card(recipe, base=prepared.location.public_name, scores=scores, rows=len(prepared.train.rows)), "utf-8"
+        adapter_card(recipe, base=prepared.location.public_name, scores=scores, rows=prepared.train.rows), "utf-8"
     )
     for path in run.adapter.iterdir():
         path.chmod(0o644)  # safetensors writes 0600, which a server under another user could not read

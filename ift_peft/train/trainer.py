@@ -20,18 +20,20 @@ from ift_peft.errors import TrainingError
 from ift_peft.infer.likelihood import supervised_logits
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir
-from ift_peft.train.batching import LengthGroupedSampler
+from ift_peft.train.batching import Epochs, EpochSampler
 
 
 class SupervisedTrainer(SFTTrainer):
-    """`SFTTrainer` over rows that hold `input_ids` and `labels`.
+    """`SFTTrainer` over rows that hold `input_ids` and `labels`; `epochs` says which of them each epoch takes.
 
     The loss is TRL's (summed cross-entropy over supervised tokens divided by their number in the whole batch, over all
     accumulation steps); only the positions that predict a supervised token go through the language-model head.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, epochs: Epochs | None = None, lengths: Sequence[int] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.epochs = Epochs(rows=len(self.train_dataset)) if epochs is None else epochs
+        self.lengths = lengths if len(lengths) else [len(ids) for ids in self.train_dataset["input_ids"]]
         self.remove_callback(PrinterCallback)
         self.tokens_seen = 0
         self.padded_tokens_seen = 0
@@ -56,12 +58,14 @@ class SupervisedTrainer(SFTTrainer):
         return (loss, None) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        lengths = [len(ids) for ids in dataset["input_ids"]]
-        return LengthGroupedSampler(lengths, batch_size=self.args.train_batch_size, seed=seed)
+        return EpochSampler(
+            self.lengths,
+            self.epochs,
+            batch_size=self.args.train_batch_size,
+            seed=seed,
+            strategy=self.args.train_sampling_strategy,
+        )
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: the run writes one card, into the adapter's folder, when there are scores to put in it."""

@@ -27,7 +27,7 @@ def test_an_overlong_text_is_cut_at_its_end_and_everything_else_stays(renderer: 
     whole = row(LONG, instruction=instruction)
     fitted = fit_rows([whole], renderer, max_length=60, overlong="truncate")
     (ids,), (cut,) = fitted.rendered, fitted.rows
-    assert fitted.truncated == 1
+    assert fitted.fit.truncated == 1
     assert 55 <= len(ids.input_ids) <= 60
     assert [label for label in ids.labels if label != IGNORE] == [
         label for label in renderer.render([whole.messages])[0].labels if label != IGNORE
@@ -40,13 +40,13 @@ def test_an_overlong_text_is_cut_at_its_end_and_everything_else_stays(renderer: 
 def test_a_row_of_exactly_the_length_is_left_alone(renderer: Renderer) -> None:
     length = len(renderer.render([row("好").messages])[0].input_ids)
     fitted = fit_rows([row("好")], renderer, max_length=length, overlong="error")
-    assert (fitted.truncated, fitted.dropped) == (0, 0)
+    assert (fitted.fit.truncated, fitted.fit.dropped) == (0, 0)
     assert fitted.rows == [row("好")]
 
 
 def test_dropped_rows_are_counted_and_dropping_all_is_an_error(renderer: Renderer) -> None:
     fitted = fit_rows([row("好"), row(LONG, number=2)], renderer, max_length=60, overlong="drop")
-    assert fitted.dropped == 1
+    assert fitted.fit.dropped == 1
     assert [kept.where for kept in fitted.rows] == ["rows.jsonl:1"]
     with pytest.raises(DataError, match="all were dropped"):
         fit_rows([row(LONG)], renderer, max_length=60, overlong="drop")
@@ -65,7 +65,7 @@ def test_an_error_says_which_length_would_do(renderer: Renderer) -> None:
     length = len(renderer.render([row(LONG).messages])[0].input_ids)
     with pytest.raises(DataError, match=f"training.max_length to {length}"):
         fit_rows([row(LONG)], renderer, max_length=60, overlong="error")
-    assert fit_rows([row(LONG)], renderer, max_length=length, overlong="error").truncated == 0
+    assert fit_rows([row(LONG)], renderer, max_length=length, overlong="error").fit.truncated == 0
 
 
 def test_a_row_that_the_template_refuses_is_named(renderer: Renderer) -> None:

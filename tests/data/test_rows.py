@@ -109,7 +109,7 @@ def test_rows_cannot_be_trained_on_and_held_out_at_once(tmp_path: Path) -> None:
             {"instruction": "x"},
             "no data.instruction",
         ),
-        ({"instruction": "q", "output": "a", "history": [["b", "c"]]}, {}, "without history"),
+        ({"instruction": "q", "output": "a", "history": [["b"]]}, {}, "history to be a list"),
         ({"instruction": "q", "input": [1], "output": "a"}, {}, "text under 'input'"),
         ({"prompt": "hi \ud83d", "completion": "a"}, {}, "half of a surrogate pair"),
     ],

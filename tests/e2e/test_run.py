@@ -108,7 +108,7 @@ def test_predictions_are_those_of_the_evaluation(short_run: RunDir) -> None:
 def test_an_overlong_text_is_shortened_and_the_answer_says_so(short_run: RunDir) -> None:
     parts = open_parts(short_run)
     model, _ = load_model(parts)
-    short, long = answer_all(model, parts, [parts.prompt_of("好"), parts.prompt_of("好吃" * 2000)], max_new_tokens=8)
+    short, long = answer_all(model, parts, [parts.ask("好"), parts.ask("好吃" * 2000)], max_new_tokens=8)
     assert (short.truncated, long.truncated) == (False, True)
 
 
@@ -116,7 +116,7 @@ def test_generation_starts_from_the_training_prompt_and_stops_at_its_end_token(s
     parts = open_parts(short_run)
     model, _ = load_model(parts)
     pieces: list[str] = []
-    text = generate(model, parts, parts.prompt_of("很好"), max_new_tokens=6, on_text=pieces.append)
+    text = generate(model, parts, parts.ask("很好").messages, max_new_tokens=6, on_text=pieces.append)
     assert "".join(pieces).strip() == text
     assert "<|" not in text
 
@@ -187,7 +187,7 @@ def test_likelihoods_that_are_no_numbers_are_refused(short_run: RunDir) -> None:
     with torch.no_grad():
         next(model.parameters())[:] = float("nan")
     with pytest.raises(ModelError, match="NaN or infinity"):
-        list(answer_all(model, parts, [parts.prompt_of("好")], max_new_tokens=8))
+        list(answer_all(model, parts, [parts.ask("好")], max_new_tokens=8))
 
 
 def test_an_unfinished_run_is_not_served_and_a_missing_one_is_named(short_run: RunDir, tmp_path: Path) -> None:

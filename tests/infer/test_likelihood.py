@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ift_peft.data.render import IGNORE, Renderer
 from ift_peft.data.row import ask
@@ -79,3 +79,29 @@ def test_label_probabilities_are_normalised_likelihoods_of_labels_of_any_length(
     expected = np.exp(logs) / np.exp(logs).sum(axis=1, keepdims=True)
     assert probabilities.shape == (3, 3)
     assert probabilities == pytest.approx(expected, abs=1e-5)
+
+
+def small(family: str, vocabulary: int) -> torch.nn.Module:
+    """A randomly made model of another family, whose cache is of another kind."""
+    common: dict[str, int] = {"vocab_size": vocabulary, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+    torch.manual_seed(0)
+    if family == "gpt2":
+        config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=2, n_head=2, n_positions=256, **common)
+    else:
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        extra = {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8} if family != "opt" else {"ffn_dim": 64}
+        config = AutoConfig.for_model(family, **sizes, **extra, **common)
+    made: torch.nn.Module = AutoModelForCausalLM.from_config(config).eval()
+    return made
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "mistral", "gpt2", "opt"])
+def test_running_each_prompt_once_changes_no_probability(renderer: Renderer, family: str) -> None:
+    labels = ["正面", "负面", "负面情绪较多", "正面情绪"]
+    prompts = [ask(text, instruction="请分类。", system=None) for text in (*TEXTS, "一般" * 20)]
+    other = small(family, len(renderer.tokenizer))
+    found = label_probabilities(other, renderer, prompts, labels, batch_size=3)
+    rendered = renderer.render([(*p, {"role": "assistant", "content": word}) for p in prompts for word in labels])
+    logs = np.array([by_hand(other, row.input_ids, row.labels) for row in rendered]).reshape(len(prompts), -1)
+    expected = np.exp(logs - logs.max(axis=1, keepdims=True))
+    assert found == pytest.approx(expected / expected.sum(axis=1, keepdims=True), abs=1e-5)

@@ -47,6 +47,7 @@ def curve(
         optim="sgd",  # Adam divides by gradients near zero, which makes rounding visible
         learning_rate=0.5,
         lr_scheduler_type="constant",
+        train_sampling_strategy="sequential",
         use_cpu=True,
         bf16=False,
         max_length=None,
@@ -101,6 +102,8 @@ def test_our_defaults_suit_the_device_and_the_recipe_overrides_them(tmp_path: Pa
     config = sft_config({"gradient_checkpointing": True, "save_strategy": "no"}, max_length=64, **options)
     assert config.activation_checkpointing
     assert config.save_strategy == "no"
+    with pytest.raises(RecipeError, match="batch_rebalance"):
+        sft_config({"train_sampling_strategy": "batch_rebalance"}, max_length=64, **options)
     with pytest.raises(RecipeError, match="sometimes"):
         sft_config({"save_strategy": "sometimes"}, max_length=64, **options)
 

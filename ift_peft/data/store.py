@@ -1,0 +1,246 @@
+"""Training rows as token ids in a memory-mapped Arrow file: rendered once, kept by the hash of all that went in.
+
+Rows pass through in pieces, so a set may be larger than memory; what is kept of it in memory is a number for each row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, List, Value
+from datasets.arrow_writer import ArrowWriter
+from numpy.typing import NDArray
+
+from ift_peft.data.fit import Fit, Overlong, fit_batches, raise_unfit
+from ift_peft.data.render import Rendered, Renderer
+from ift_peft.data.row import Row
+from ift_peft.sections import Data
+
+_FEATURES = Features(
+    {
+        "input_ids": List(Value("int32")),
+        "labels": List(Value("int32")),
+        "length": Value("int32"),
+        "source": Value("int16"),
+    }
+)
+_PACKAGES = ("ift_peft", "transformers", "tokenizers", "trl", "rjieba")
+
+
+@dataclass(frozen=True)
+class RenderedSet:
+    """Rendered training rows on disk: `variants` renderings of each row one after another.
+
+    `facts` holds rows, variants, tokens, supervised_tokens, truncated, dropped, sha256 of the ids and labels, and the
+    first row's messages, ids and labels as `golden`.
+    """
+
+    dataset: Dataset
+    facts: dict[str, Any]
+    reused: bool
+
+    @property
+    def rows(self) -> int:
+        return int(self.facts["rows"])
+
+    @property
+    def variants(self) -> int:
+        return int(self.facts["variants"])
+
+    def column(self, name: str) -> NDArray[np.int32]:
+        """`length` or `source` of every rendering, shape (rows * variants,)."""
+        column = self.dataset.with_format("numpy")[name]
+        return np.asarray(column[:] if not isinstance(column, np.ndarray) else column, dtype=np.int32)
+
+    @property
+    def fit(self) -> Fit:
+        return Fit(truncated=self.facts["truncated"], dropped=self.facts["dropped"])
+
+
+def cache_root() -> Path:
+    """$IFT_PEFT_CACHE, or ift_peft in the user's cache folder. Everything in it can be deleted at any time."""
+    own = os.environ.get("IFT_PEFT_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ift_peft"
+
+
+def content_key(data: Data, renderer: Renderer, *, max_length: int | None, variants: int) -> str | None:
+    """The sha256 of everything that decides the rendered rows: files, settings, tokenizer, template, code, versions.
+
+    None for rows from the Hub, whose content is not known without reading it.
+    """
+    digest = hashlib.sha256()
+    for part, _ in data.by_source():
+        for source in (part.train, part.test or data.test):
+            files = _files(source)
+            if files is None:
+                return None
+            for file in files:
+                digest.update(file.name.encode() + _file_digest(file))
+    for path in [Path(name) for name in (data.augment.lexicons if data.augment else ())]:
+        digest.update(_file_digest(path) if path.is_file() else str(path).encode())
+    for code in sorted(Path(__file__).parent.rglob("*")):
+        if code.is_file() and "__pycache__" not in code.parts:
+            digest.update(code.read_bytes())
+    settings = {
+        "data": data.model_dump(mode="json"),
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "tokenizer": hashlib.sha256(renderer.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "special": {name: str(token) for name, token in renderer.tokenizer.special_tokens_map.items()},
+        "template": renderer.template_hash,
+        "max_length": max_length,
+        "variants": variants,
+    }
+    digest.update(json.dumps(settings, sort_keys=True, ensure_ascii=False).encode())
+    return digest.hexdigest()
+
+
+def _files(source: str | None) -> list[Path] | None:
+    if source is None:
+        return []
+    path = Path(source)
+    if path.is_file():
+        return [path]
+    return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else None
+
+
+def _file_digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def render_set(
+    rows: Callable[[], Iterable[Row]],
+    renderer: Renderer,
+    *,
+    key: str | None,
+    variants: int,
+    max_length: int | None,
+    overlong: Overlong,
+    progress: Callable[[int], None] | None = None,
+) -> RenderedSet:
+    """The renderings of `rows`, which yields `variants` of each row in turn; from the cache where `key` is in it.
+
+    Raises `Faults` naming rows that cannot be rendered or do not fit.
+    """
+    kept = cache_root() / "rendered" / key if key is not None else None
+    if kept is not None and (kept / "facts.json").is_file():
+        return _open(kept, reused=True)
+    folder = _new_folder(kept)
+    try:
+        facts = _write(
+            rows(), renderer, folder, variants=variants, max_length=max_length, overlong=overlong, progress=progress
+        )
+        (folder / "facts.json").write_text(json.dumps(facts, ensure_ascii=False), "utf-8")
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if kept is not None and folder.parent == kept.parent:
+        try:
+            folder.rename(kept)
+        except OSError:  # another process has just put the same rows there
+            if not (kept / "facts.json").is_file():
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+        folder = kept
+    return _open(folder, reused=False)
+
+
+def _new_folder(kept: Path | None) -> Path:
+    """Beside its place in the cache, or in a folder for temporary files where the cache cannot be written."""
+    if kept is not None:
+        folder = kept.parent / f".{kept.name[:16]}-{secrets.token_hex(4)}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except OSError:
+            pass
+    return Path(tempfile.mkdtemp(prefix="ift_peft-"))
+
+
+def _open(folder: Path, *, reused: bool) -> RenderedSet:
+    facts = json.loads((folder / "facts.json").read_text("utf-8"))
+    return RenderedSet(Dataset.from_file(str(folder / "rows.arrow")), facts, reused)
+
+
+def _write(
+    rows: Iterable[Row],
+    renderer: Renderer,
+    folder: Path,
+    *,
+    variants: int,
+    max_length: int | None,
+    overlong: Overlong,
+    progress: Callable[[int], None] | None,
+) -> dict[str, Any]:
+    fit, digest = Fit(), hashlib.sha256()
+    counts = {"rows": 0, "tokens": 0, "supervised_tokens": 0}
+    golden: dict[str, Any] = {}
+    seen = 0
+    waiting: list[tuple[Row, Rendered] | None] = []
+    with ArrowWriter(path=str(folder / "rows.arrow"), features=_FEATURES) as writer:
+        for batch in fit_batches(rows, renderer, fit, max_length=max_length, overlong=overlong):
+            waiting += batch
+            whole = len(waiting) // variants * variants
+            groups = [waiting[start : start + variants] for start in range(0, whole, variants)]
+            waiting = waiting[whole:]
+            seen += len(groups)
+            # A row that does not fit in one wording is left out in all, so that every epoch holds the same rows.
+            pairs = [pair for group in groups if None not in group for pair in group if pair is not None]
+            if pairs:
+                golden = golden or _golden(pairs[0])
+                _write_pairs(writer, pairs, digest, counts)
+            if progress is not None:
+                progress(seen)
+        if counts["rows"]:
+            writer.finalize()
+    raise_unfit(fit, rows=seen, kept=counts["rows"], max_length=max_length)
+    return {
+        **counts,
+        "rows": counts["rows"] // variants,
+        "variants": variants,
+        "truncated": fit.truncated,
+        "dropped": fit.dropped,
+        "sha256": digest.hexdigest(),
+        "golden": golden,
+    }
+
+
+def _golden(pair: tuple[Row, Rendered]) -> dict[str, Any]:
+    row, rendered = pair
+    return {"messages": list(row.messages), "input_ids": rendered.input_ids, "labels": rendered.labels}
+
+
+def _write_pairs(writer: ArrowWriter, pairs: list[tuple[Row, Rendered]], digest: Any, counts: dict[str, int]) -> None:
+    for _, rendered in pairs:
+        digest.update(np.asarray([len(rendered.input_ids), *rendered.input_ids, *rendered.labels], "<i4").tobytes())
+        counts["tokens"] += len(rendered.input_ids)
+        counts["supervised_tokens"] += rendered.supervised
+    counts["rows"] += len(pairs)
+    writer.write_batch(
+        {
+            "input_ids": [rendered.input_ids for _, rendered in pairs],
+            "labels": [rendered.labels for _, rendered in pairs],
+            "length": [len(rendered.input_ids) for _, rendered in pairs],
+            "source": [row.source for row, _ in pairs],
+        }
+    )

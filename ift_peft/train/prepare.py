@@ -1,0 +1,195 @@
+"""Everything about a run that is known, and checked, before weights are loaded: rows, renderings, base, adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ift_peft.data.augment import augmented
+from ift_peft.data.fit import Fitted, fit_rows
+from ift_peft.data.instructions import Asker, ask_held_out, askers, unseen_pool
+from ift_peft.data.render import Rendered, Renderer
+from ift_peft.data.row import Row
+from ift_peft.data.rows import held_out_rows, read_rows, stream_rows, to_saved
+from ift_peft.data.store import RenderedSet, content_key, render_set
+from ift_peft.evaluate.probes import Probe, make_probes
+from ift_peft.model.adapter import matched_modules
+from ift_peft.model.base import skeleton
+from ift_peft.model.tokenizer import BaseLocation, ensure_pad_token, load_tokenizer, locate_base
+from ift_peft.recipe import Recipe
+from ift_peft.reporter import Reporter
+from ift_peft.run_dir import RunDir
+from ift_peft.sections import Data
+from ift_peft.train.arguments import choose_max_length
+from ift_peft.train.batching import Epochs
+
+MOST_VARIANTS = 8  # phrasings of a row that are rendered; later epochs take them again in turn
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What training and measuring need, without weights."""
+
+    location: BaseLocation
+    tokenizer: PreTrainedTokenizerBase
+    renderer: Renderer
+    train: RenderedSet
+    epochs: Epochs
+    test: Fitted
+    probes: list[Probe]
+    max_length: int | None
+    notes: list[str]
+
+    @property
+    def lengths(self) -> Any:
+        return self.train.column("length")
+
+
+def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
+    """Read and render the rows, and check base and adapter against each other. Loads no weights."""
+    data = recipe.data
+    unseen = unseen_pool(data, recipe.evaluation.unseen_instructions)
+    train_rows, test_rows = (None, held_out_rows(data)) if data.streaming else read_rows(data)
+    by_source = askers(data)
+    test_rows = ask_held_out(test_rows, by_source)
+    location = locate_base(recipe.base.model, revision=recipe.base.revision)
+    tokenizer = load_tokenizer(location)
+    renderer = Renderer(tokenizer)
+    notes = [note for note in (ensure_pad_token(tokenizer),) if note]
+    if renderer.origin.startswith("fallback"):
+        notes.append("the tokenizer has no chat template; 'User: …\\nAssistant: …' is used, and saved with the adapter")
+    bare = skeleton(location)
+    matched_modules(bare, recipe.adapter.target_modules)
+    max_length = choose_max_length(recipe.training, getattr(bare.config, "max_position_embeddings", None))
+    if train_rows is not None and data.augment is not None:
+        copies = changed_copies(train_rows, data, test_rows, by_source)
+        notes.append(f"{len(copies)} changed copies of {len(train_rows)} training rows were added")
+        train_rows = [*train_rows, *copies]
+    variants = _variants(by_source, recipe.training, None if train_rows is None else len(train_rows))
+    reporter.stage("tokenising training rows", 0 if train_rows is None else len(train_rows))
+    train = render_set(
+        _asked(train_rows, data, by_source, variants),
+        renderer,
+        key=content_key(data, renderer, max_length=max_length, variants=variants),
+        variants=variants,
+        max_length=max_length,
+        overlong=data.overlong,
+        progress=reporter.advance,
+    )
+    reporter.finish()
+    test = fit_rows(test_rows, renderer, max_length=max_length, overlong=data.overlong)
+    notes += train.fit.notes("training", max_length) + test.fit.notes("held-out", max_length)
+    probes = make_probes(
+        test.rows,
+        by_source,
+        recipe.evaluation,
+        renderer,
+        unseen=unseen,
+        protected=data.protected_words,
+        max_length=max_length,
+    )
+    return Prepared(location, tokenizer, renderer, train, _epochs(data, train), test, probes, max_length, notes)
+
+
+def changed_copies(rows: Sequence[Row], data: Data, held_out: Sequence[Row], by_source: Sequence[Asker]) -> list[Row]:
+    """Copies of `rows` with changed texts; none has the text of a held-out row or of another training row."""
+    assert data.augment is not None
+    forbidden = {row.text for row in held_out}
+    copies = []
+    for copy, (number, text) in enumerate(
+        augmented(rows, data.augment, protected=data.protected_words, forbidden=forbidden)
+    ):
+        row = rows[number]
+        asker = by_source[row.source]
+        changed = asker.asked(row, asker.data.instruction, text=text)  # or in a phrasing drawn later
+        copies.append(replace(changed, where=f"{row.where} (changed copy {copy})"))
+    return copies
+
+
+def _variants(by_source: Sequence[Asker], training: dict[str, Any], rows: int | None) -> int:
+    """How many phrasings of each row are rendered: one for each epoch where phrasings vary by epoch."""
+    if not any(asker.varies_by_epoch for asker in by_source):
+        return 1
+    epochs = float(training.get("num_train_epochs") or 3.0)
+    steps = int(training.get("max_steps") or -1)
+    if steps > 0:
+        batch = int(training.get("per_device_train_batch_size") or 8) * int(
+            training.get("gradient_accumulation_steps") or 1
+        )
+        epochs = MOST_VARIANTS if rows is None else steps * batch / rows
+    return max(1, min(MOST_VARIANTS, math.ceil(epochs)))
+
+
+def _asked(
+    rows: Sequence[Row] | None, data: Data, by_source: Sequence[Asker], variants: int
+) -> Callable[[], Iterable[Row]]:
+    """Each training row in as many phrasings as are rendered."""
+
+    def asked() -> Iterator[Row]:
+        for row in stream_rows(data) if rows is None else rows:
+            asker = by_source[row.source]
+            for variant in range(variants):
+                if asker.section is None:
+                    yield row
+                else:
+                    key = f"{variant}:{row.key}" if asker.varies_by_epoch else row.key
+                    yield asker.asked(row, asker.instruction(row.text or "", key=key))
+
+    return asked
+
+
+def _epochs(data: Data, train: RenderedSet) -> Epochs:
+    weights = tuple(weight for _, weight in data.by_source())
+    if weights == (1.0,):
+        return Epochs(rows=train.rows, variants=train.variants)
+    sources = train.column("source")[:: train.variants]
+    return Epochs(rows=train.rows, variants=train.variants, sources=sources, weights=weights, seed=data.seed)
+
+
+def inputs(prepared: Prepared) -> dict[str, Any]:
+    """What a run was made of, by hash: equal inputs and seeds make equal adapters."""
+    return {
+        "base_fingerprint": prepared.location.fingerprint(),
+        "template_sha256": prepared.renderer.template_hash,
+        "train_sha256": prepared.train.facts["sha256"],
+        "test_sha256": _hash(prepared.test.rendered),
+    }
+
+
+def _hash(rendered: Sequence[Rendered]) -> str:
+    digest = hashlib.sha256()
+    for row in rendered:
+        digest.update(json.dumps([row.input_ids, row.labels]).encode())
+    return digest.hexdigest()
+
+
+def record_inputs(run: RunDir, prepared: Prepared) -> None:
+    """Write the golden example, the held-out rows, and the facts of the inputs into the run."""
+    train = prepared.train.facts
+    run.write("golden.json", {**train["golden"], "template_sha256": prepared.renderer.template_hash})
+    run.write_lines("test.jsonl", [to_saved(row) for row in prepared.test.rows])
+    counts = ("rows", "variants", "tokens", "supervised_tokens", "truncated", "dropped")
+    test, fit = prepared.test, prepared.test.fit
+    run.update_manifest(
+        inputs=inputs(prepared),
+        base={"name": prepared.location.public_name, "revision": prepared.location.revision},
+        template=prepared.renderer.origin,
+        generation_prompt=prepared.renderer.generation_prompt,
+        max_length=prepared.max_length,
+        rows={
+            "train": {name: train[name] for name in counts} | {"tokenised_before": prepared.train.reused},
+            "test": {
+                "rows": len(test.rows),
+                "tokens": test.tokens,
+                "supervised_tokens": test.supervised_tokens,
+                "truncated": fit.truncated,
+                "dropped": fit.dropped,
+            },
+        },
+    )
