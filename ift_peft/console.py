@@ -76,9 +76,7 @@ def print_error(error: BaseException) -> None:
 
 def print_scores(scores: dict[str, Any], *, title: str) -> None:
     """The before-and-after table of scores.json."""
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for heading in ("", "base", "adapter", "change"):
-        table.add_column(heading, justify="left" if not heading else "right")
+    table = _score_table(title)
     for name in scores["adapter"]:
         table.add_row(
             name, *(_cell(scores[who].get(name), signed=who == "change") for who in ("base", "adapter", "change"))
@@ -92,26 +90,28 @@ def print_scores(scores: dict[str, Any], *, title: str) -> None:
 
 def _print_probes(scores: dict[str, Any]) -> None:
     """The same metric where rows were asked in unseen words, or their text was changed."""
-    probes = {name: scores[name] for name in ("unseen", "perturbed") if name in scores}
-    if not probes:
-        return
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("", "base", "adapter", "change"):
-        table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
-    for name, probe in probes.items():
+    for name in ("unseen", "perturbed"):
+        if name not in scores:
+            continue
+        probe = scores[name]
+        asked = f"{probe['rows']} rows asked in {len(probe.get('phrasings', ()))} unseen phrasings each"
+        title = asked if "phrasings" in probe else f"{probe['rows']} rows with perturbed text"
+        table = _score_table(title)
         (metric,) = probe["adapter"]
-        title = f"{metric}, {name}"
-        if "phrasings" in probe:
-            title = f"{metric}, {len(probe['phrasings'])} unseen phrasings"
-        elif name == "perturbed":
-            title = f"{metric}, perturbed text"
-        cells = (_cell(probe[who].get(metric), signed=who == "change") for who in ("base", "adapter", "change"))
-        table.add_row(title, *cells)
+        table.add_row(
+            metric, *(_cell(probe[who].get(metric), signed=who == "change") for who in ("base", "adapter", "change"))
+        )
         if "spread" in probe:
-            best = (f"{probe['spread'][who]:.3f}" for who in ("base", "adapter"))
-            table.add_row("  best minus worst", *best, "")
-    out.print(table)
-    out.print()
+            table.add_row("spread", *(f"{probe['spread'][who]:.3f} best - worst" for who in ("base", "adapter")), "")
+        out.print(table)
+        out.print()
+
+
+def _score_table(title: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for heading in ("", "base", "adapter", "change"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    return table
 
 
 def _cell(part: dict[str, float] | None, *, signed: bool) -> str:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ift_peft.data.augment import augmented
 from ift_peft.data.fit import Fitted, fit_rows
 from ift_peft.data.instructions import Asker, ask_held_out, askers, unseen_pool
+from ift_peft.data.quality import Cleaned, Finding, apply, find
 from ift_peft.data.render import Rendered, Renderer
 from ift_peft.data.row import Row
 from ift_peft.data.rows import held_out_rows, read_rows, stream_rows, to_saved
@@ -25,11 +26,27 @@ from ift_peft.model.tokenizer import BaseLocation, ensure_pad_token, load_tokeni
 from ift_peft.recipe import Recipe
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir
-from ift_peft.sections import Data
+from ift_peft.sections import Data, Quality
 from ift_peft.train.arguments import choose_max_length
 from ift_peft.train.batching import Epochs
 
 MOST_VARIANTS = 8  # phrasings of a row that are rendered; later epochs take them again in turn
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the checks of data.quality found in the training rows, and the rows that are left."""
+
+    findings: list[Finding]
+    cleaned: Cleaned
+
+    def notes(self) -> list[str]:
+        told = [
+            f"{found.severity}: {found.kind.replace('_', ' ')} in {found.count} training rows; {found.advice}"
+            for found in self.findings
+            if found.count
+        ]
+        return [*told, *self.cleaned.notes()]
 
 
 @dataclass(frozen=True)
@@ -43,6 +60,7 @@ class Prepared:
     epochs: Epochs
     test: Fitted
     probes: list[Probe]
+    checked: Checked | None
     max_length: int | None
     notes: list[str]
 
@@ -67,6 +85,11 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
     bare = skeleton(location)
     matched_modules(bare, recipe.adapter.target_modules)
     max_length = choose_max_length(recipe.training, getattr(bare.config, "max_position_embeddings", None))
+    checked = None
+    if train_rows is not None and data.quality is not None:
+        checked = _check(train_rows, test_rows, data.quality, renderer, labels=data.label_words, max_length=max_length)
+        train_rows = checked.cleaned.rows
+        notes += checked.notes()
     if train_rows is not None and data.augment is not None:
         copies = changed_copies(train_rows, data, test_rows, by_source)
         notes.append(f"{len(copies)} changed copies of {len(train_rows)} training rows were added")
@@ -94,7 +117,25 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
         protected=data.protected_words,
         max_length=max_length,
     )
-    return Prepared(location, tokenizer, renderer, train, _epochs(data, train), test, probes, max_length, notes)
+    epochs = _epochs(data, train)
+    return Prepared(location, tokenizer, renderer, train, epochs, test, probes, checked, max_length, notes)
+
+
+def _check(
+    train: Sequence[Row],
+    test: Sequence[Row],
+    section: Quality,
+    renderer: Renderer,
+    *,
+    labels: Sequence[str],
+    max_length: int | None,
+) -> Checked:
+    """The findings of data.quality, and what is left. Raises `DataError` for findings that it stops at."""
+    lengths = None
+    if section.overlong != "off" and max_length is not None:
+        lengths = [len(ids.input_ids) for ids in fit_rows(train, renderer, max_length=None, overlong="error").rendered]
+    findings = find(train, test, section, labels=labels, lengths=lengths, max_length=max_length)
+    return Checked(findings, apply(train, findings, section))
 
 
 def changed_copies(rows: Sequence[Row], data: Data, held_out: Sequence[Row], by_source: Sequence[Asker]) -> list[Row]:
@@ -174,6 +215,10 @@ def record_inputs(run: RunDir, prepared: Prepared) -> None:
     train = prepared.train.facts
     run.write("golden.json", {**train["golden"], "template_sha256": prepared.renderer.template_hash})
     run.write_lines("test.jsonl", [to_saved(row) for row in prepared.test.rows])
+    if prepared.checked is not None:
+        run.write("findings.json", {"findings": [found.to_json() for found in prepared.checked.findings]})
+        run.write_lines("dropped.jsonl", [row.to_json() for row in prepared.checked.cleaned.dropped])
+        run.write_lines("train.jsonl", [to_saved(row) for row in prepared.checked.cleaned.rows])
     counts = ("rows", "variants", "tokens", "supervised_tokens", "truncated", "dropped")
     test, fit = prepared.test, prepared.test.fit
     run.update_manifest(

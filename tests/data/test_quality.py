@@ -7,7 +7,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import product
 
 import pytest
 
@@ -22,23 +21,31 @@ from ift_peft.sections import Quality
 
 LABELS = ("负面", "正面")
 PHRASES = {
-    ("zh", "正面"): "味道鲜美得让人想念|店员总是笑着迎接|做工细致没有线头|充一次电能用三天|送货比说好的还早|床铺柔软睡得香甜|"
-    "价格公道分量十足|音质清澈低音有力|孩子抱着不肯放手|穿上显瘦又舒服|讲解耐心一听就懂|用了半年还像新的",
-    ("zh", "负面"): "汤里漂着一根头发|前台爱理不理地翻白眼|洗一次就缩水变形|半天不到就没电关机|快递拖了整整两周|隔壁吵到凌晨三点|"
-    "又贵又少根本吃不饱|喇叭里全是杂音|零件松动划破了手|颜色和图片完全两样|客服只会复制粘贴|拆开就发现是坏的",
-    ("zh", ""): "上个月和同事一起去的|在商场三楼转角那家|给父母买来过节用的|第一次在这里下单|包装是蓝色的纸盒|周末下午人比较多|"
-    "朋友推荐之后才知道|型号是去年出的那款|从车站走过去十分钟|楼下也开了一家分店|搬家以后换的新品牌|优惠券快过期了才用",
+    ("zh", "正面"): (
+        "味道鲜美得让人想念|店员总是笑着迎接|做工细致没有线头|充一次电能用三天|送货比说好的还早|床铺柔软睡得香甜|"
+        "价格公道分量十足|音质清澈低音有力|孩子抱着不肯放手|穿上显瘦又舒服|讲解耐心一听就懂|用了半年还像新的"
+    ),
+    ("zh", "负面"): (
+        "汤里漂着一根头发|前台爱理不理地翻白眼|洗一次就缩水变形|半天不到就没电关机|快递拖了整整两周|隔壁吵到凌晨三点|"
+        "又贵又少根本吃不饱|喇叭里全是杂音|零件松动划破了手|颜色和图片完全两样|客服只会复制粘贴|拆开就发现是坏的"
+    ),
+    ("zh", ""): "上个月和同事一起去的|在商场三楼转角那家|给父母买来过节用的|第一次在这里下单|包装是蓝色的纸盒|"
+    "周末下午人比较多|朋友推荐之后才知道|型号是去年出的那款|从车站走过去十分钟|楼下也开了一家分店|"
+    "搬家以后换的新品牌|优惠券快过期了才用",
     ("en", "正面"): "the crust was perfectly crisp|everyone greeted us warmly|stitching is flawless throughout|"
-    "the battery lasts for days|it arrived earlier than promised|we slept like babies|generous portions for the money|"
-    "crystal clear sound and rich bass|my niece adores it|flattering and so comfy|taught with real patience|still shines after months",
+    "the battery lasts for days|it arrived earlier than promised|we slept like babies|"
+    "generous portions for the money|crystal clear sound and rich bass|my niece adores it|"
+    "flattering and so comfy|taught with real patience|still shines after months",
     ("en", "负面"): "found a hair in my soup|the clerk rolled his eyes at us|it shrank after a single wash|"
-    "dead before lunchtime every day|two weeks late with no apology|thumping music until dawn|tiny plates and huge bills|"
-    "the speaker crackles constantly|a loose screw cut my thumb|nothing like the photos|support just pastes the same reply|broken right out of the box",
-    ("en", ""): "went there with coworkers last month|it sits on the corner of the third floor|bought for my parents' anniversary|"
-    "my first order from this place|comes in a blue cardboard box|fairly busy on weekend afternoons|a friend told me about it|"
-    "it is last year's model|ten minutes on foot from the station|another branch opened downstairs|switched brands after moving|"
+    "dead before lunchtime every day|two weeks late with no apology|thumping music until dawn|"
+    "tiny plates and huge bills|the speaker crackles constantly|a loose screw cut my thumb|"
+    "nothing like the photos|support just pastes the same reply|broken right out of the box",
+    ("en", ""): "went there with coworkers last month|it sits on the corner of the third floor|"
+    "bought for my parents' anniversary|my first order from this place|comes in a blue cardboard box|"
+    "fairly busy on weekend afternoons|a friend told me about it|it is last year's model|"
+    "ten minutes on foot from the station|another branch opened downstairs|switched brands after moving|"
     "used a coupon that was about to expire",
-}  # fmt: skip
+}
 PHONES = ("手机13800001{:03d}", "座机 010-6234-5{:03d}", "call 202-555-0{:03d}", "+86 139 0000 1{:03d}")
 
 
@@ -111,7 +118,14 @@ BREAK: tuple[Callable[[str], str], ...] = (
     lambda text: text + "质量很好".encode("gb18030").decode("latin-1"),
     lambda text: text + "锟斤拷",
 )
-FOREIGN = ("Очень хорошо, приду ещё раз {}", "とても美味しかったので、また行きます{}", "정말 맛있고 친절해서 또 가고 싶어요 {}")
+FOREIGN = (
+    "Очень вкусный суп, приду ещё раз",
+    "Доставка опоздала на две недели",
+    "とても美味しかったので、また行きます",
+    "音が割れていて使えませんでした",
+    "직원들이 정말 친절해서 또 가고 싶어요",
+    "배터리가 반나절도 못 가요",
+)
 
 
 @dataclass
@@ -155,16 +169,19 @@ def plant(seed: int = 0) -> Planted:
     edit(40, "personal_data", lambda number, text: f"{text} {personal(number, valid=True)} ")
     edit(40, None, lambda number, text: f"{text} {personal(number, valid=False)} ")
     edit(30, "characters", lambda number, text: BREAK[number % len(BREAK)](text))
-    edit(12, "language", lambda number, text: FOREIGN[number % 3].format("！" * number + str(number) * 30))
+    edit(len(FOREIGN), "language", lambda number, text: FOREIGN[number])
     for at in (next(fresh) for _ in range(30)):  # 5 % of 600
         text, label, faults = rows[at]
         rows[at] = (text, other(label), faults | {"mislabelled"})
-    later = [(same(text, rng), label, {"exact_duplicates"}) for text, label, _ in (rows[next(fresh)] for _ in range(40))]
-    later += [(changed(text, rng), label, {"near_duplicates"}) for text, label, _ in (rows[next(fresh)] for _ in range(60))]
+    later = []
+    for number in range(100):
+        text, label, _ = rows[next(fresh)]
+        copy = (same(text, rng), {"exact_duplicates"}) if number < 40 else (changed(text, rng), {"near_duplicates"})
+        later.append((copy[0], label, copy[1]))
     for at in (next(fresh) for _ in range(10)):
         text, label, faults = rows[at]
         rows[at] = (text, label, faults | {"contradictions"})
-        later.append((same(text, rng), other(label), {"contradictions", "mislabelled"}))
+        later.append((same(text, rng), other(label), {"contradictions"}))
     test = [next(source) for _ in range(150)]
     for text, label in test[:25]:
         rows.insert(rng.randrange(len(rows)), (same(text, rng), label, {"leakage"}))
@@ -193,8 +210,9 @@ def findings(planted: Planted) -> list[Finding]:
 
 @pytest.mark.slow
 def test_planted_faults_are_found_and_nothing_else(planted: Planted, findings: list[Finding]) -> None:
+    """Precision and recall, measured; below 1 only where similarity or a classifier decides."""
     found = {finding.kind: set(finding.rows) for finding in findings}
-    wanted = {"near_duplicates": (0.95, 0.95), "leakage": (0.95, 0.95), "mislabelled": (0.6, 0.75)}
+    wanted = {"near_duplicates": (0.95, 0.95), "leakage": (0.95, 0.95), "mislabelled": (0.8, 0.6)}
     print(f"\n{'finding':<18}{'planted':>8}{'found':>8}{'precision':>11}{'recall':>8}")
     short = []
     for kind in (kind for kind in KINDS if kind != "imbalance"):
@@ -205,3 +223,202 @@ def test_planted_faults_are_found_and_nothing_else(planted: Planted, findings: l
             short.append((kind, scores, sorted(truth ^ rows)[:5]))
     assert not short
     assert "imbalance" not in found
+
+
+def findings_of(
+    train: list[Row], section: Quality, *, test: list[Row] | None = None, labels: tuple[str, ...] = LABELS
+) -> dict[str, Finding]:
+    found = find(
+        train, test or [row("另一家完全不同的店", file="test")], section, labels=labels, lengths=None, max_length=None
+    )
+    return {finding.kind: finding for finding in found if finding.kind != "imbalance"}
+
+
+def only(**settings: object) -> Quality:
+    return Quality(**(dict.fromkeys(KINDS, "off") | settings))  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_examples_name_file_and_line_and_show_no_personal_data(planted: Planted, findings: list[Finding]) -> None:
+    for finding in findings:
+        assert len(finding.examples) == min(3, finding.count)
+        assert finding.to_json()["rows"] == list(finding.rows)
+        assert f"data.{finding.kind}" in finding.advice or "data.quality." in finding.advice
+        for example in finding.examples:
+            assert example.where in {planted.train[number].where for number in finding.rows}
+            assert redact(example.excerpt)[0] == example.excerpt
+    shown = {example.where for finding in findings if finding.kind == "personal_data" for example in finding.examples}
+    assert shown <= {planted.train[number].where for number in planted.truth["personal_data"]}
+
+
+@pytest.mark.slow
+def test_ten_thousand_texts_are_compared_within_ten_seconds() -> None:
+    rng = random.Random(0)
+    phrases = "|".join(PHRASES.values()).split("|")
+    rows = [row("，".join(rng.sample(phrases, 4)) + str(number), number=number) for number in range(10_000)]
+    started = time.process_time()
+    near(rows, {}, threshold=0.8)
+    assert time.process_time() - started < 10
+
+
+def test_kinds_that_are_off_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Told(Silent):
+        kinds: list[str] = []  # noqa: RUF012
+
+        def advance(self, done: int, detail: str = "") -> None:
+            self.kinds.append(detail)
+
+    train = [row("好吃", number=number) for number in range(3)]
+    told = Told()
+    section = only(exact_duplicates="warn", overlong="stop")
+    found = find(train, [], section, labels=LABELS, lengths=[1, 9, 2], max_length=8, progress=told)
+    assert told.kinds == ["exact_duplicates", "overlong", ""]
+    assert [(finding.kind, finding.rows, finding.severity) for finding in found] == [
+        ("exact_duplicates", (1, 2), "note"),
+        ("overlong", (1,), "error"),
+    ]
+
+
+def test_a_like_text_with_another_answer_is_no_duplicate() -> None:
+    texts = ("这家店的汤面真的很好吃，下次还来。", "这家店的汤面真的不好吃，下次还来。")
+    section = only(near_duplicates="warn", leakage="warn", near_threshold=0.5)
+    opposed = [row(texts[0], "正面"), row(texts[1], "负面", number=1)]
+    assert findings_of(opposed, section) == {}
+    assert findings_of([opposed[0], replace(opposed[1], label="正面")], section)["near_duplicates"].rows == (1,)
+    assert findings_of(opposed, section, test=[row(texts[0], "负面", file="test")])["leakage"].rows == (0, 1)
+    free = [row(texts[0], None, answer="一碗面的评价"), row(texts[1], None, answer="hello there", number=1)]
+    assert findings_of(free, section, labels=()) == {}
+
+
+def test_the_same_text_in_another_phrasing_of_its_instruction_is_the_same_question() -> None:
+    other = replace(
+        row("好吃", "负面", number=1),
+        messages=({"role": "user", "content": "判断：好吃"}, {"role": "assistant", "content": "负面"}),
+    )
+    section = only(contradictions="warn")
+    assert findings_of([row("好吃"), other], section)["contradictions"].rows == (0, 1)
+    assert findings_of([row("好吃"), replace(other, source=1)], section) == {}
+
+
+def test_a_class_without_a_row_is_an_error_and_rare_ones_are_named() -> None:
+    train = [row(f"第{number}条", number=number) for number in range(20)] + [row("差", "负面", number=20)]
+    found = find(train, [], only(imbalance="warn"), labels=(*LABELS, "中性"), lengths=None, max_length=None)
+    assert [(finding.severity, finding.count, finding.rows) for finding in found] == [
+        ("error", 1, ()),
+        ("warning", 1, (20,)),
+    ]
+    assert "no row of 中性" in found[0].advice
+
+
+def test_labels_that_nothing_explains_are_not_judged() -> None:
+    rng = random.Random(0)
+    train = [
+        row("".join(rng.sample("天地玄黄宇宙洪荒日月盈昃", 6)), rng.choice(LABELS), number=number)
+        for number in range(60)
+    ]
+    (found,) = find(train, [], only(mislabelled="stop"), labels=LABELS, lengths=None, max_length=None)
+    assert (found.severity, found.count, found.rows) == ("note", 0, ())
+    assert "not judged" in found.advice
+    assert apply(train, [found], only(mislabelled="stop")).rows == train
+
+
+@pytest.mark.parametrize("number", range(21))
+def test_redaction_replaces_what_proves_itself_and_keeps_everything_else(number: int) -> None:
+    before, after = "很好，￥99.50，第3次买（", "）推荐！"
+    data = personal(number, valid=True)
+    text, words = redact(before + data + after)
+    assert sum(words.values()) == 1
+    (word,) = words
+    head, _, tail = text.partition(f"[{word}]")
+    assert head.startswith(before)
+    assert tail == after
+    assert data.startswith(head.removeprefix(before))
+    decoy = before + personal(number, valid=False) + after
+    assert redact(decoy) == (decoy, {})
+
+
+def test_redaction_reaches_text_and_messages_alike_and_leaves_labels_and_instructions() -> None:
+    text = "很好，找小店 13800001234 或 a@example.com"
+    plain = row(text, "正面")
+    asked = replace(plain, messages=({"role": "system", "content": "电话 13900001111"}, *plain.messages))
+    cleaned = apply([asked], [], Quality(redact=True))
+    (done,) = cleaned.rows
+    assert done.text == "很好，找小店 [PHONE] 或 [EMAIL]"
+    assert [message["content"] for message in done.messages] == ["电话 13900001111", f"请分类。\n{done.text}", "正面"]
+    assert (cleaned.redacted, cleaned.redacted_rows) == ({"PHONE": 1, "EMAIL": 1}, 1)
+    free = replace(row("问", None, answer="请打 13800001234"), text=None)
+    assert apply([free], [], Quality(redact=True)).rows[0].answer == "请打 [PHONE]"
+    assert apply([asked], [], Quality()).rows == [asked]
+
+
+def test_stop_raises_with_examples_of_every_kind_that_stops() -> None:
+    train = [row("好吃"), row("好吃", number=1), row("打 13800001234 找我", number=2)]
+    section = only(exact_duplicates="stop", personal_data="stop")
+    found = list(findings_of(train, section).values())
+    with pytest.raises(Faults) as caught:
+        apply(train, found, section)
+    for part in (
+        "exact_duplicates=stop",
+        "train.jsonl:1: 好吃",
+        "the same as train.jsonl:0",
+        "train.jsonl:2",
+        "[PHONE]",
+    ):
+        assert part in str(caught.value)
+    assert "13800001234" not in str(caught.value)
+
+
+def test_drop_leaves_out_training_rows_with_their_reasons_and_nothing_else() -> None:
+    train = [row("好吃"), row("好\x07吃", number=1), row("好\x07吃", number=2), row("难吃", "负面", number=3)]
+    test = [row("好吃", file="test"), row("x\x07", file="test", number=1)]
+    kept = list(test)
+    section = only(exact_duplicates="drop", characters="drop", leakage="warn")
+    cleaned = apply(train, list(findings_of(train, section, test=test).values()), section)
+    assert cleaned.rows == [train[0], train[3]]
+    assert [dropped.to_json() for dropped in cleaned.dropped] == [
+        {"where": "train.jsonl:1", "kinds": ["characters"], "text": "好\x07吃"},
+        {"where": "train.jsonl:2", "kinds": ["exact_duplicates", "characters"], "text": "好\x07吃"},
+    ]
+    assert test == kept
+    assert cleaned.notes() == ["2 training rows were left out (data.quality: characters 2, exact_duplicates 1)"]
+    with pytest.raises(DataError, match="all were dropped"):
+        apply(train[1:3], list(findings_of(train[1:3], section).values()), section)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "一家人👨‍👩‍👧很开心",
+        "می‌خواهم",
+        "café naïve, Zürich – “fine”…",
+        "价格￥100，50°C",
+        "联通卡",
+        "不错·····下次来",
+        "a\tb\nc",
+    ],
+)
+def test_unusual_but_right_characters_are_left_alone(text: str) -> None:
+    assert bad_characters(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("这款 iPhone 手机很好用", "zh"),
+        ("The 北京 branch of this restaurant is great", "en"),
+        ("好评", None),
+        ("👍👍 12345", None),
+        ("とても美味しい", "Japanese"),
+        ("Отличный товар", "Cyrillic"),
+    ],
+)
+def test_the_language_is_told_by_the_script_that_says_most(text: str, language: str | None) -> None:
+    assert language_of(text) == language
+
+
+def test_an_excerpt_is_short_shows_its_place_and_hides_personal_data() -> None:
+    text = "很" * 100 + "好\u200b吃 13800001234 " + "来" * 100
+    shown = excerpt(text, at=101)
+    assert "好<U+200B>吃 [PHONE]" in shown
+    assert shown.startswith("…很") and shown.endswith("来…")
+    assert len(shown) < 70

@@ -9,6 +9,7 @@ from functools import cached_property
 
 from ift_peft.data.quality import duplicates
 from ift_peft.data.quality.finding import KINDS, Finding, Hit, action_of, finding, text_of
+from ift_peft.data.quality.mislabelled import WEAK, judge
 from ift_peft.data.quality.personal_data import personal_data
 from ift_peft.data.quality.writing import bad_characters, language_of
 from ift_peft.data.row import Row
@@ -104,8 +105,6 @@ class _Checks:
         return self._found("contradictions", hits)
 
     def _mislabelled(self) -> list[Finding]:
-        from ift_peft.data.quality.mislabelled import judge
-
         numbers = [number for number, row in enumerate(self.train) if row.label is not None]
         # Near duplicates are not looked for on this account alone: exact ones do most of the harm.
         nears = self.near if action_of("near_duplicates", self.section) != "off" else {}
@@ -115,11 +114,18 @@ class _Checks:
         verdict = judge(texts, labels, groups, seed=self.section.seed)
         if verdict is None:
             return []
+        by = f"by a classifier that agrees with {verdict.agreement:.0%} of labels"
+        if not verdict.judged:
+            told = finding("mislabelled", (), self.train, self.section)
+            return [replace(told, severity="note", advice=f"not judged: {by[3:]} can tell nothing about the others")]
         hits = [
             Hit(numbers[at], f"{labels[at]!r} here, {expected!r} by the classifier")
             for at, expected in zip(verdict.rows, verdict.expected, strict=True)
         ]
-        return self._found("mislabelled", hits, f"by a classifier that agrees with {verdict.agreement:.0%} of labels")
+        if verdict.agreement >= WEAK:
+            return self._found("mislabelled", hits, by)
+        found = self._found("mislabelled", hits, f"{by}, so many are its own errors")
+        return [replace(one, severity="note") if one.severity == "warning" else one for one in found]
 
     def _overlong(self) -> list[Finding]:
         longest = sorted(enumerate(self.lengths or ()), key=lambda pair: -pair[1])

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import phonenumbers
 import stdnum.cn.ric
 import stdnum.luhn
 from phonenumbers import Leniency, PhoneNumberMatcher
@@ -128,19 +127,19 @@ def _phones(text: str) -> list[tuple[int, int]]:
 def _phone_candidates(text: str) -> Iterator[tuple[int, int]]:
     for region, leniency in _REGIONS:
         for match in PhoneNumberMatcher(text, region, leniency=leniency):
-            inside = text[match.start - 1 : match.start].isdigit() or text[match.end : match.end + 1].isdigit()
-            if not inside and _is_written_as_phone(match, text):
-                yield match.start, match.end
+            start, end = match.start, match.end
+            if text[start] in "(（" and not re.search("[)）]", text[start:end]):
+                start += 1  # the bracket is around the number, not part of it
+            inside = text[start - 1 : start].isdigit() or text[end : end + 1].isdigit()
+            if not inside and (
+                _is_written_as_phone(text[start:end]) or _PHONE_WORD.search(text, max(0, start - _BEFORE), start)
+            ):
+                yield start, end
 
 
-def _is_written_as_phone(match: phonenumbers.PhoneNumberMatch, text: str) -> bool:
-    """Digits alone, or between spaces, could be anything but a Chinese mobile number, unless a word says it."""
-    raw = match.raw_string
+def _is_written_as_phone(raw: str) -> bool:
+    """Digits alone, or between spaces, could be anything but a Chinese mobile number."""
     digits = re.sub(r"\D", "", raw)
-    if _MOBILE.fullmatch(digits):
+    if _MOBILE.fullmatch(digits.removeprefix("86")):
         return True
-    if len(digits) < MIN_DIGITS:
-        return False
-    if not raw.isdigit() and (raw[0] in "+(0" or "-" in raw or "." in raw):
-        return True
-    return _PHONE_WORD.search(text, max(0, match.start - _BEFORE), match.start) is not None
+    return len(digits) >= MIN_DIGITS and not raw.isdigit() and (raw[0] == "0" or bool(re.search("[+)）.-]", raw)))
