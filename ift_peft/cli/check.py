@@ -112,8 +112,10 @@ def _find(
 
 def _fit(rows: Sequence[Row], renderer: Renderer, max_length: int | None, recipe: Recipe) -> Fitted:
     from ift_peft.data.fit import fit_rows
+    from ift_peft.model.base import quiet
 
-    return fit_rows(rows, renderer, max_length=max_length, overlong=recipe.data.overlong)
+    with quiet():
+        return fit_rows(rows, renderer, max_length=max_length, overlong=recipe.data.overlong)
 
 
 def _print_findings(findings: Sequence[Finding]) -> None:

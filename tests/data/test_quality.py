@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +21,7 @@ from ift_peft.data.row import Row, ask
 from ift_peft.errors import DataError, Faults
 from ift_peft.reporter import Silent
 from ift_peft.sections import Quality
+from tests.conftest import Ift
 
 LABELS = ("负面", "正面")
 PHRASES = {
@@ -208,7 +212,6 @@ def findings(planted: Planted) -> list[Finding]:
     return find(planted.train, planted.test, section, labels=LABELS, lengths=planted.lengths, max_length=512)
 
 
-@pytest.mark.slow
 def test_planted_faults_are_found_and_nothing_else(planted: Planted, findings: list[Finding]) -> None:
     """Precision and recall, measured; below 1 only where similarity or a classifier decides."""
     found = {finding.kind: set(finding.rows) for finding in findings}
@@ -238,7 +241,6 @@ def only(**settings: object) -> Quality:
     return Quality(**(dict.fromkeys(KINDS, "off") | settings))  # type: ignore[arg-type]
 
 
-@pytest.mark.slow
 def test_examples_name_file_and_line_and_show_no_personal_data(planted: Planted, findings: list[Finding]) -> None:
     for finding in findings:
         assert len(finding.examples) == min(3, finding.count)
@@ -259,6 +261,32 @@ def test_ten_thousand_texts_are_compared_within_ten_seconds() -> None:
     started = time.process_time()
     near(rows, {}, threshold=0.8)
     assert time.process_time() - started < 10
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.8, 0.95])
+def test_near_duplicates_are_those_of_comparing_all_with_all(threshold: float) -> None:
+    def grams(text: str) -> set[str]:
+        return {text[at : at + 3] for at in range(len(text) - 2)}
+
+    rng = random.Random(0)
+    texts: list[str] = []
+    for text, _ in islice(reviews(rng), 25):
+        for changes in range(6):
+            texts.append(text)
+            for _ in range(changes):
+                text = changed(text, rng)
+    kept: list[int] = []
+    expected = {}
+    for number, text in enumerate(texts):
+        own = grams(text)
+        like = (at for at in kept if len(own & grams(texts[at])) / len(own | grams(texts[at])) >= threshold)
+        leader = next(like, None)
+        if leader is None:
+            kept.append(number)
+        else:
+            expected[number] = leader
+    assert expected
+    assert near([row(text) for text in texts], {}, threshold=threshold) == expected
 
 
 def test_kinds_that_are_off_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,3 +450,28 @@ def test_an_excerpt_is_short_shows_its_place_and_hides_personal_data() -> None:
     assert "好<U+200B>吃 [PHONE]" in shown
     assert shown.startswith("…很") and shown.endswith("来…")
     assert len(shown) < 70
+
+
+@pytest.mark.slow
+def test_the_command_prints_findings_and_what_is_learnt_and_exits_with_3_where_it_stops(
+    tmp_path: Path, ift: Ift
+) -> None:
+    records = [{"text": f"第{number}次来，好吃。", "label": "正面"} for number in range(6)]
+    records += [
+        {"text": "难吃\u200b", "label": "负面"},
+        {"text": "又慢又贵", "label": "负面"},
+        {"text": "又慢又贵", "label": "负面"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
+    (tmp_path / "test.jsonl").write_text(json.dumps({"text": "味道不错", "label": "正面"}) + "\n", "utf-8")
+    recipe = "data: {train: rows.jsonl, test: test.jsonl, labels: [负面, 正面], quality: {exact_duplicates: drop}}\n"
+    (tmp_path / "mine.yaml").write_text(recipe, "utf-8")
+    done = ift("check", "mine.yaml", "--rows", "1", "--json", "found.json")
+    assert done.returncode == 0, done.stderr
+    assert "rows.jsonl:7  invisible character U+200B" in done.stdout
+    assert "⟦正│面│<|end|>⟧" in done.stdout
+    assert "3 in answer 1" in done.stdout
+    report = json.loads((tmp_path / "found.json").read_text("utf-8"))
+    assert report["rows"]["training"]["rows"] == 8
+    assert {found["kind"] for found in report["findings"]} >= {"exact_duplicates", "characters"}
+    assert ift("check", "mine.yaml", "data.quality.characters=stop").returncode == 3

@@ -12,7 +12,13 @@ import pytest
 from ift_peft.run_dir import RunDir, open_run
 from tests.conftest import OFFLINE
 
-SHORT = ("base.device=cpu", "data.max_train_rows=160", "data.max_test_rows=60", "training.num_train_epochs=1")
+SHORT = (
+    "base.device=cpu",
+    "data.max_train_rows=160",
+    "data.max_test_rows=60",
+    "evaluation.max_unseen_rows=4",
+    "training.num_train_epochs=1",
+)
 
 
 @pytest.fixture(scope="session")
