@@ -86,6 +86,8 @@ class Renderer:
         self._specials = sorted(
             specials | {token for token in tokenizer.all_special_tokens if token}, key=len, reverse=True
         )
+        added = tokenizer.added_tokens_decoder.values()
+        self._walls = tuple(token.content for token in added if token.special and not token.rstrip)
         self.template_hash = hashlib.sha256(self.template.encode()).hexdigest()
 
     def prompts(self, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
@@ -117,7 +119,8 @@ class Renderer:
                 encoded["input_ids"], encoded["offset_mapping"], spans, texts, strict=True
             )
         ]
-        self._check_prompts(conversations, rendered)
+        starts = [text[: answers[0][0]] if answers else text for text, answers in zip(texts, spans, strict=True)]
+        self._check_prompts(conversations, rendered, starts)
         return rendered
 
     @cached_property
@@ -236,14 +239,26 @@ class Renderer:
         first = body - len(content)
         return (first - 1 if first > start and text[first - 1] == " " else first, closed)
 
-    def _check_prompts(self, conversations: Sequence[Sequence[Message]], rendered: Sequence[Rendered]) -> None:
-        """Tokenizers may split what precedes an answer differently for different answers; then no prompt is right."""
-        firsts = [
-            next(index for index, message in enumerate(conversation) if message["role"] == "assistant")
+    def _check_prompts(
+        self, conversations: Sequence[Sequence[Message]], rendered: Sequence[Rendered], starts: Sequence[str]
+    ) -> None:
+        """Raise where the ids before a first answer are not its prompt's; `starts` are the texts before it.
+
+        Tokenizers may split what precedes an answer differently for different answers; then no prompt is right. A
+        special token is always split off first, so that equal texts that end in one have equal ids.
+        """
+        asked = [
+            (*conversation[: next(i for i, m in enumerate(conversation) if m["role"] == "assistant")], _PROBE)
             for conversation in conversations
         ]
-        prompts = self.prompts([c[:first] for c, first in zip(conversations, firsts, strict=True)])
-        for prompt, row in zip(prompts, rendered, strict=True):
+        texts, spans = self._spans(asked)
+        doubtful = [
+            index
+            for index, (start, text, answers) in enumerate(zip(starts, texts, spans, strict=True))
+            if start != text[: answers[-1][0]] or not start.endswith(self._walls)
+        ]
+        prompts = self.prompts([asked[index][:-1] for index in doubtful])
+        for prompt, row in zip(prompts, (rendered[index] for index in doubtful), strict=True):
             if row.supervised and row.input_ids[: row.prompt_length] != prompt:
                 raise DataError(
                     expected="the tokens before an answer not to depend on the answer",
