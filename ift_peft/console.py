@@ -84,6 +84,7 @@ def print_scores(scores: dict[str, Any], *, title: str) -> None:
     out.print(table)
     out.print(f"\n{scores['intervals']};\nthe change is paired: both on the same resampled rows\n", markup=False)
     _print_probes(scores)
+    _print_forgetting(scores)
     if "confusion" in scores:
         _print_confusion(scores["confusion"])
 
@@ -105,6 +106,17 @@ def _print_probes(scores: dict[str, Any]) -> None:
             table.add_row("spread", *(f"{probe['spread'][who]:.3f} best - worst" for who in ("base", "adapter")), "")
         out.print(table)
         out.print()
+
+
+def _print_forgetting(scores: dict[str, Any]) -> None:
+    """The loss on general text, in nats per token: what the task cost the rest."""
+    if "forgetting" not in scores:
+        return
+    measured = scores["forgetting"]
+    table = _score_table(f"forgetting: {measured['texts']} general texts ({escape(measured['text'])})")
+    table.add_row("loss", *(_cell(measured[who]["loss"], signed=who == "change") for who in ("base", "adapter", "change")))
+    out.print(table)
+    out.print()
 
 
 def _score_table(title: str) -> Table:

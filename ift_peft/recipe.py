@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from ift_peft.errors import IftPeftError, RecipeError, first_line, raise_all
-from ift_peft.sections import DATA_SUFFIXES, Adapter, Base, Data, Evaluation, Section
+from ift_peft.sections import DATA_SUFFIXES, Adapter, Base, Data, Evaluation, Loss, Section
 from ift_peft.training_fields import RESERVED, fits, training_fields
 from ift_peft.yaml_source import Location, YamlSource, read_yaml
 
@@ -25,6 +25,7 @@ class Recipe(Section):
     base: Base = Base()
     adapter: Adapter = Adapter()
     data: Data
+    loss: Loss = Loss()
     training: dict[str, Any] = Field(default_factory=dict)
     """Passed through to TRL's `SFTConfig` under its own names; what is refused is in docs/architecture.md."""
     evaluation: Evaluation = Evaluation()
@@ -105,7 +106,8 @@ def _anchor_paths(values: dict[str, Any], folder: Path, *, in_file: bool) -> Non
         if value in ("tiny", "builtin"):
             continue
         path = folder / Path(value).expanduser()
-        names_file = in_file and key != "model" and path.suffix.lower() in (*DATA_SUFFIXES, *YAML_SUFFIXES)
+        is_file_name = path.suffix.lower() in (*DATA_SUFFIXES, *YAML_SUFFIXES)
+        names_file = in_file and key not in ("model", "teacher") and is_file_name
         if path.exists() or names_file:
             entries[key] = str(path.resolve())
 
@@ -116,6 +118,7 @@ def _paths(values: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
     sources = [source for source in data.get("sources") or () if isinstance(source, dict)]
     perturbations = [_section(data, "augment"), _section(evaluation, "perturbation")]
     places: list[tuple[Any, Any]] = [(base, "model"), (data, "train"), (data, "test")]
+    places += [(_section(values, "loss"), "teacher"), (evaluation, "general_text")]
     places += [(source, "train") for source in sources]
     places += _pools(values)
     for section in perturbations:
@@ -175,9 +178,20 @@ def validate(source: YamlSource) -> Recipe:
     training = source.values.get("training")
     if isinstance(training, dict):
         faults.extend(_training_faults(training, source))
+    if recipe is not None and recipe.loss.kl_to_base and recipe.adapter.bias != "none":
+        faults.append(_base_is_lost(recipe, source))
     raise_all(faults)
     assert recipe is not None
     return recipe
+
+
+def _base_is_lost(recipe: Recipe, source: YamlSource) -> RecipeError:
+    """Trained biases are changed in the base itself: with the adapter off, it is not the base any more."""
+    return RecipeError(
+        expected="adapter.bias=none where loss.kl_to_base is set: the base is the model with its adapter off",
+        found=f"{recipe.adapter.bias!r} at {source.where(('adapter', 'bias'))}",
+        fix="remove one of them",
+    )
 
 
 def _without_union_echoes(errors: Iterable[Any]) -> list[Any]:

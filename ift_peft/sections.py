@@ -270,7 +270,42 @@ class Data(Section):
         return tuple(dict.fromkeys(words))
 
 
+class Loss(Section):
+    """What training minimises, in nats per supervised token: the divergences are added to the cross-entropy.
+
+    (1 - `teacher_weight`) cross-entropy + `teacher_weight` KL to the teacher + `kl_to_base` KL to the base; without a
+    teacher the cross-entropy counts whole.
+    """
+
+    kind: Literal["cross_entropy", "kl_to_teacher"] = "cross_entropy"
+    teacher: str | None = None
+    """A folder in Hugging Face format or a Hub id, loaded as `base` says; its tokens must be those of the base."""
+    teacher_revision: str | None = None
+    teacher_weight: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    kl_to_base: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of the divergence from the base, which is the model with its adapter off: holds back forgetting."""
+    kl_direction: Literal["forward", "reverse"] = "forward"
+    """`forward`: KL(reference || model), all that the reference finds likely stays likely; `reverse`:
+    KL(model || reference), nothing becomes likely that the reference finds unlikely."""
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Logits are divided by it in the divergences, which are multiplied by its square (arXiv:1503.02531)."""
+    label_smoothing: Rate = 0.0
+    """Share of the target's probability that is spread evenly over the vocabulary (arXiv:1512.00567)."""
+    chunk: Annotated[int, Field(ge=0)] = 0
+    """Positions whose logits are held at once, to save memory where the vocabulary is large; 0: all of a batch."""
+
+    @model_validator(mode="after")
+    def _teacher_where_it_is_learnt_from(self) -> Self:
+        if (self.teacher is None) == (self.kind == "kl_to_teacher"):
+            raise ValueError("a section with teacher where kind is kl_to_teacher, and only there")
+        return self
+
+
 class Evaluation(Section):
+    forgetting: bool = True
+    """Measure what the adapter does to the loss on general text."""
+    general_text: str | None = None
+    """A file of such texts: a line each, or rows with `text`. Without it, a few dozen sentences that come along."""
     unseen_instructions: Pool | None = None
     """Phrasings that training never uses; the score with each is measured beside the score with the trained ones."""
     max_unseen_rows: Count | None = None

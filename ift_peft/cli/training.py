@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ift_peft.cli.app import RUNS, Overrides, RunsDir, app, errors_to_exit_codes
 from ift_peft.errors import RecipeError
+
+if TYPE_CHECKING:
+    from ift_peft.recipe import Recipe
+    from ift_peft.run_dir import RunDir
 
 
 @app.command()
@@ -18,6 +22,7 @@ def train(
     recipe: Annotated[str | None, typer.Argument(help="A shipped recipe's name or a YAML file.")] = None,
     overrides: Overrides = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with this unfinished run instead.")] = None,
+    seeds: Annotated[int, typer.Option(help="Train this many runs, with one seed after another.", min=1)] = 1,
     runs_dir: RunsDir = RUNS,
 ) -> None:
     """Train a recipe, measure it before and after, and write the run.
@@ -32,13 +37,24 @@ def train(
         raise RecipeError(
             expected="a recipe or --resume RUN", found="both" if recipe else "neither", fix="ift train sentiment"
         )
+    if resume is not None and seeds > 1:
+        raise RecipeError(expected="--seeds or --resume", found="both", fix="resume one run at a time")
     loaded = load_recipe(recipe, overrides or ()) if recipe is not None else None
     err.print("loading torch, transformers, peft, trl …", style="dim")
     from ift_peft.train import run as training
 
     reporter = ConsoleReporter()
     if loaded is not None:
-        run = training.train(loaded, root=runs_dir, reporter=reporter)
+        runs = []
+        for step in range(seeds):
+            seeded = loaded if step == 0 else _with_seed(loaded, step)
+            if seeds > 1:
+                reporter.note(f"run {step + 1} of {seeds}")
+            runs.append(training.train(seeded, root=runs_dir, reporter=reporter))
+        run = runs[-1]
+        if seeds > 1:
+            _print_pooled(runs, loaded)
+            return
     else:
         assert resume is not None
         run = training.resume(open_run(resume, finished=False), reporter=reporter)
@@ -49,6 +65,23 @@ def train(
         f"run      {os.path.relpath(run.path)}\npredict  ift predict {folder} TEXT\nmerge    ift merge {folder}",
         markup=False,
     )
+
+
+def _with_seed(recipe: Recipe, step: int) -> Recipe:
+    """The recipe with the seed of its training `step` further; TRL's default is 42."""
+    seed = int(recipe.training.get("seed", 42)) + step
+    return recipe.model_copy(update={"training": {**recipe.training, "seed": seed}})
+
+
+def _print_pooled(runs: list[RunDir], recipe: Recipe) -> None:
+    from ift_peft.cli.tables import print_contrast
+    from ift_peft.console import out
+    from ift_peft.evaluate.contrast import contrast
+
+    section = recipe.evaluation
+    print_contrast(contrast(runs, samples=section.bootstrap_samples, seed=section.seed, confidence=section.confidence))
+    for run in runs:
+        out.print(f"run      {os.path.relpath(run.path)}", markup=False)
 
 
 @app.command()

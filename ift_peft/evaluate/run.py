@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from ift_peft.data.instructions import unseen_pool
 from ift_peft.data.render import Renderer
 from ift_peft.data.row import Row
 from ift_peft.evaluate.compare import Predictions, compare, predict_rows
+from ift_peft.evaluate.forgetting import forgetting_scores, general_losses, general_texts
 from ift_peft.evaluate.metrics import Resampling
 from ift_peft.evaluate.probes import Probe, make_probes, probe_lines, probe_scores
 from ift_peft.infer.load import held_out_rows, load_model, open_parts
@@ -85,6 +89,27 @@ def measure_probes(
     return scores
 
 
+def measure_general(
+    model: Any, tokenizer: PreTrainedTokenizerBase, section: Evaluation, *, adapter: bool, reporter: Reporter
+) -> Predictions | None:
+    """What a PEFT model with its adapter on or off makes of general text; None where the recipe does not ask."""
+    texts = general_texts(section)
+    if not texts:
+        return None
+    reporter.stage(f"measuring the {'adapter' if adapter else 'base'} on general text", len(texts))
+    with nullcontext() if adapter else model.disable_adapter():
+        predictions = general_losses(model, tokenizer, texts, progress=lambda done, total: reporter.advance(done))
+    reporter.finish()
+    return predictions
+
+
+def forgotten(section: Evaluation, base: Predictions | None, adapter: Predictions | None) -> dict[str, Any]:
+    """The entry `forgetting` of scores.json, where it was measured."""
+    if base is None or adapter is None:
+        return {}
+    return {"forgetting": forgetting_scores(section, base, adapter, resampling(section))}
+
+
 def evaluate_run(run: RunDir, *, data: Path | None, reporter: Reporter) -> dict[str, Any]:
     """The scores of base and adapter on the run's held-out rows, or on those of `data`, in the form of scores.json."""
     parts = open_parts(run)
@@ -96,6 +121,10 @@ def evaluate_run(run: RunDir, *, data: Path | None, reporter: Reporter) -> dict[
     section, labels = parts.recipe.evaluation, parts.labels
     base, adapted = (
         measure(model, parts.renderer, rows, labels, section, adapter=adapter, reporter=reporter)
+        for adapter in (False, True)
+    )
+    general = (
+        measure_general(model, parts.tokenizer, section, adapter=adapter, reporter=reporter)
         for adapter in (False, True)
     )
     probes = make_probes(
@@ -110,4 +139,5 @@ def evaluate_run(run: RunDir, *, data: Path | None, reporter: Reporter) -> dict[
     return {
         **compare(rows, labels, base, adapted, resampling(section)),
         **measure_probes(model, parts.renderer, probes, labels, section, reporter=reporter),
+        **forgotten(section, *general),
     }

@@ -20,7 +20,8 @@ from trl import SFTConfig
 
 from ift_peft.errors import RecipeError, RunError, TrainingError, first_line
 from ift_peft.evaluate.compare import compare, prediction_lines
-from ift_peft.evaluate.run import measure, measure_probes, resampling
+from ift_peft.evaluate.forgetting import general_texts
+from ift_peft.evaluate.run import forgotten, measure, measure_general, measure_probes, resampling
 from ift_peft.model.adapter import lora_config
 from ift_peft.model.base import LoadedBase, choose_device, choose_dtype, load_section, quiet
 from ift_peft.recipe import Recipe
@@ -29,6 +30,7 @@ from ift_peft.run_dir import RunDir, RunIsBusy, create_run
 from ift_peft.train.arguments import sft_config
 from ift_peft.train.card import adapter_card
 from ift_peft.train.checkpoints import newest_complete
+from ift_peft.train.losses import find_teacher
 from ift_peft.train.prepare import Prepared, inputs, prepare, record_inputs
 from ift_peft.train.trainer import RunRecorder, SupervisedTrainer, non_finite
 
@@ -49,8 +51,12 @@ def train(recipe: Recipe, *, root: Path, reporter: Reporter) -> RunDir:
     device = choose_device(recipe.base.device)
     dtype = choose_dtype(recipe.base.compute_dtype, device)
     sft_config(recipe.training, output_dir=root, device=device, compute_dtype=dtype, max_length=prepared.max_length)
+    general_texts(recipe.evaluation)
+    teacher = find_teacher(recipe.loss, prepared.tokenizer, max_length=prepared.max_length)
     run = create_run(recipe, root)
     record_inputs(run, prepared)
+    if teacher is not None:
+        run.update_manifest(teacher=_facts(teacher))
     return _run(recipe, prepared, run, reporter, checkpoint=None)
 
 

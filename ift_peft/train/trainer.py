@@ -10,28 +10,38 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTTrainer
 
 from ift_peft.data.render import Rendered
 from ift_peft.errors import TrainingError
-from ift_peft.infer.likelihood import supervised_logits
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir
+from ift_peft.sections import Loss
 from ift_peft.train.batching import Epochs, EpochSampler
+from ift_peft.train.losses import Objective
 
 
 class SupervisedTrainer(SFTTrainer):
     """`SFTTrainer` over rows that hold `input_ids` and `labels`; `epochs` says which of them each epoch takes.
 
     The loss is TRL's (summed cross-entropy over supervised tokens divided by their number in the whole batch, over all
-    accumulation steps); only the positions that predict a supervised token go through the language-model head.
+    accumulation steps) unless `loss` says otherwise; only the positions that predict a supervised token go through the
+    language-model head. `teacher` is a model in evaluation mode on the same device.
     """
 
-    def __init__(self, *args: Any, epochs: Epochs | None = None, lengths: Sequence[int] = (), **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        epochs: Epochs | None = None,
+        lengths: Sequence[int] = (),
+        loss: Loss | None = None,
+        teacher: Any | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.objective = Objective(loss or Loss(), teacher=teacher, autocast=self.accelerator.autocast)
         self.epochs = Epochs(rows=len(self.train_dataset)) if epochs is None else epochs
         self.lengths = lengths if len(lengths) else [len(ids) for ids in self.train_dataset["input_ids"]]
         self.remove_callback(PrinterCallback)
@@ -45,16 +55,18 @@ class SupervisedTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        logits, targets, _ = supervised_logits(model, inputs)
-        total = F.cross_entropy(logits.float(), targets, reduction="sum")
-        count = targets.numel() if num_items_in_batch is None else num_items_in_batch
-        loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
+        sums = self.objective(model, inputs, bare=self.model)
+        count = sums.tokens if num_items_in_batch is None else num_items_in_batch
+        loss = sums.loss / torch.as_tensor(count, device=sums.loss.device).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         if model.training:
             self.tokens_seen += int(inputs["attention_mask"].sum())
             self.padded_tokens_seen += inputs["attention_mask"].numel()
-            self._metrics["train"]["mean_token_accuracy"].append(float((logits.argmax(-1) == targets).float().mean()))
+            metrics, tokens = self._metrics["train"], max(1, sums.tokens)
+            metrics["mean_token_accuracy"].append(float(sums.correct) / tokens)
+            for name, part in sums.parts.items() if len(sums.parts) > 1 else ():
+                metrics[name].append(float(part) / tokens)
         return (loss, None) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +117,32 @@ training: {per_device_train_batch_size: 8, num_train_epochs: 2}
     run = open_run(tmp_path / "runs" / "mixed" / "latest")
     assert run.read("manifest.json")["rows"]["train"]["rows"] == 32
     assert run.read("manifest.json")["steps"] == 2 * (16 // 2 + 16 * 2) // 8
+
+
+def test_a_curve_goes_on_where_it_stopped_and_its_runs_compare(ift: Ift, tmp_path: Path) -> None:
+    plain = ("evaluation.unseen_instructions=null", "evaluation.perturbation=null")
+    few = [setting for setting in FEW if "train_rows" not in setting and "unseen" not in setting]
+    refused = ift("curve", "sentiment", *few, *plain, "--rows", "16,1000000")
+    assert refused.returncode == 2
+    assert "at most 9402 training rows" in refused.stderr
+    for rows in ("16", "16,32"):
+        finished = ift("curve", "sentiment", *few, *plain, "--rows", rows, "--output", "curve")
+        assert finished.returncode == 0, finished.stderr
+    points = json.loads((tmp_path / "curve" / "curve.json").read_text("utf-8"))["points"]
+    assert [point["rows"] for point in points] == [16, 32]
+    runs = sorted(path for path in (tmp_path / "runs" / "sentiment").iterdir() if not path.is_symlink())
+    assert [(tmp_path / "curve" / name).resolve() for point in points for name in point["runs"]] == runs
+    compared = ift("compare", *map(str, runs), "--output", "comparison")
+    assert compared.returncode == 0, compared.stderr
+    assert "sentiment (data.max_train_rows=32) - sentiment (data.max_train_rows=16)" in compared.stdout
+    assert str(tmp_path) not in (tmp_path / "comparison" / "comparison.json").read_text("utf-8")
+
+
+def test_seeds_are_trained_one_after_another_and_pooled(ift: Ift, tmp_path: Path) -> None:
+    plain = ("evaluation.unseen_instructions=null", "evaluation.perturbation=null")
+    finished = ift("train", "sentiment", *FEW, *plain, "--seeds", "2")
+    assert finished.returncode == 0, finished.stderr
+    runs = [path for path in (tmp_path / "runs" / "sentiment").iterdir() if not path.is_symlink()]
+    assert sorted(RunDir(path).recipe().training["seed"] for path in runs) == [0, 1]
+    (line,) = (line for line in finished.stdout.splitlines() if line.startswith("sentiment "))
+    assert re.search(r"\] +2 ", line)

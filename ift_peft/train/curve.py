@@ -1,0 +1,124 @@
+"""The learning curve of a recipe: its score at growing numbers of training rows."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ift_peft.data.rows import read_rows
+from ift_peft.errors import RecipeError, RunError
+from ift_peft.evaluate.charts import Curve, curve_chart
+from ift_peft.evaluate.contrast import contrast
+from ift_peft.evaluate.intervals import Estimate
+from ift_peft.recipe import Recipe
+from ift_peft.reporter import Reporter
+from ift_peft.run_dir import RunDir, open_run, versions
+from ift_peft.train.run import train
+
+
+@dataclass(frozen=True)
+class Point:
+    """The score at a number of training rows: the mean over the runs of all seeds, and each run's own."""
+
+    rows: int
+    metric: str
+    estimate: Estimate
+    by_run: tuple[float, ...]
+    runs: tuple[str, ...]
+    base: float
+
+
+def learning_curve(
+    recipe: Recipe, *, rows: Sequence[int], seeds: int, root: Path, output: Path, reporter: Reporter
+) -> list[Point]:
+    """Train on the first of `rows`, the next, …, each part contained in the next, and write curve.json and curve.svg.
+
+    Runs that an earlier curve.json in `output` names, and that still fit, are taken from there. Raises `RecipeError`
+    where the recipe has fewer rows than asked for, before anything is trained.
+    """
+    if recipe.data.streaming:
+        raise RecipeError(expected="rows that are read at once", found="data.streaming", fix="data.streaming=false")
+    there = len(read_rows(recipe.data)[0])
+    if rows[-1] > there:
+        raise RecipeError(
+            expected=f"at most {there} training rows", found=f"--rows {rows[-1]}", fix="lower the largest number"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    known = _known(output / "curve.json")
+    points: list[Point] = []
+    for number in rows:
+        runs = []
+        for step in range(seeds):
+            seed = int(recipe.training.get("seed", 42)) + step
+            one = _with(recipe, rows=number, seed=seed)
+            reporter.note(f"{number:,} rows, seed {seed}")
+            runs.append(_found(known, one) or train(one, root=root, reporter=reporter))
+        points.append(_point(number, runs, recipe))
+        _write(points, output, recipe)
+    return points
+
+
+def _with(recipe: Recipe, *, rows: int, seed: int) -> Recipe:
+    data = recipe.data.model_copy(update={"max_train_rows": rows})
+    return recipe.model_copy(update={"data": data, "training": {**recipe.training, "seed": seed}})
+
+
+def _known(path: Path) -> list[RunDir]:
+    """The finished runs of an earlier curve."""
+    if not path.is_file():
+        return []
+    found = []
+    for point in json.loads(path.read_text("utf-8"))["points"]:
+        for name in point["runs"]:
+            try:
+                found.append(open_run(path.parent / name))
+            except RunError:  # deleted since: it is trained again
+                continue
+    return found
+
+
+def _found(known: Sequence[RunDir], recipe: Recipe) -> RunDir | None:
+    return next((run for run in known if run.recipe() == recipe), None)
+
+
+def _point(rows: int, runs: Sequence[RunDir], recipe: Recipe) -> Point:
+    section = recipe.evaluation
+    pooled = contrast(runs, samples=section.bootstrap_samples, seed=section.seed, confidence=section.confidence)
+    probe = pooled.probes[0]
+    score = probe.scores[0]
+    base = runs[0].read("scores.json")["base"]
+    value = next(iter(base.values()))["value"]
+    return Point(rows, probe.metric, score.estimate, score.by_run, tuple(str(run.path) for run in runs), value)
+
+
+def _write(points: Sequence[Point], output: Path, recipe: Recipe) -> None:
+    lines: list[dict[str, Any]] = [
+        {
+            "rows": point.rows,
+            "metric": point.metric,
+            **point.estimate.to_json(),
+            "by_run": list(point.by_run),
+            "runs": [os.path.relpath(run, output) for run in point.runs],
+        }
+        for point in points
+    ]
+    folder = RunDir(output)
+    folder.write("curve.json", {"recipe": recipe.name, "points": lines, "versions": versions()})
+    curve = Curve(
+        recipe.name,
+        tuple(point.rows for point in points),
+        tuple(point.estimate for point in points),
+        tuple(point.by_run for point in points),
+    )
+    metric = points[0].metric
+    curve_chart(
+        [curve],
+        output / "curve.svg",
+        title=f"{recipe.name}: {metric} against training rows",
+        metric=metric,
+        reference=("base", points[0].base),
+    )
