@@ -64,7 +64,10 @@ def curve(
     rows: Annotated[str, typer.Option(help="Numbers of training rows, with commas.")] = "100,300,1000,3000",
     seeds: Annotated[int, typer.Option(help="Runs at each number of rows, with one seed after another.", min=1)] = 1,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for curve.json and curve.svg; one given again is gone on with.")
+        Path | None,
+        typer.Option(
+            help="Folder for curve.json and curve.svg, gone on with if it is there; by default RUNS/curves/RECIPE."
+        ),
     ] = None,
     runs_dir: RunsDir = RUNS,
 ) -> None:
@@ -82,7 +85,7 @@ def curve(
     if not numbers or numbers[0] < 1:
         raise RecipeError(expected="--rows as numbers with commas", found=repr(rows), fix="--rows 100,300,1000")
     loaded = load_recipe(recipe, overrides or ())
-    folder = output or runs_dir / loaded.name / "curve"
+    folder = output or runs_dir / "curves" / loaded.name
     err.print("loading torch, transformers, peft, trl …", style="dim")
     from ift_peft.train.curve import learning_curve
 

@@ -51,6 +51,8 @@ def train(
             if seeds > 1:
                 reporter.note(f"run {step + 1} of {seeds}")
             runs.append(training.train(seeded, root=runs_dir, reporter=reporter))
+            if seeds > 1:
+                out.print(f"run      {os.path.relpath(runs[-1].path)}", markup=False)
         run = runs[-1]
         if seeds > 1:
             _print_pooled(runs, loaded)
@@ -75,13 +77,10 @@ def _with_seed(recipe: Recipe, step: int) -> Recipe:
 
 def _print_pooled(runs: list[RunDir], recipe: Recipe) -> None:
     from ift_peft.cli.tables import print_contrast
-    from ift_peft.console import out
     from ift_peft.evaluate.contrast import contrast
 
     section = recipe.evaluation
     print_contrast(contrast(runs, samples=section.bootstrap_samples, seed=section.seed, confidence=section.confidence))
-    for run in runs:
-        out.print(f"run      {os.path.relpath(run.path)}", markup=False)
 
 
 @app.command()

@@ -19,6 +19,7 @@ FOUND = {
     ("base", "files"): "base_fingerprint",
     ("base", "template"): "template_sha256",
     ("data", "rows"): "train_sha256",
+    ("loss", "teacher"): "teacher_fingerprint",
 }
 LONGEST_VALUE = 32
 
@@ -137,11 +138,7 @@ def require_same_rows(runs: Sequence[RunDir]) -> None:
 
 
 def _same_rows(one: RunDir, other: RunDir) -> bool:
-    """Rendered alike by the same base; or the same answers to the same texts.
-
-    Where recipes ask differently, prompts differ though the texts are the same; then the rows must come from the same
-    lines of a file of the same name. With all answers equal as well, another file of that name is out of the question.
-    """
+    """Rendered alike by the same base; or the same answers to the same texts, however they were asked about."""
     inputs = [run.read("manifest.json").get("inputs", {}) for run in (one, other)]
     keys = ("base_fingerprint", "template_sha256", "test_sha256")
     if all(key in inputs[0] and inputs[0][key] == inputs[1].get(key) for key in keys):
@@ -151,11 +148,22 @@ def _same_rows(one: RunDir, other: RunDir) -> bool:
 
 
 def _same_row(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether answer and text are equal; a text may have been cut at its end to fit, at the same place of a file.
+
+    Rows without a text of their own are told by their user messages. Where even these differ, as they do between
+    recipes that ask differently, the same line of a file of the same name counts: with all answers equal as well,
+    another file of that name is out of the question.
+    """
     if one["messages"][-1] != other["messages"][-1]:
         return False
-    origins = [str(row.get("where", "")).rpartition("/")[2] for row in (one, other)]
     asked = [[m["content"] for m in row["messages"] if m["role"] == "user"] for row in (one, other)]
-    return asked[0] == asked[1] or (bool(origins[0]) and origins[0] == origins[1])
+    first, second = one.get("text"), other.get("text")
+    if asked[0] == asked[1] or (first is not None and first == second):
+        return True
+    origins = [str(row.get("where", "")).rpartition("/")[2] for row in (one, other)]
+    if not origins[0] or origins[0] != origins[1]:
+        return False
+    return first is None or second is None or first.startswith(second) or second.startswith(first)
 
 
 def read_lines(run: RunDir, name: str) -> list[dict[str, Any]]:

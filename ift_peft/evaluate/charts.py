@@ -62,7 +62,9 @@ def interval_chart(contrast: Contrast, path: Path, *, title: str) -> None:
                 colour = COLOURS[at % len(COLOURS)]
                 _bar(axes, score.estimate, at, colour=colour)
                 if len(score.by_run) > 1:
-                    axes.plot(score.by_run, [at] * len(score.by_run), "o", color=colour, alpha=FAINT, markersize=4)
+                    axes.plot(
+                        score.by_run, [at + 0.22] * len(score.by_run), "o", color=colour, alpha=FAINT, markersize=4
+                    )
             axes.set_title(probe.name, fontsize=10)
             axes.set_xlabel(probe.metric)
             axes.grid(axis="x", color="#dddddd", linewidth=0.6)

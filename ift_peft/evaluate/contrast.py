@@ -86,7 +86,7 @@ class Contrast:
     def describe(self) -> str:
         """How intervals and p-values were made."""
         rows = "rows, each with all its phrasings" if len(self.probes) > 1 else "rows"
-        seeds = " and over the runs of each arm" if any(len(arm.runs) > 1 for arm in self.arms) else ""
+        seeds = ", and over the runs of each arm" if any(len(arm.runs) > 1 for arm in self.arms) else ""
         text = f"{100 * self.confidence:g} % intervals: bootstrap over {rows}{seeds} ({self.samples} resamples)"
         pairs = len(self.probes[0].differences)
         if pairs:
@@ -174,7 +174,7 @@ def _by_row(run: RunDir, file: str) -> tuple[str, dict[int, Floats]]:
     kind = ACCURACY
     for line in read_lines(run, file):
         adapter = line["adapter"]
-        if set(adapter) <= {"log_probability", "tokens"}:
+        if "log_probability" in adapter:
             kind = "loss"
             tokens = adapter.get("tokens", line.get("tokens", np.nan))
             sums = np.array([-adapter["log_probability"], 1.0, tokens])

@@ -51,14 +51,14 @@ def learning_curve(
     known = _known(output / "curve.json")
     points: list[Point] = []
     for number in rows:
-        runs = []
+        runs: list[RunDir] = []
         for step in range(seeds):
             seed = int(recipe.training.get("seed", 42)) + step
             one = _with(recipe, rows=number, seed=seed)
             reporter.note(f"{number:,} rows, seed {seed}")
             runs.append(_found(known, one) or train(one, root=root, reporter=reporter))
-        points.append(_point(number, runs, recipe))
-        _write(points, output, recipe)
+            points = [point for point in points if point.rows != number] + [_point(number, runs, recipe)]
+            _write(points, output, recipe)  # after each run, so that stopping loses none that is finished
     return points
 
 
@@ -88,6 +88,12 @@ def _found(known: Sequence[RunDir], recipe: Recipe) -> RunDir | None:
 def _point(rows: int, runs: Sequence[RunDir], recipe: Recipe) -> Point:
     section = recipe.evaluation
     pooled = contrast(runs, samples=section.bootstrap_samples, seed=section.seed, confidence=section.confidence)
+    if len(pooled.arms) != 1:
+        raise RunError(
+            expected=f"runs of {rows} rows that differ in their seed alone",
+            found=f"{len(pooled.arms)} kinds: rows, base or template changed since the curve was begun",
+            fix="give another --output, and the curve is made anew",
+        )
     probe = pooled.probes[0]
     score = probe.scores[0]
     base = runs[0].read("scores.json")["base"]

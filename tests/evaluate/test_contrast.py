@@ -86,6 +86,22 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     assert 0.90 <= held / 200 <= 0.99
 
 
+def test_intervals_hold_the_truth_where_the_seed_matters() -> None:
+    """Three runs an arm, of one procedure: rows easy and hard, runs good and bad."""
+    rng = np.random.default_rng(1)
+    held, alone, trials = 0, 0, 150
+    for trial in range(trials):
+        easy, skill = 1.5 * rng.normal(size=(300, 1)), 1 + 0.3 * rng.normal(size=(1, 6))
+        totals = (rng.random((300, 6)) < 1 / (1 + np.exp(-easy - skill))).astype(float)
+        for members in ([[0, 1, 2], [3, 4, 5]], [[0], [3]]):
+            means = resample(totals, np.ones_like(totals), members, samples=300, seed=trial)
+            low, high = np.percentile(means[:, 1] - means[:, 0], [2.5, 97.5])
+            held += len(members[0]) == 3 and low <= 0 <= high
+            alone += len(members[0]) == 1 and low <= 0 <= high
+    assert held / trials >= 0.90
+    assert alone / trials < 0.80  # one run an arm: rows alone are resampled, and the notes say so
+
+
 def test_runs_that_differ_in_their_seed_are_one_arm_whose_interval_counts_the_seeds(tmp_path: Path) -> None:
     rates = (0.6, 0.75, 0.9)
     runs = [made(tmp_path, "a", drawn(rate, 400, at), seed=at) for at, rate in enumerate(rates)]
@@ -112,6 +128,55 @@ def test_runs_on_other_rows_are_refused_by_name(tmp_path: Path) -> None:
     runs = [made(tmp_path, "a", drawn(0.7, 50, 1)), made(tmp_path, "b", drawn(0.7, 40, 1))]
     with pytest.raises(RunError, match="other rows than those of a/"):
         compared(runs)
+
+
+def other_test_rows(run: RunDir, **changes: Any) -> None:
+    path = run.path / "test.jsonl"
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    run.write_lines(path.name, [{**row, **changes} for row in rows])
+
+
+def test_rows_are_the_same_by_their_text_however_it_was_asked_about(tmp_path: Path) -> None:
+    hits = drawn(0.7, 50, 1)
+    runs = [made(tmp_path, "a", hits, text="判断：好喝"), made(tmp_path, "b", hits, text="好喝，正面吗？")]
+    for run in runs:
+        other_test_rows(run, text="好喝")
+    assert len(compared(runs).arms) == 2
+    other_test_rows(runs[1], text="好")  # cut to fit, from the same line of the file
+    assert len(compared(runs).arms) == 2
+    other_test_rows(runs[1], text="难喝")
+    with pytest.raises(RunError, match="other rows than those of a/"):
+        compared(runs)
+
+
+def with_losses(run: RunDir, losses: Sequence[float], tokens: Sequence[int] | None) -> RunDir:
+    lines: list[dict[str, Any]] = []
+    for row, loss in enumerate(losses):
+        adapter = {"log_probability": -loss, **({} if tokens is None else {"tokens": tokens[row]})}
+        lines.append({"row": row, "answer": "好", "adapter": adapter})
+    run.write_lines("predictions.jsonl", lines)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("tokens", "metric", "values"),
+    [
+        (([1, 2, 3, 4], [1, 2, 3, 4]), "loss in nats per token", [2, 1]),
+        (([1, 2, 3, 4], [4, 3, 2, 1]), "loss in nats per answer", [5, 2.5]),
+        ((None, None), "loss in nats per answer", [5, 2.5]),
+    ],
+)
+def test_losses_are_by_token_where_all_runs_count_the_same_tokens(
+    tmp_path: Path, tokens: tuple[Sequence[int] | None, ...], metric: str, values: list[float]
+) -> None:
+    hits, losses = drawn(0.7, 4, 1), ([2.0, 4, 6, 8], [1.0, 2, 3, 4])
+    runs = [with_losses(made(tmp_path, name, hits), *given) for name, *given in zip("ab", losses, tokens, strict=True)]
+    probe = compared(runs).probes[0]
+    assert probe.metric == metric
+    assert [score.estimate.value for score in probe.scores] == pytest.approx(values)
+    assert probe.differences[0].estimate.value == pytest.approx(values[1] - values[0])
+    with pytest.raises(RunError, match="one kind of task"):
+        compared([runs[0], made(tmp_path, "classes", hits)])
 
 
 def test_arms_of_one_recipe_are_named_by_what_differs(tmp_path: Path) -> None:
