@@ -81,8 +81,14 @@ def print_scores(scores: dict[str, Any], *, title: str) -> None:
         table.add_row(
             name, *(_cell(scores[who].get(name), signed=who == "change") for who in ("base", "adapter", "change"))
         )
+    calibration = scores.get("calibration", {})
+    for name in calibration.get("adapter", ()):
+        cells = (_cell(calibration[who][name], signed=who == "change") for who in ("base", "adapter", "change"))
+        table.add_row(name, *cells)
     out.print(table)
     out.print(f"\n{scores['intervals']};\nthe change is paired: both on the same resampled rows\n", markup=False)
+    for name, signature in scores.get("signatures", {}).items():
+        out.print(f"{name}: sacrebleu {signature}", markup=False)
     _print_probes(scores)
     _print_forgetting(scores)
     if "confusion" in scores:
@@ -114,7 +120,8 @@ def _print_forgetting(scores: dict[str, Any]) -> None:
         return
     measured = scores["forgetting"]
     table = _score_table(f"forgetting: {measured['texts']} general texts ({escape(measured['text'])})")
-    table.add_row("loss", *(_cell(measured[who]["loss"], signed=who == "change") for who in ("base", "adapter", "change")))
+    cells = (_cell(measured[who]["loss"], signed=who == "change") for who in ("base", "adapter", "change"))
+    table.add_row("loss", *cells)
     out.print(table)
     out.print()
 

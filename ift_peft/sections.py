@@ -11,6 +11,7 @@ Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", 
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 Language = Literal["zh", "en"]
 Action = Literal["off", "warn", "drop", "stop"]
+GenerationMetric = Literal["exact_match", "f1", "bleu", "chrf", "rouge", "pass_at_k"]
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1)]
@@ -312,6 +313,16 @@ class Evaluation(Section):
     """Ask them of this many held-out rows, drawn with `seed`."""
     perturbation: Perturbation | None = None
     """Measure on held-out texts changed like this as well."""
+    metrics: tuple[GenerationMetric, ...] = ()
+    """Generate an answer to each held-out row and score it like this as well; for tasks without labels."""
+    max_new_tokens: Count = 128
+    """Tokens of a generated answer at most."""
+    samples: Count = 1
+    """Answers generated to each row, for `pass_at_k`; the other metrics take the first."""
+    pass_at: tuple[Count, ...] = (1,)
+    """The k of `pass_at_k`."""
+    temperature: Annotated[float, Field(gt=0.0)] | None = None
+    """Draw answers at this temperature, with `seed`; without it each token is the likeliest one."""
     per_device_eval_batch_size: Count = 32
     bootstrap_samples: Annotated[int, Field(ge=100)] = 2000
     confidence: Fraction = 0.95
@@ -321,6 +332,17 @@ class Evaluation(Section):
     @classmethod
     def _distinct(cls, value: Pool | None) -> Pool | None:
         return None if value is None else distinct(value)
+
+    @model_validator(mode="after")
+    def _samples_suffice(self) -> Self:
+        faults = []
+        if self.samples > 1 and self.temperature is None:
+            faults.append("a temperature where samples are more than 1: without it they are all the same")
+        if not self.pass_at or max(self.pass_at) > self.samples:
+            faults.append(f"pass_at of values up to samples, {self.samples}")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
 
 
 def distinct(pool: Pool) -> Pool:

@@ -9,10 +9,10 @@ Guarded against, on Linux on x86-64 and ARM64:
 - memory: `memory_mb` of address space, with no memory that this would not count;
 - processes: none can be started and no program executed (seccomp), so that nothing stays behind and nothing multiplies;
   threads can, as many as the memory limit holds;
-- network: no socket can be opened, not even to this machine (seccomp);
+- network: no socket can be made, not even to this machine (seccomp), but pairs within the interpreter;
 - signals to, limits of, and the memory of other processes, the one that started it included (seccomp, Landlock);
-- files: nothing is made, changed or removed outside the working folder (Landlock, Linux 6.2 or newer); a file in it
-  has at most `FILE_MB`, and at most `OPEN_FILES` are open at once;
+- files: none is made, changed or removed outside the working folder (Landlock, Linux 6.2 or newer), and no mode or
+  owner is changed anywhere (seccomp); a file has at most `FILE_MB`, and at most `OPEN_FILES` are open at once;
 - output: what is written beyond `OUTPUT_BYTES` is read and thrown away;
 - privileges: as root, all capabilities are dropped;
 - ending early, printing a word of success, another `AssertionError`, an unfinished string that swallows the tests: a

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from ift_peft.data.instructions import unseen_pool
 from ift_peft.data.render import Renderer
 from ift_peft.data.row import Row
-from ift_peft.evaluate.compare import Predictions, compare, predict_rows
+from ift_peft.errors import RecipeError
+from ift_peft.evaluate.code_metric import code_of, run_all
+from ift_peft.evaluate.compare import Answers, Predictions, answer_rows, compare, predict_rows
 from ift_peft.evaluate.forgetting import forgetting_scores, general_losses, general_texts
 from ift_peft.evaluate.metrics import Resampling
 from ift_peft.evaluate.probes import Probe, make_probes, probe_lines, probe_scores
@@ -32,8 +36,16 @@ def measure(
     adapter: bool,
     reporter: Reporter,
     what: str = "",
+    tests: Mapping[int, str] | None = None,
 ) -> Predictions:
-    """Predictions of a PEFT model with its adapter on or off, reported as one stage."""
+    """Predictions of a PEFT model with its adapter on or off, reported as one stage.
+
+    On the held-out rows themselves, not on a probe's (`what`), answers are generated as well where the recipe has
+    metrics of them; `tests` are those of `pass_at_k` by the number of the row.
+    """
+    generating = bool(section.metrics) and not what
+    if generating:
+        _check_metrics(section, labels, rows, tests)
     who = f"measuring the {'adapter' if adapter else 'base'}"
     reporter.stage(f"{who} on {what}" if what else who, len(rows) * max(1, len(labels)))
     predictions = predict_rows(
@@ -46,7 +58,55 @@ def measure(
         progress=lambda done, total: reporter.advance(done),
     )
     reporter.finish()
-    return predictions
+    if not generating:
+        return predictions
+    reporter.stage(f"generating with the {'adapter' if adapter else 'base'}", len(rows) * section.samples)
+    answers = answer_rows(
+        model,
+        renderer,
+        rows,
+        section,
+        adapter=adapter,
+        progress=lambda done, total: reporter.advance(done),
+    )
+    reporter.finish()
+    if "pass_at_k" in section.metrics:
+        assert tests is not None
+        answers = _tested(answers, [tests[number] for number in range(len(rows))], section, reporter)
+    return replace(predictions, answers=answers)
+
+
+def _check_metrics(
+    section: Evaluation, labels: Sequence[str], rows: Sequence[Row], tests: Mapping[int, str] | None
+) -> None:
+    if labels:
+        raise RecipeError(
+            expected="evaluation.metrics where answers are generated",
+            found=f"{', '.join(section.metrics)} beside data.labels",
+            fix="remove evaluation.metrics: of labels, accuracy, precision, recall, F1 and calibration are measured",
+        )
+    if "pass_at_k" in section.metrics and not set(range(len(rows))) <= set(tests or ()):
+        raise RecipeError(
+            expected="tests in every held-out row for pass_at_k",
+            found=f"{len(tests or ())} in {len(rows)} rows",
+            fix="give the rows tests, or remove pass_at_k from evaluation.metrics",
+        )
+
+
+def _tested(answers: Answers, tests: Sequence[str], section: Evaluation, reporter: Reporter) -> Answers:
+    """The answers with how many samples of each row passed its tests."""
+    reporter.stage("running the programs it wrote", sum(map(len, answers.texts)))
+    outcomes = run_all(
+        [[code_of(text) for text in texts] for texts in answers.texts],
+        tests,
+        workers=max(1, (os.cpu_count() or 1) // 2),
+        progress=lambda done, total: reporter.advance(done),
+    )
+    reporter.finish()
+    for missing in sorted({guard for row in outcomes for outcome in row for guard in outcome.missing}):
+        reporter.note(f"programs were run without a guard: {missing}")
+    passed = [sum(outcome.passed for outcome in row) for row in outcomes]
+    return replace(answers, passed=passed, pass_at=section.pass_at)
 
 
 def resampling(section: Evaluation) -> Resampling:

@@ -96,9 +96,14 @@ def run(code: str, tests: str) -> str | None:
     """None where code and then tests ran to their end, else what stopped them."""
     module = types.ModuleType("candidate")  # not __main__: what a script does when it is started is not wanted
     sys.modules["candidate"] = module
+    execute = exec  # the candidate may replace what stands under this name
     try:
-        for name, source in (("candidate", code), ("tests", tests)):
-            exec(compile(source, f"<{name}>", "exec", dont_inherit=True), module.__dict__)  # noqa: S102
+        parts = [
+            compile(source, f"<{name}>", "exec", dont_inherit=True)
+            for name, source in (("candidate", code), ("tests", tests))
+        ]
+        for part in parts:
+            execute(part, module.__dict__)
     except BaseException as error:
         try:
             return f"{type(error).__name__}: {error}"

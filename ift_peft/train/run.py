@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 import transformers
+from transformers import PreTrainedModel
 from trl import SFTConfig
 
 from ift_peft.errors import RecipeError, RunError, TrainingError, first_line
@@ -51,19 +52,19 @@ def train(recipe: Recipe, *, root: Path, reporter: Reporter) -> RunDir:
     device = choose_device(recipe.base.device)
     dtype = choose_dtype(recipe.base.compute_dtype, device)
     sft_config(recipe.training, output_dir=root, device=device, compute_dtype=dtype, max_length=prepared.max_length)
-    general_texts(recipe.evaluation)
-    teacher = find_teacher(recipe.loss, prepared.tokenizer, max_length=prepared.max_length)
+    general_texts(recipe.evaluation)  # read again when they are measured; what is wrong with them is told now
+    given = _inputs(recipe, prepared)
     run = create_run(recipe, root)
     record_inputs(run, prepared)
-    if teacher is not None:
-        run.update_manifest(teacher=_facts(teacher))
+    run.update_manifest(inputs=given)
     return _run(recipe, prepared, run, reporter, checkpoint=None)
 
 
 def resume(run: RunDir, *, reporter: Reporter) -> RunDir:
     """Go on with an unfinished run from its newest complete checkpoint, or from its start if it has none.
 
-    Raises `RunError` for a run that succeeded, and where rows, base or template are no longer those it began with.
+    Raises `RunError` for a run that succeeded, and where rows, base, template or teacher are no longer those it began
+    with.
     """
     with run.locked():
         pass  # refused at once where another process is at it
@@ -71,7 +72,7 @@ def resume(run: RunDir, *, reporter: Reporter) -> RunDir:
         raise RunError(expected="an unfinished run", found=f"{run.path} has succeeded", fix="train again: ift train")
     recipe = run.recipe()
     prepared = prepare(recipe, reporter)
-    recorded, now = run.read("manifest.json").get("inputs"), inputs(prepared)
+    recorded, now = run.read("manifest.json").get("inputs"), _inputs(recipe, prepared)
     if recorded is None:
         raise RunError(
             expected="a run that got as far as its rows", found=f"none recorded in {run.path}", fix="start a new run"
@@ -79,7 +80,7 @@ def resume(run: RunDir, *, reporter: Reporter) -> RunDir:
     changed = [name for name, value in now.items() if recorded.get(name) != value]
     if changed:
         raise RunError(
-            expected="the rows, base and template that the run began with",
+            expected="the rows, base, template and teacher that the run began with",
             found=f"other values of {', '.join(changed)}",
             fix="restore them, or start a new run",
         )
@@ -92,6 +93,12 @@ def resume(run: RunDir, *, reporter: Reporter) -> RunDir:
     _forget_steps_after(run, int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
     run.update_manifest(status="running", error=None, resumed_from=checkpoint.name if checkpoint else None)
     return _run(recipe, prepared, run, reporter, checkpoint=checkpoint)
+
+
+def _inputs(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
+    """The inputs of a run by hash, its teacher's among them. Raises `ModelError` for a teacher that cannot be used."""
+    teacher = find_teacher(recipe.loss, prepared.tokenizer, max_length=prepared.max_length)
+    return inputs(prepared) | ({"teacher_fingerprint": teacher.fingerprint()} if teacher else {})
 
 
 def _forget_steps_after(run: RunDir, step: int) -> None:
@@ -138,7 +145,8 @@ def _train_and_measure(
     )
     rows, labels = prepared.test.rows, recipe.data.label_words
     measuring = partial(measure, trainer.model, prepared.renderer, rows, labels, recipe.evaluation, reporter=reporter)
-    before = measuring(adapter=False)
+    general = partial(measure_general, trainer.model, prepared.tokenizer, recipe.evaluation, reporter=reporter)
+    before, general_before = measuring(adapter=False), general(adapter=False)
     with stopping_on_signals(recorder):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.global_step < trainer.state.max_steps:
@@ -161,6 +169,7 @@ def _train_and_measure(
     scores |= measure_probes(
         trainer.model, prepared.renderer, prepared.probes, labels, recipe.evaluation, reporter=reporter, run=run
     )
+    scores |= forgotten(recipe.evaluation, general_before, general(adapter=True))
     run.write("scores.json", scores)
     run.write_lines("predictions.jsonl", prediction_lines(rows, labels, before, after))
     _save_adapter(trainer, recipe, prepared, run, scores)
@@ -190,9 +199,11 @@ def _build_trainer(
         compute_dtype=base.compute_dtype,
         max_length=prepared.max_length,
     )
+    location = find_teacher(recipe.loss, prepared.tokenizer, max_length=prepared.max_length)
+    teacher = None if location is None else load_section(location, recipe.base).model
     transformers.set_seed(arguments.seed)
     try:
-        trainer = _trainer(recipe, prepared, base, arguments, recorder)
+        trainer = _trainer(recipe, prepared, base, arguments, recorder, teacher=teacher)
     except (ValueError, RuntimeError, ImportError) as error:
         raise RecipeError(
             expected="a recipe that SFTTrainer takes", found=first_line(error), fix="change the setting named there"
@@ -202,7 +213,13 @@ def _build_trainer(
 
 
 def _trainer(
-    recipe: Recipe, prepared: Prepared, base: LoadedBase, arguments: SFTConfig, recorder: RunRecorder
+    recipe: Recipe,
+    prepared: Prepared,
+    base: LoadedBase,
+    arguments: SFTConfig,
+    recorder: RunRecorder,
+    *,
+    teacher: PreTrainedModel | None,
 ) -> SupervisedTrainer:
     return SupervisedTrainer(
         model=base.model,
@@ -218,6 +235,8 @@ def _trainer(
         callbacks=[recorder],
         epochs=prepared.epochs,
         lengths=prepared.lengths,
+        loss=recipe.loss,
+        teacher=teacher,
     )
 
 
