@@ -178,7 +178,7 @@ def validate(source: YamlSource) -> Recipe:
     training = source.values.get("training")
     if isinstance(training, dict):
         faults.extend(_training_faults(training, source))
-    if recipe is not None and recipe.loss.kl_to_base and recipe.adapter.bias != "none":
+    if recipe is not None and recipe.adapter.bias != "none":
         faults.append(_base_is_lost(recipe, source))
     raise_all(faults)
     assert recipe is not None
@@ -188,9 +188,9 @@ def validate(source: YamlSource) -> Recipe:
 def _base_is_lost(recipe: Recipe, source: YamlSource) -> RecipeError:
     """Trained biases are changed in the base itself: with the adapter off, it is not the base any more."""
     return RecipeError(
-        expected="adapter.bias=none where loss.kl_to_base is set: the base is the model with its adapter off",
+        expected="adapter.bias=none: the base that is measured is the model with its adapter off, biases included",
         found=f"{recipe.adapter.bias!r} at {source.where(('adapter', 'bias'))}",
-        fix="remove one of them",
+        fix="remove it",
     )
 
 
