@@ -64,6 +64,8 @@ class Columns(Section):
     text: str | int = "text"
     label: str | int | None = None
     answer: str | int | None = None
+    tests: str | int | None = None
+    """A program, or a list of lines, that fails where an answer that is code is wrong."""
 
 
 class Instructions(Section):

@@ -178,7 +178,18 @@ def _from_columns(record: Record, data: Data) -> Row:
             f"text under {column!r}", kind(value), f"name a part of it, as data.columns.answer={column}.{inner}"
         )
     answer = {"role": "assistant", "content": "" if value is None else str(value)}
-    return Row((*prompt, answer), record.where, text=text)
+    return Row((*prompt, answer), record.where, text=text, tests=_tests(record.values, columns))
+
+
+def _tests(values: dict[str, Any], columns: Columns) -> str | None:
+    """The tests of an answer that is code: a program, or a list of its lines."""
+    if columns.tests is None:
+        return None
+    tests = cell(values, columns.tests)
+    lines = tests if isinstance(tests, list) else [tests]
+    if not lines or not all(isinstance(line, str) and line.strip() for line in lines):
+        raise RecordFault(f"tests under {columns.tests!r}", kind(tests), "write a program, or a list of its lines")
+    return "\n".join(lines)
 
 
 _FORMATS: dict[str, Callable[[Record, Data], Row]] = {

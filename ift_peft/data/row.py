@@ -17,7 +17,8 @@ class Row:
     """A conversation whose last message is the assistant's answer.
 
     `label` is that answer where the task is classification, `text` the bare text that was asked about, `where` its
-    origin, `source` the number of its source among those of the recipe.
+    origin, `source` the number of its source among those of the recipe, `tests` a program that fails where an answer
+    that is code is wrong.
     """
 
     messages: tuple[Message, ...]
@@ -25,6 +26,7 @@ class Row:
     label: str | None = None
     text: str | None = None
     source: int = 0
+    tests: str | None = None
 
     @property
     def prompt(self) -> tuple[Message, ...]:

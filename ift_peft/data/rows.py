@@ -105,7 +105,7 @@ def _held_out(data: Data, faults: list[IftPeftError]) -> list[list[Row]]:
 
 def to_saved(row: Row) -> dict[str, Any]:
     """A row as a JSON object, from which `from_saved` makes it again."""
-    optional = {"label": row.label, "text": row.text, "source": row.source or None}
+    optional = {"label": row.label, "text": row.text, "source": row.source or None, "tests": row.tests}
     return {
         "messages": list(row.messages),
         "where": row.where,
@@ -121,6 +121,7 @@ def from_saved(values: dict[str, Any]) -> Row:
         label=values.get("label"),
         text=values.get("text"),
         source=values.get("source", 0),
+        tests=values.get("tests"),
     )
 
 

@@ -182,7 +182,9 @@ def prediction_lines(
                     label: round(float(p), 6) for label, p in zip(labels, predictions.probabilities[index], strict=True)
                 }
             elif predictions.log_probabilities is not None:
-                line[name] = {"log_probability": round(float(predictions.log_probabilities[index]), 6)}
+                assert predictions.tokens is not None
+                log_probability = round(float(predictions.log_probabilities[index]), 6)
+                line[name] = {"log_probability": log_probability, "tokens": int(predictions.tokens[index])}
             if predictions.answers is not None:
                 line[name] |= _answer_line(predictions.answers, index)
         lines.append(line)

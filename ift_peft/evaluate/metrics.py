@@ -26,7 +26,8 @@ class Resampling:
     def describe(self) -> str:
         percent = f"{100 * self.confidence:g} %"
         return (
-            f"{percent} intervals: Wilson for accuracy, bootstrap over rows ({self.samples} resamples) for the others"
+            f"{percent} intervals: Wilson for accuracy and exact match, "
+            f"bootstrap over rows ({self.samples} resamples) for the others"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -36,16 +36,15 @@ def measure(
     adapter: bool,
     reporter: Reporter,
     what: str = "",
-    tests: Mapping[int, str] | None = None,
 ) -> Predictions:
     """Predictions of a PEFT model with its adapter on or off, reported as one stage.
 
     On the held-out rows themselves, not on a probe's (`what`), answers are generated as well where the recipe has
-    metrics of them; `tests` are those of `pass_at_k` by the number of the row.
+    metrics of them.
     """
     generating = bool(section.metrics) and not what
     if generating:
-        _check_metrics(section, labels, rows, tests)
+        check_metrics(section, labels, rows)
     who = f"measuring the {'adapter' if adapter else 'base'}"
     reporter.stage(f"{who} on {what}" if what else who, len(rows) * max(1, len(labels)))
     predictions = predict_rows(
@@ -71,25 +70,24 @@ def measure(
     )
     reporter.finish()
     if "pass_at_k" in section.metrics:
-        assert tests is not None
-        answers = _tested(answers, [tests[number] for number in range(len(rows))], section, reporter)
+        answers = _tested(answers, [row.tests or "" for row in rows], section, reporter)
     return replace(predictions, answers=answers)
 
 
-def _check_metrics(
-    section: Evaluation, labels: Sequence[str], rows: Sequence[Row], tests: Mapping[int, str] | None
-) -> None:
-    if labels:
+def check_metrics(section: Evaluation, labels: Sequence[str], rows: Sequence[Row]) -> None:
+    """Raises `RecipeError` for metrics that the task or the rows do not have."""
+    if section.metrics and labels:
         raise RecipeError(
             expected="evaluation.metrics where answers are generated",
             found=f"{', '.join(section.metrics)} beside data.labels",
             fix="remove evaluation.metrics: of labels, accuracy, precision, recall, F1 and calibration are measured",
         )
-    if "pass_at_k" in section.metrics and not set(range(len(rows))) <= set(tests or ()):
+    without = [row.where for row in rows if not row.tests]
+    if "pass_at_k" in section.metrics and without:
         raise RecipeError(
             expected="tests in every held-out row for pass_at_k",
-            found=f"{len(tests or ())} in {len(rows)} rows",
-            fix="give the rows tests, or remove pass_at_k from evaluation.metrics",
+            found=f"none in {len(without)} of {len(rows)} rows, the first at {without[0]}",
+            fix="name their column: data.columns.tests=…; or remove pass_at_k from evaluation.metrics",
         )
 
 

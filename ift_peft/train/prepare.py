@@ -20,6 +20,7 @@ from ift_peft.data.row import Row
 from ift_peft.data.rows import held_out_rows, read_rows, stream_rows, to_saved
 from ift_peft.data.store import RenderedSet, content_key, render_set
 from ift_peft.evaluate.probes import Probe, make_probes
+from ift_peft.evaluate.run import check_metrics
 from ift_peft.model.adapter import matched_modules
 from ift_peft.model.base import skeleton
 from ift_peft.model.tokenizer import BaseLocation, ensure_pad_token, load_tokenizer, locate_base
@@ -75,6 +76,7 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
     unseen = unseen_pool(data, recipe.evaluation.unseen_instructions)
     train_rows, test_rows = (None, held_out_rows(data)) if data.streaming else read_rows(data)
     by_source = askers(data)
+    check_metrics(recipe.evaluation, data.label_words, test_rows)
     test_rows = ask_held_out(test_rows, by_source)
     location = locate_base(recipe.base.model, revision=recipe.base.revision)
     tokenizer = load_tokenizer(location)
