@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from ift_peft.data.formats import to_rows
 from ift_peft.data.row import Row
 from ift_peft.data.rows import read_rows_of
-from ift_peft.errors import DataError
+from ift_peft.data.sources import Record
+from ift_peft.errors import DataError, IftPeftError
 from ift_peft.sections import Columns, Data
 
 
@@ -198,3 +200,17 @@ def test_real_sets_load_by_recipe_alone(shared: Path, name: str) -> None:
         assert role == expected_role
         assert content.startswith(begins)
         assert content.endswith(ends)
+
+
+def test_tests_of_code_are_a_program_or_its_lines() -> None:
+    data = Data(train="x", columns=Columns(text="task", answer="code", tests="checks"))
+    values = {"task": "Add.", "code": "def add(a, b):\n    return a + b"}
+    faults: list[IftPeftError] = []
+    records = [
+        Record({**values, "checks": ["assert add(1, 2) == 3", "assert add(0, 0) == 0"]}, "x:1"),
+        Record({**values, "checks": "assert add(1, 2) == 3"}, "x:2"),
+        Record({**values, "checks": []}, "x:3"),
+    ]
+    rows = to_rows(records, data, faults)
+    assert [row.tests for row in rows] == ["assert add(1, 2) == 3\nassert add(0, 0) == 0", "assert add(1, 2) == 3"]
+    assert [str(fault) for fault in faults if "tests under 'checks'" in str(fault) and "x:3" in str(fault)] != []

@@ -4,6 +4,7 @@ import json
 import re
 import string
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -342,10 +343,9 @@ def test_base_and_adapter_are_asked_and_their_programs_run() -> None:
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(TINY), LoraConfig(target_modules="all-linear"))
     rows = [row("请用一句话回答：天空是什么颜色？", "蓝色"), row("What colour is grass?", "green")]
     section = Evaluation(metrics=("f1", "chrf", "rouge", "pass_at_k"), max_new_tokens=8, samples=2, temperature=1.0)
-    tests = {0: "pass", 1: "raise ValueError"}
+    rows = [replace(one, tests=tests) for one, tests in zip(rows, ("pass", "raise ValueError"), strict=True)]
     base, adapter = (
-        measure(model, renderer, rows, (), section, adapter=who, reporter=Silent(), tests=tests)
-        for who in (False, True)
+        measure(model, renderer, rows, (), section, adapter=who, reporter=Silent()) for who in (False, True)
     )
     assert adapter.answers is not None
     assert [len(samples) for samples in adapter.answers.texts] == [2, 2]
@@ -368,7 +368,6 @@ def test_metrics_that_do_not_fit_the_task_are_refused(labels: tuple[str, ...], n
             Evaluation(metrics=names),
             adapter=False,
             reporter=Silent(),
-            tests={1: "of another row"},
         )
 
 
