@@ -101,7 +101,7 @@ def _print_probes(scores: dict[str, Any]) -> None:
         if name not in scores:
             continue
         probe = scores[name]
-        asked = f"{probe['rows']} rows asked in {len(probe.get('phrasings', ()))} unseen phrasings each"
+        asked = f"{probe['rows']} rows asked in {len(probe.get('phrasings', ()))} unseen phrasings"
         title = asked if "phrasings" in probe else f"{probe['rows']} rows with perturbed text"
         table = _score_table(title)
         (metric,) = probe["adapter"]

@@ -119,7 +119,7 @@ def _paths(values: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
     perturbations = [_section(data, "augment"), _section(evaluation, "perturbation")]
     places: list[tuple[Any, Any]] = [(base, "model"), (data, "train"), (data, "test")]
     places += [(_section(values, "loss"), "teacher"), (evaluation, "general_text")]
-    places += [(source, "train") for source in sources]
+    places += [(source, key) for source in sources for key in ("train", "test")]
     places += _pools(values)
     for section in perturbations:
         if isinstance(section.get("lexicons"), list):
@@ -153,9 +153,11 @@ def _read_pools(values: dict[str, Any], source: YamlSource) -> None:
         if not isinstance(name, str):
             continue
         try:
-            text = Path(name).read_text("utf-8")
+            text = Path(name).read_text("utf-8-sig")
             is_yaml = Path(name).suffix.lower() in YAML_SUFFIXES
-            entries[key] = yaml.safe_load(text) if is_yaml else [line for line in text.splitlines() if line.strip()]
+            entries[key] = (
+                (yaml.safe_load(text) or []) if is_yaml else [line for line in text.splitlines() if line.strip()]
+            )
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             faults.append(
                 RecipeError(

@@ -74,7 +74,7 @@ class Instructions(Section):
     pool: Pool
     """A list, or a list for each language; in a recipe also a file: one phrasing a line, or YAML of either form."""
     hold_out: Annotated[int, Field(ge=0)] = 0
-    """Train on all but this many, drawn with `seed`; those are measured as unseen."""
+    """Train on all but this many (of each language), drawn with `seed`; those are measured as unseen."""
     position: Literal["before", "after"] = "before"
     """Where a phrasing without `{text}` stands. `{labels}` becomes the list of the classes."""
     draw: Literal["epoch", "row"] = "epoch"
@@ -229,8 +229,15 @@ class Data(Section):
             faults.append("either train or sources")
         if self.instruction is not None and self.instructions is not None:
             faults.append("either instruction or instructions")
-        if self.streaming and self.test is None:
+        tested = self.test is not None or (self.sources and all(source.test is not None for source in self.sources))
+        if self.streaming and not tested:
             faults.append("data.test to be set where rows are streamed")
+        if any(set(part.label_words) != set(self.label_words) for part, _ in self.by_source()):
+            faults.append("the same classes in every source as in data.labels, by which all are measured")
+        if any(part.asks_for_labels and not part.label_words for part, _ in self.by_source()):
+            faults.append("data.labels to be set where an instruction has {labels}")
+        if not self.label_words and self.augment is not None:
+            faults.append("augment only with labels: a changed text may lose what a free answer takes from it")
         if self.streaming and (self.max_train_rows or self.quality or self.augment):
             faults.append("no max_train_rows, quality or augment where rows are streamed: they need all rows at once")
         if faults:
@@ -258,6 +265,25 @@ class Data(Section):
                 own = {"instruction": None, "instructions": None, **own}
             parts.append((self.model_copy(update={"sources": (), "test": None, **own}), source.weight))
         return parts
+
+    @property
+    def asks_for_labels(self) -> bool:
+        """Whether an instruction of this section names the classes."""
+        pool = self.instructions.pool if self.instructions is not None else ()
+        phrasings = [phrase for part in pool.values() for phrase in part] if isinstance(pool, dict) else list(pool)
+        return any("{labels}" in phrase for phrase in (self.instruction or "", *phrasings))
+
+    @property
+    def for_new_texts(self) -> tuple[Data, int]:
+        """How rows of `test` beside several sources, and new texts, are read and asked, with the number of that source.
+
+        As `data` itself says, after all sources; where it has no instruction, as the first source does.
+        """
+        if not self.sources:
+            return self, 0
+        if self.instruction is not None or self.instructions is not None:
+            return self.model_copy(update={"sources": (), "test": None}), len(self.sources)
+        return self.by_source()[0][0], 0
 
     @property
     def protected_words(self) -> frozenset[str]:

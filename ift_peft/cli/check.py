@@ -37,6 +37,7 @@ def check(
     Example: ift check sentiment --rows 3
     """
     from ift_peft.console import err, out
+    from ift_peft.data.instructions import ask_held_out, asked_first, askers
     from ift_peft.data.quality import apply
     from ift_peft.data.rows import read_rows
     from ift_peft.recipe import load_recipe
@@ -44,7 +45,9 @@ def check(
     from ift_peft.sections import Quality
 
     loaded = load_recipe(recipe, overrides or ())
-    train, test = read_rows(loaded.data)
+    read, test = read_rows(loaded.data)
+    by_source = askers(loaded.data)
+    train, test = asked_first(read, by_source), ask_held_out(test, by_source)
     err.print("loading the tokenizer …", style="dim")
     renderer, max_length = _tokenizing(loaded)
     whole = _fit(train, renderer, None, loaded)

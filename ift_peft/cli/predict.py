@@ -103,11 +103,12 @@ def _answers(
     model: Any, parts: Any, items: Iterator[dict[str, Any]], max_new_tokens: int, *, stream: bool
 ) -> Iterator[dict[str, Any]]:
     from ift_peft.console import stream as write
-    from ift_peft.infer.load import Question
     from ift_peft.infer.predict import answer_all
 
     def ask_all(batch: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        questions = [Question(item["messages"]) if "messages" in item else parts.ask(item["text"]) for item in batch]
+        questions = [
+            parts.converse(item["messages"]) if "messages" in item else parts.ask(item["text"]) for item in batch
+        ]
         on_text = write if stream and not parts.labels else None
         answers = answer_all(model, parts, questions, max_new_tokens=max_new_tokens, on_text=on_text)
         for item, answer in zip(batch, answers, strict=True):

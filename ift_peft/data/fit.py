@@ -31,13 +31,13 @@ class Fit:
         if len(self.faults) <= SHOWN_FAULTS:
             self.faults.append(error)
 
-    def notes(self, name: str, max_length: int | None) -> list[str]:
-        """What happened to rows that were too long, in words."""
+    def notes(self, what: str, max_length: int | None) -> list[str]:
+        """What happened to those of `what` that were too long, in words."""
         notes = []
         if self.truncated:
-            notes.append(f"{self.truncated} {name} rows over {max_length} tokens: the end of their text was cut")
+            notes.append(f"{self.truncated} {what} over {max_length} tokens: the end of their text was cut")
         if self.dropped:
-            notes.append(f"{self.dropped} {name} rows over {max_length} tokens were left out (data.overlong=drop)")
+            notes.append(f"{self.dropped} {what} over {max_length} tokens were left out (data.overlong=drop)")
         return notes
 
 
@@ -148,11 +148,11 @@ def _too_long(row: Row, ids: Rendered, max_length: int, overlong: str) -> DataEr
 
 
 def shorten(row: Row, ids: Rendered, renderer: Renderer, *, max_length: int) -> tuple[Row, Rendered] | None:
-    """The row, rendered as `ids`, with the end of its longest user text cut until it fits; None where none would."""
-    index = max(
-        (i for i, message in enumerate(row.messages) if message["role"] == "user"),
-        key=lambda i: len(row.messages[i]["content"]),
-    )
+    """The row, rendered as `ids`, with the end of its text, or of its longest question, cut until it fits; None where
+    none would.
+    """
+    asked = [i for i, message in enumerate(row.messages) if message["role"] == "user"]
+    index = asked[-1] if row.text is not None else max(asked, key=lambda i: len(row.messages[i]["content"]))
     content = row.messages[index]["content"]
     text = row.text if row.text is not None and row.text in content else content
     head, _, tail = content.rpartition(text)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from ift_peft.data.row import Message, Row, ask, language_of
 from ift_peft.errors import DataError, RecipeError
@@ -23,44 +24,44 @@ def flat(pool: Pool) -> tuple[str, ...]:
 
 
 def split_pool(section: Instructions) -> tuple[Pool, Pool]:
-    """The phrasings to train on, and those held out by `hold_out`.
+    """The phrasings to train on, and those held out by `hold_out`: of each language, where the pool has several.
 
     Raises `RecipeError` where none would be left to train on in some language.
     """
-    phrasings = flat(section.pool)
-    rng = random.Random(f"{section.seed}:hold out")
-    held = set(rng.sample(phrasings, min(section.hold_out, len(phrasings))))
-
-    def part(pool: tuple[str, ...], *, unseen: bool) -> tuple[str, ...]:
-        return tuple(phrasing for phrasing in pool if (phrasing in held) == unseen)
-
-    if isinstance(section.pool, dict):
-        empty = [str(language) for language, pool in section.pool.items() if not part(pool, unseen=False)]
-        trained: Pool = {language: part(pool, unseen=False) for language, pool in section.pool.items()}
-        kept: Pool = {language: part(pool, unseen=True) for language, pool in section.pool.items()}
-    else:
-        trained, kept = part(section.pool, unseen=False), part(section.pool, unseen=True)
-        empty = [] if trained else ["any language"]
-    if empty:
+    pools = section.pool if isinstance(section.pool, dict) else {None: section.pool}
+    short = [language or "any language" for language, pool in pools.items() if section.hold_out >= len(pool)]
+    if short:
         raise RecipeError(
             expected="phrasings left to train on",
-            found=f"none for {', '.join(empty)} with hold_out={section.hold_out} of {len(phrasings)}",
+            found=f"none for {', '.join(short)} with hold_out={section.hold_out}",
             fix="lower data.instructions.hold_out, or add phrasings",
         )
-    return trained, kept
+    trained: dict[Any, tuple[str, ...]] = {}
+    kept: dict[Any, tuple[str, ...]] = {}
+    for language, pool in pools.items():
+        held = set(random.Random(f"{section.seed}:hold out").sample(pool, section.hold_out))
+        trained[language] = tuple(phrasing for phrasing in pool if phrasing not in held)
+        kept[language] = tuple(phrasing for phrasing in pool if phrasing in held)
+    return (trained, kept) if isinstance(section.pool, dict) else (trained[None], kept[None])
 
 
 def unseen_pool(data: Data, unseen: Pool | None) -> Pool | None:
     """The phrasings to measure as unseen: those of the evaluation section, else those held out of training.
 
-    Raises `RecipeError` where one of them is trained on.
+    Raises `RecipeError` where one of them is trained on, and where several places say which they are.
     """
-    sections = [part.instructions for part, _ in data.by_source() if part.instructions is not None]
+    sections = [asker.section for asker in askers(data) if asker.section is not None]
     trained = {phrasing for section in sections for phrasing in flat(split_pool(section)[0])}
-    trained |= {part.instruction for part, _ in data.by_source() if part.instruction is not None}
+    trained |= {asker.data.instruction for asker in askers(data) if asker.data.instruction is not None}
+    held = list(dict.fromkeys(flat(split_pool(section)[1]) for section in sections if section.hold_out))
+    if len(held) + (unseen is not None) > 1:
+        raise RecipeError(
+            expected="unseen phrasings in one place",
+            found="hold_out in several instructions" if unseen is None else "hold_out and unseen_instructions",
+            fix="hold out of one pool, or set evaluation.unseen_instructions and no hold_out",
+        )
     if unseen is None:
-        held = [split_pool(section)[1] for section in sections if section.hold_out]
-        return held[0] if held else None
+        return next((split_pool(section)[1] for section in sections if section.hold_out), None)
     both = sorted(trained & set(flat(unseen)))
     if both:
         raise RecipeError(
@@ -80,7 +81,7 @@ def for_text(pool: Pool, text: str) -> tuple[str, ...]:
         raise DataError(
             expected=f"phrasings for {language_of(text)!r}",
             found=f"only {', '.join(pool)}, and a text {text[:40]!r}",
-            fix="add phrasings of that language to data.instructions.pool",
+            fix="add phrasings of that language to the pool (data.instructions, evaluation.unseen_instructions)",
         )
     return found
 
@@ -95,13 +96,18 @@ class Asker:
 
     @property
     def varies_by_epoch(self) -> bool:
-        return self.section is not None and self.section.draw == "epoch" and len(flat(self.pool)) > 1
+        pools = self.pool.values() if isinstance(self.pool, dict) else [self.pool]
+        return self.section is not None and self.section.draw == "epoch" and any(len(pool) > 1 for pool in pools)
 
     def instruction(self, text: str, *, key: str) -> str | None:
         """The phrasing drawn for a text: a function of the section's seed and `key` alone."""
         if self.section is None:
             return self.data.instruction
         return random.Random(f"{self.section.seed}:{key}").choice(for_text(self.pool, text))
+
+    def suits(self, text: str) -> bool:
+        """Whether there is a phrasing for the language of `text`."""
+        return not isinstance(self.pool, dict) or bool(self.pool.get(language_of(text)))
 
     def first_instruction(self, text: str) -> str | None:
         """The phrasing that new texts are asked with: the first that suits their language."""
@@ -135,8 +141,22 @@ class Asker:
 
 
 def askers(data: Data) -> list[Asker]:
-    """The `Asker` of each source, in the order of their numbers in rows."""
-    return [Asker(part) for part, _ in data.by_source()]
+    """The `Asker` of each source, in the order of their numbers in rows; after several, that of `data` itself."""
+    parts = [part for part, _ in data.by_source()]
+    return [Asker(part) for part in (*parts, *([data] if data.sources else []))]
+
+
+def asked_first(rows: Sequence[Row], by_source: Sequence[Asker]) -> list[Row]:
+    """Training rows as they are asked in the first epoch."""
+    return [asked_in(row, by_source[row.source], 0) for row in rows]
+
+
+def asked_in(row: Row, asker: Asker, variant: int) -> Row:
+    """A training row in its phrasing of the epoch `variant`."""
+    if asker.section is None:
+        return row
+    key = f"{variant}:{row.key}" if asker.varies_by_epoch else row.key
+    return asker.asked(row, asker.instruction(row.text or "", key=key))
 
 
 def ask_held_out(rows: Sequence[Row], by_source: Sequence[Asker]) -> list[Row]:

@@ -38,6 +38,11 @@ class Row:
         return re.split(r"[/\\]", self.where)[-1]
 
     @property
+    def earlier(self) -> tuple[Message, ...]:
+        """The turns before the question, without a system message."""
+        return tuple(message for message in self.prompt[:-1] if message["role"] != "system")
+
+    @property
     def answer(self) -> str:
         return self.messages[-1]["content"]
 

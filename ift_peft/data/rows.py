@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -38,33 +38,33 @@ def read_rows(data: Data) -> tuple[list[Row], list[Row]]:
         faults.append(_nothing("held-out", data.test or data.train))
     both = sorted({row.where for row in train} & {row.where for row in test or ()})
     if both:
-        faults.append(
-            DataError(
-                expected="training and held-out rows from different files",
-                found=f"{len(both)} rows in both, the first at {both[0]}",
-                fix="name the files: data.train=… data.test=…",
-            )
-        )
+        faults.append(_in_both(both))
     raise_faults(faults)
     if test is None:
         train, test = split_rows(train, test_size=data.test_size, seed=data.seed)
     return _sample(train, data.max_train_rows, data.seed), _sample(test, data.max_test_rows, data.seed)
 
 
-def read_rows_of(data: Data) -> list[Row]:
-    """Every row of `data.train` alone, unsplit. Raises `Faults` like `read_rows`."""
+def read_rows_of(data: Data, source: str | None = None) -> list[Row]:
+    """Every row of `source` (by default `data.train`), unsplit, read as new texts are.
+
+    Raises `Faults` like `read_rows`.
+    """
+    train = source or data.train
     faults: list[IftPeftError] = []
-    rows = _read(data, data.train, data.train_split, faults)
+    section, number = data.for_new_texts
+    rows = [replace(row, source=number) for row in _read(section, train, data.train_split, faults)]
     if not faults and not rows:
-        faults.append(_nothing("", data.train))
+        faults.append(_nothing("", train))
     raise_faults(faults)
     return rows
 
 
-def stream_rows(data: Data) -> Iterator[Row]:
+def stream_rows(data: Data, *, held_out: Collection[str] = ()) -> Iterator[Row]:
     """The training rows of a recipe, read piece by piece, in the order in which `read_rows` has them.
 
-    Raises `Faults` naming the records that cannot be used when all are read, or as soon as there are very many.
+    `held_out` are the places of held-out rows, which must not be among them. Raises `Faults` naming the records that
+    cannot be used when all are read, or as soon as there are very many.
     """
     faults: list[IftPeftError] = []
     for number, (part, _) in enumerate(data.by_source()):
@@ -73,6 +73,8 @@ def stream_rows(data: Data) -> Iterator[Row]:
         found = 0
         while piece := list(islice(records, PIECE)):
             for row in to_rows(piece, part, faults):
+                if row.where in held_out:
+                    raise _in_both([row.where])
                 found += 1
                 yield replace(row, source=number) if number else row
             if len(faults) > MOST_FAULTS:
@@ -99,8 +101,18 @@ def _held_out(data: Data, faults: list[IftPeftError]) -> list[list[Row]]:
         if tests is not None:
             held_out.append([replace(row, source=number) for row in tests] if number else tests)
     if data.sources and data.test is not None:
-        held_out.append(_read(data, data.test, data.test_split, faults))
+        section, number = data.for_new_texts
+        rows = _read(section, data.test, data.test_split, faults)
+        held_out.append([replace(row, source=number) for row in rows])
     return held_out
+
+
+def _in_both(places: Sequence[str]) -> DataError:
+    return DataError(
+        expected="training and held-out rows from different files",
+        found=f"{len(places)} rows in both, the first at {places[0]}",
+        fix="name the files: data.train=… data.test=…",
+    )
 
 
 def to_saved(row: Row) -> dict[str, Any]:

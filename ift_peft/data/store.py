@@ -5,6 +5,7 @@ Rows pass through in pieces, so a set may be larger than memory; what is kept of
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
@@ -35,7 +36,10 @@ _FEATURES = Features(
         "source": Value("int16"),
     }
 )
-_PACKAGES = ("ift_peft", "transformers", "tokenizers", "trl", "rjieba")
+_PACKAGES = (
+    *("ift_peft", "transformers", "tokenizers", "trl", "rjieba", "numpy"),
+    *("scikit-learn", "cleanlab", "datasketch", "ftfy", "phonenumbers", "python-stdnum"),
+)
 
 
 @dataclass(frozen=True)
@@ -83,15 +87,16 @@ def content_key(data: Data, renderer: Renderer, *, max_length: int | None, varia
     """
     digest = hashlib.sha256()
     for part, _ in data.by_source():
-        for source in (part.train, part.test or data.test):
-            files = _files(source)
+        for source in (part.train, part.test, data.test):
+            files = files_of(source)
             if files is None:
                 return None
             for file in files:
-                digest.update(file.name.encode() + _file_digest(file))
+                digest.update(file.name.encode() + file_digest(file))
     for path in [Path(name) for name in (data.augment.lexicons if data.augment else ())]:
-        digest.update(_file_digest(path) if path.is_file() else str(path).encode())
-    for code in sorted(Path(__file__).parent.rglob("*")):
+        digest.update(file_digest(path) if path.is_file() else str(path).encode())
+    package = Path(__file__).parent.parent
+    for code in (*sorted(Path(__file__).parent.rglob("*")), package / "sections.py", package / "train" / "prepare.py"):
         if code.is_file() and "__pycache__" not in code.parts:
             digest.update(code.read_bytes())
     settings = {
@@ -107,7 +112,8 @@ def content_key(data: Data, renderer: Renderer, *, max_length: int | None, varia
     return digest.hexdigest()
 
 
-def _files(source: str | None) -> list[Path] | None:
+def files_of(source: str | None) -> list[Path] | None:
+    """The files of a source; None for one from the Hub."""
     if source is None:
         return []
     path = Path(source)
@@ -116,7 +122,8 @@ def _files(source: str | None) -> list[Path] | None:
     return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else None
 
 
-def _file_digest(path: Path) -> bytes:
+def file_digest(path: Path) -> bytes:
+    """The sha256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
 
@@ -174,7 +181,9 @@ def _new_folder(kept: Path | None) -> Path:
             return folder
         except OSError:
             pass
-    return Path(tempfile.mkdtemp(prefix="ift_peft-"))
+    folder = Path(tempfile.mkdtemp(prefix="ift_peft-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _open(folder: Path, *, reused: bool) -> RenderedSet:

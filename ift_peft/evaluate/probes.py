@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,24 @@ class Probe:
     of: list[int]
     instruction: list[int]
     phrasings: tuple[str, ...]
+    notes: list[str] = field(default_factory=list)
+
+
+def check_probes(rows: Sequence[Row], section: Evaluation, *, unseen: Pool | None, labels: Sequence[str]) -> None:
+    """Raises `RecipeError` for probes that the rows of a recipe cannot be put to."""
+    bare = [row.where for row in rows if row.text is None]
+    if (unseen or section.perturbation) and bare:
+        raise RecipeError(
+            expected="held-out rows with a text of their own, to ask in other words or to change",
+            found=f"a whole conversation at {bare[0]}",
+            fix="set evaluation.unseen_instructions=null evaluation.perturbation=null, or store text and answer apart",
+        )
+    if section.perturbation and not labels:
+        raise RecipeError(
+            expected="evaluation.perturbation with data.labels",
+            found="free answers, which may lose what they take from a text that is changed",
+            fix="set evaluation.perturbation=null",
+        )
 
 
 def make_probes(
@@ -46,16 +64,7 @@ def make_probes(
     protected: Collection[str],
     max_length: int | None,
 ) -> list[Probe]:
-    """The probes that a recipe asks for; `protected` words are never changed.
-
-    Raises `RecipeError` where rows have no text of their own to ask about.
-    """
-    if (unseen or section.perturbation) and any(row.text is None for row in rows):
-        raise RecipeError(
-            expected="held-out rows with a text of their own",
-            found="whole conversations",
-            fix="remove evaluation.unseen_instructions and evaluation.perturbation, or store text and answer apart",
-        )
+    """The probes that a recipe asks for, of rows that `check_probes` has passed; `protected` words are not changed."""
     probes = []
     if unseen:
         probes.append(_unseen(rows, by_source, section, unseen))
@@ -69,6 +78,7 @@ def make_probes(
     for probe in probes:
         fitted = fit_rows(probe.rows, renderer, max_length=max_length, overlong="truncate")
         probe.rows[:] = fitted.rows
+        probe.notes.extend(fitted.fit.notes(f"{probe.name} held-out rows", max_length))
     return probes
 
 

@@ -19,7 +19,7 @@ from ift_peft.evaluate.code_metric import code_of, run_all
 from ift_peft.evaluate.compare import Answers, Predictions, answer_rows, compare, predict_rows
 from ift_peft.evaluate.forgetting import forgetting_scores, general_losses, general_texts
 from ift_peft.evaluate.metrics import Resampling
-from ift_peft.evaluate.probes import Probe, make_probes, probe_lines, probe_scores
+from ift_peft.evaluate.probes import Probe, check_probes, make_probes, probe_lines, probe_scores
 from ift_peft.infer.load import held_out_rows, load_model, open_parts
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir
@@ -174,7 +174,7 @@ def evaluate_run(run: RunDir, *, data: Path | None, reporter: Reporter) -> dict[
     fitted = held_out_rows(parts, data)
     rows = fitted.rows
     model, notes = load_model(parts)
-    for note in (*fitted.fit.notes("held-out", parts.max_length), *notes):
+    for note in (*fitted.fit.notes("held-out rows", parts.max_length), *notes):
         reporter.note(note)
     section, labels = parts.recipe.evaluation, parts.labels
     base, adapted = (
@@ -185,12 +185,14 @@ def evaluate_run(run: RunDir, *, data: Path | None, reporter: Reporter) -> dict[
         measure_general(model, parts.tokenizer, section, adapter=adapter, reporter=reporter)
         for adapter in (False, True)
     )
+    unseen = unseen_pool(parts.recipe.data, section.unseen_instructions)
+    check_probes(rows, section, unseen=unseen, labels=labels)
     probes = make_probes(
         rows,
         parts.askers,
         section,
         parts.renderer,
-        unseen=unseen_pool(parts.recipe.data, section.unseen_instructions),
+        unseen=unseen,
         protected=parts.recipe.data.protected_words,
         max_length=parts.max_length,
     )

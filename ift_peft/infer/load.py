@@ -64,8 +64,15 @@ class Parts:
 
     def ask(self, text: str) -> Question:
         """The question that training would have made of `text`; of several phrasings, the first for its language."""
-        asker = self.askers[0]
+        _, number = self.recipe.data.for_new_texts
+        asker = self.askers[number]
         return Question(asker.prompt(text, asker.first_instruction(text)), text)
+
+    def converse(self, messages: Sequence[Message]) -> Question:
+        """A conversation as training would have it: with the recipe's system message, where it brings none."""
+        system = self.recipe.data.for_new_texts[0].system
+        head = () if not system or messages[0]["role"] == "system" else ({"role": "system", "content": system},)
+        return Question((*head, *messages))
 
 
 def open_parts(run: RunDir) -> Parts:
@@ -120,6 +127,5 @@ def held_out_rows(parts: Parts, data_path: Path | None = None) -> Fitted:
     if data_path is None:
         rows = [from_saved(json.loads(line)) for line in parts.run.test_rows.read_text("utf-8").splitlines()]
     else:
-        data = parts.recipe.data.model_copy(update={"train": str(data_path), "test": None, "sources": ()})
-        rows = ask_held_out(read_rows_of(data), askers(data))
+        rows = ask_held_out(read_rows_of(parts.recipe.data, str(data_path)), parts.askers)
     return fit_rows(rows, parts.renderer, max_length=parts.max_length, overlong=parts.recipe.data.overlong)

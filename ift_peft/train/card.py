@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ift_peft.data.instructions import Asker
 from ift_peft.recipe import Recipe
 
 _CARD = """---
@@ -48,9 +49,13 @@ def adapter_card(recipe: Recipe, *, base: str, scores: dict[str, Any], rows: int
     """The text of README.md: what it is, what it scored, how it is asked. Holds no path of the machine."""
     data = recipe.data
     asked = ""
-    if data.instruction:
-        labels = f" The answer is one of: {', '.join(data.label_words)}." if data.labels else ""
-        asked = f"Each text was put after this instruction: {data.instruction}{labels}\n\n"
+    labels = f" The answer is one of: {', '.join(data.label_words)}." if data.labels else ""
+    asker = Asker(data.for_new_texts[0])
+    if asker.data.instruction is not None or asker.section is not None:
+        few = sorted({asker.first_instruction(text) or "" for text in ("中文", "English") if asker.suits(text)})
+        shown = "\n".join(f"    {line}" for one in few for line in asker.prompt("…", one)[-1]["content"].splitlines())
+        several = "in several phrasings, for example\n" if asker.section is not None else "as"
+        asked = f"Texts were asked about {several}\n\n{shown}\n\n{labels.strip()}\n\n".replace("\n\n\n", "\n\n")
     quantization = "unquantised" if recipe.base.quantization == "none" else recipe.base.quantization
     return _CARD.format(
         base=base,

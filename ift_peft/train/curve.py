@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ift_peft.data.rows import read_rows
+from ift_peft.data.store import file_digest, files_of
 from ift_peft.errors import RecipeError, RunError
 from ift_peft.evaluate.charts import Curve, curve_chart
 from ift_peft.evaluate.contrast import contrast
 from ift_peft.evaluate.intervals import Estimate
+from ift_peft.model.tokenizer import locate_base
 from ift_peft.recipe import Recipe
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir, open_run, versions
@@ -48,7 +51,8 @@ def learning_curve(
             expected=f"at most {there} training rows", found=f"--rows {rows[-1]}", fix="lower the largest number"
         )
     output.mkdir(parents=True, exist_ok=True)
-    known = _known(output / "curve.json")
+    content = _content(recipe)
+    known = _known(output / "curve.json", content)
     points: list[Point] = []
     for number in rows:
         runs: list[RunDir] = []
@@ -58,7 +62,7 @@ def learning_curve(
             reporter.note(f"{number:,} rows, seed {seed}")
             runs.append(_found(known, one) or train(one, root=root, reporter=reporter))
             points = [point for point in points if point.rows != number] + [_point(number, runs, recipe)]
-            _write(points, output, recipe)  # after each run, so that stopping loses none that is finished
+            _write(points, output, recipe, content, known)  # after each run, so that stopping loses none
     return points
 
 
@@ -67,17 +71,27 @@ def _with(recipe: Recipe, *, rows: int, seed: int) -> Recipe:
     return recipe.model_copy(update={"data": data, "training": {**recipe.training, "seed": seed}})
 
 
-def _known(path: Path) -> list[RunDir]:
-    """The finished runs of an earlier curve."""
-    if not path.is_file():
+def _content(recipe: Recipe) -> str:
+    """What the rows' files and the base hold, by hash: runs made of something else are no part of the curve."""
+    digest = hashlib.sha256(locate_base(recipe.base.model, revision=recipe.base.revision).fingerprint().encode())
+    for part, _ in recipe.data.by_source():
+        for source in (part.train, part.test, recipe.data.test):
+            for file in files_of(source) or ():
+                digest.update(file_digest(file))
+    return digest.hexdigest()
+
+
+def _known(path: Path, content: str) -> list[RunDir]:
+    """The finished runs of an earlier curve over the same content."""
+    earlier = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    if earlier.get("content") != content:
         return []
     found = []
-    for point in json.loads(path.read_text("utf-8"))["points"]:
-        for name in point["runs"]:
-            try:
-                found.append(open_run(path.parent / name))
-            except RunError:  # deleted since: it is trained again
-                continue
+    for name in earlier["runs"]:
+        try:
+            found.append(open_run(path.parent / name))
+        except RunError:  # deleted since: it is trained again
+            continue
     return found
 
 
@@ -101,7 +115,7 @@ def _point(rows: int, runs: Sequence[RunDir], recipe: Recipe) -> Point:
     return Point(rows, probe.metric, score.estimate, score.by_run, tuple(str(run.path) for run in runs), value)
 
 
-def _write(points: Sequence[Point], output: Path, recipe: Recipe) -> None:
+def _write(points: Sequence[Point], output: Path, recipe: Recipe, content: str, known: Sequence[RunDir]) -> None:
     lines: list[dict[str, Any]] = [
         {
             "rows": point.rows,
@@ -113,7 +127,12 @@ def _write(points: Sequence[Point], output: Path, recipe: Recipe) -> None:
         for point in points
     ]
     folder = RunDir(output)
-    folder.write("curve.json", {"recipe": recipe.name, "points": lines, "versions": versions()})
+    runs = [*(str(run.path) for run in known), *(run for point in points for run in point.runs)]
+    relative = list(dict.fromkeys(os.path.relpath(run, output) for run in runs))
+    folder.write(
+        "curve.json",
+        {"recipe": recipe.name, "points": lines, "runs": relative, "content": content, "versions": versions()},
+    )
     curve = Curve(
         recipe.name,
         tuple(point.rows for point in points),

@@ -7,19 +7,20 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ift_peft.data.augment import augmented
 from ift_peft.data.fit import Fitted, fit_rows
-from ift_peft.data.instructions import Asker, ask_held_out, askers, unseen_pool
+from ift_peft.data.instructions import Asker, ask_held_out, asked_first, asked_in, askers, unseen_pool
 from ift_peft.data.quality import Cleaned, Finding, apply, find
 from ift_peft.data.render import Rendered, Renderer
 from ift_peft.data.row import Row
 from ift_peft.data.rows import held_out_rows, read_rows, stream_rows, to_saved
 from ift_peft.data.store import RenderedSet, content_key, render_set
-from ift_peft.evaluate.probes import Probe, make_probes
+from ift_peft.evaluate.probes import Probe, check_probes, make_probes
 from ift_peft.evaluate.run import check_metrics
 from ift_peft.model.adapter import matched_modules
 from ift_peft.model.base import skeleton
@@ -77,11 +78,12 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
     train_rows, test_rows = (None, held_out_rows(data)) if data.streaming else read_rows(data)
     by_source = askers(data)
     check_metrics(recipe.evaluation, data.label_words, test_rows)
+    check_probes(test_rows, recipe.evaluation, unseen=unseen, labels=data.label_words)
     test_rows = ask_held_out(test_rows, by_source)
     location = locate_base(recipe.base.model, revision=recipe.base.revision)
     tokenizer = load_tokenizer(location)
     renderer = Renderer(tokenizer)
-    notes = [note for note in (ensure_pad_token(tokenizer),) if note]
+    notes = [note for note in (ensure_pad_token(tokenizer), _unmeasured(data, test_rows)) if note]
     if renderer.origin.startswith("fallback"):
         notes.append("the tokenizer has no chat template; 'User: …\\nAssistant: …' is used, and saved with the adapter")
     bare = skeleton(location)
@@ -89,7 +91,9 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
     max_length = choose_max_length(recipe.training, getattr(bare.config, "max_position_embeddings", None))
     checked = None
     if train_rows is not None and data.quality is not None:
-        checked = _check(train_rows, test_rows, data.quality, renderer, labels=data.label_words, max_length=max_length)
+        checked = _check(
+            train_rows, test_rows, data.quality, renderer, by_source, labels=data.label_words, max_length=max_length
+        )
         train_rows = checked.cleaned.rows
         notes += checked.notes()
     if train_rows is not None and data.augment is not None:
@@ -99,7 +103,7 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
     variants = _variants(by_source, recipe.training, None if train_rows is None else len(train_rows))
     reporter.stage("tokenising training rows", 0 if train_rows is None else len(train_rows))
     train = render_set(
-        _asked(train_rows, data, by_source, variants),
+        _asked(train_rows, data, by_source, variants, frozenset(row.where for row in test_rows)),
         renderer,
         key=content_key(data, renderer, max_length=max_length, variants=variants),
         variants=variants,
@@ -109,7 +113,8 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
     )
     reporter.finish()
     test = fit_rows(test_rows, renderer, max_length=max_length, overlong=data.overlong)
-    notes += train.fit.notes("training", max_length) + test.fit.notes("held-out", max_length)
+    rendered = "training rows" if variants == 1 else f"renderings of training rows ({variants} of each)"
+    notes += train.fit.notes(rendered, max_length) + test.fit.notes("held-out rows", max_length)
     probes = make_probes(
         test.rows,
         by_source,
@@ -119,6 +124,7 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
         protected=data.protected_words,
         max_length=max_length,
     )
+    notes += [note for probe in probes for note in probe.notes]
     epochs = _epochs(data, train)
     return Prepared(location, tokenizer, renderer, train, epochs, test, probes, checked, max_length, notes)
 
@@ -128,6 +134,7 @@ def _check(
     test: Sequence[Row],
     section: Quality,
     renderer: Renderer,
+    by_source: Sequence[Asker],
     *,
     labels: Sequence[str],
     max_length: int | None,
@@ -135,7 +142,8 @@ def _check(
     """The findings of data.quality, and what is left. Raises `DataError` for findings that it stops at."""
     lengths = None
     if section.overlong != "off" and max_length is not None:
-        lengths = [len(ids.input_ids) for ids in fit_rows(train, renderer, max_length=None, overlong="error").rendered]
+        asked = asked_first(train, by_source)
+        lengths = [len(ids.input_ids) for ids in fit_rows(asked, renderer, max_length=None, overlong="error").rendered]
     findings = find(train, test, section, labels=labels, lengths=lengths, max_length=max_length)
     return Checked(findings, apply(train, findings, section))
 
@@ -170,21 +178,26 @@ def _variants(by_source: Sequence[Asker], training: dict[str, Any], rows: int | 
 
 
 def _asked(
-    rows: Sequence[Row] | None, data: Data, by_source: Sequence[Asker], variants: int
+    rows: Sequence[Row] | None, data: Data, by_source: Sequence[Asker], variants: int, held_out: frozenset[str]
 ) -> Callable[[], Iterable[Row]]:
     """Each training row in as many phrasings as are rendered."""
 
     def asked() -> Iterator[Row]:
-        for row in stream_rows(data) if rows is None else rows:
-            asker = by_source[row.source]
+        for row in stream_rows(data, held_out=held_out) if rows is None else rows:
             for variant in range(variants):
-                if asker.section is None:
-                    yield row
-                else:
-                    key = f"{variant}:{row.key}" if asker.varies_by_epoch else row.key
-                    yield asker.asked(row, asker.instruction(row.text or "", key=key))
+                yield asked_in(row, by_source[row.source], variant)
 
     return asked
+
+
+def _unmeasured(data: Data, test_rows: Sequence[Row]) -> str | None:
+    """A note on sources of which nothing is held out."""
+    missing = [part.train for number, (part, _) in enumerate(data.by_source()) if number not in _sources(test_rows)]
+    return f"no held-out rows of {', '.join(Path(str(name)).name for name in missing)}" if missing else None
+
+
+def _sources(rows: Sequence[Row]) -> set[int]:
+    return {row.source for row in rows}
 
 
 def _epochs(data: Data, train: RenderedSet) -> Epochs:

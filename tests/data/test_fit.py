@@ -72,3 +72,15 @@ def test_a_row_that_the_template_refuses_is_named(renderer: Renderer) -> None:
     with pytest.raises(DataError, match="special token") as caught:
         fit_rows([row("好"), row("好", "正面<|end|>", number=2)], renderer, max_length=60, overlong="truncate")
     assert "at rows.jsonl:2" in str(caught.value)
+
+
+def test_a_text_is_cut_and_never_a_turn_before_its_question(renderer: Renderer) -> None:
+    earlier = ({"role": "user", "content": "从前有座山" * 6}, {"role": "assistant", "content": "嗯"})
+    text = "短问题" * 8
+    whole = Row((*earlier, {"role": "user", "content": text}, {"role": "assistant", "content": "好"}), "x", text=text)
+    length = len(renderer.render([whole.messages])[0].input_ids)
+    (cut,) = fit_rows([whole], renderer, max_length=length - 5, overlong="truncate").rows
+    assert cut.messages[:2] == earlier
+    assert cut.text is not None
+    assert text.startswith(cut.text)
+    assert cut.messages[2]["content"] == cut.text

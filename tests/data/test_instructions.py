@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from ift_peft.data.instructions import Asker, ask_held_out, askers, flat, split_pool, unseen_pool
 from ift_peft.data.row import Row, ask, language_of
+from ift_peft.data.rows import held_out_rows, read_rows_of
 from ift_peft.errors import DataError, RecipeError
 from ift_peft.recipe import load_recipe
 from ift_peft.sections import Data, Instructions
@@ -120,6 +121,57 @@ def test_a_phrasing_that_is_trained_on_cannot_be_called_unseen() -> None:
 def test_holding_out_every_phrasing_is_refused() -> None:
     with pytest.raises(RecipeError, match="phrasings left to train on"):
         split_pool(Instructions(pool=POOL, hold_out=5))
+    with pytest.raises(RecipeError, match="none for en with hold_out=1"):
+        split_pool(Instructions(pool={"zh": ("甲", "乙"), "en": ("one",)}, hold_out=1))
+
+
+def test_as_many_phrasings_are_held_out_of_each_language() -> None:
+    pool = {"zh": ("甲", "乙", "丙"), "en": ("one", "two")}
+    trained, held = split_pool(Instructions.model_validate({"pool": pool, "hold_out": 1}))
+    assert isinstance(trained, dict) and isinstance(held, dict)
+    assert (len(held["zh"]), len(held["en"])) == (1, 1)
+    assert len(flat(trained)) == 3
+
+
+def test_unseen_phrasings_are_named_in_one_place() -> None:
+    with pytest.raises(RecipeError, match="hold_out and unseen_instructions"):
+        unseen_pool(data(instructions={"pool": list(POOL), "hold_out": 2}), ("己",))
+
+
+def test_one_phrasing_for_each_language_does_not_vary_by_epoch() -> None:
+    assert not Asker(data(instructions={"zh": ["甲"], "en": ["one"]})).varies_by_epoch
+    assert Asker(data(instructions={"zh": ["甲", "乙"], "en": ["one"]})).varies_by_epoch
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"labels": None, "instruction": "选{labels}。"}, "data.labels to be set where an instruction has"),
+        ({"labels": None, "augment": {"synonyms": 0.1}}, "augment only with labels"),
+        ({"train": None, "sources": [{"train": "a", "labels": ["neg", "pos"]}]}, "the same classes in every source"),
+        ({"instructions": ["甲"], "instruction": "乙"}, "either instruction or instructions"),
+        ({"streaming": True}, "data.test to be set where rows are streamed"),
+        ({"instructions": []}, "phrasings that are each listed once"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        data(**settings)
+
+
+def test_held_out_rows_beside_sources_are_asked_as_data_says_else_as_the_first_source(tmp_path: Path) -> None:
+    for name in ("a", "b", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{name}好", "label": "正面"}}\n', "utf-8")
+    sources = [{"train": str(tmp_path / "a.jsonl"), "instruction": "甲。"}, {"train": str(tmp_path / "b.jsonl")}]
+    settings: dict[str, object] = {"train": None, "sources": sources, "test": str(tmp_path / "test.jsonl")}
+    cases = ((data(**settings), "甲。\ntest好"), (data(**settings, instruction="乙。"), "乙。\ntest好"))
+    for section, expected in cases:
+        (row,) = ask_held_out(held_out_rows(section), askers(section))
+        assert row.prompt[-1]["content"] == expected
+        asker = askers(section)[row.source]
+        assert asker.asked(row, asker.instruction("x", key="k")) == row
+        (new,) = ask_held_out(read_rows_of(section, str(tmp_path / "test.jsonl")), askers(section))
+        assert new.prompt == row.prompt
 
 
 def test_a_pool_is_read_from_a_file_and_recorded(tmp_path: Path) -> None:

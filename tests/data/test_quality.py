@@ -475,3 +475,19 @@ def test_the_command_prints_findings_and_what_is_learnt_and_exits_with_3_where_i
     assert report["rows"]["training"]["rows"] == 8
     assert {found["kind"] for found in report["findings"]} >= {"exact_duplicates", "characters"}
     assert ift("check", "mine.yaml", "data.quality.characters=stop").returncode == 3
+
+
+def test_earlier_turns_count_for_what_a_row_asks_and_are_redacted() -> None:
+    def row(earlier: str, number: int) -> Row:
+        turns = [("user", earlier), ("assistant", "好的"), ("user", "要多久？"), ("assistant", "十天")]
+        messages = tuple({"role": role, "content": content} for role, content in turns)
+        return Row(messages, f"x:{number}", text="要多久？")
+
+    rows = [row("我想学游泳，电话 13812345678", 1), row("我想学钢琴", 2), row("我想学钢琴", 3)]
+    findings = findings_of(rows, only(exact_duplicates="drop", personal_data="warn"), labels=())
+    assert findings["exact_duplicates"].rows == (2,)
+    assert findings["personal_data"].rows == (0,)
+    section = only(exact_duplicates="drop", redact=True)
+    cleaned = apply(rows, [findings["exact_duplicates"]], section)
+    assert cleaned.rows[0].messages[0]["content"] == "我想学游泳，电话 [PHONE]"
+    assert cleaned.rows[0].messages[2:] == rows[0].messages[2:]

@@ -115,6 +115,13 @@ def test_a_stream_stops_early_when_hardly_a_row_is_usable(tmp_path: Path) -> Non
         list(stream_rows(data))
 
 
+def test_held_out_rows_are_never_streamed_into_training(tmp_path: Path) -> None:
+    data = written(tmp_path, 3)
+    same = data.model_copy(update={"test": data.train})
+    with pytest.raises(DataError, match="training and held-out rows from different files"):
+        list(stream_rows(same, held_out={row.where for row in held_out_rows(same)}))
+
+
 def test_sources_are_read_in_order_each_by_its_own_settings(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "好", "label": "正面"}\n{"text": "差", "label": "负面"}\n', "utf-8")
     (tmp_path / "b.jsonl").write_text('{"q": "1+1", "a": "2"}\n', "utf-8")

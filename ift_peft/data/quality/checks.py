@@ -189,5 +189,6 @@ class _Checks:
 
 def personal_texts(row: Row) -> list[str]:
     """The pieces of a row that are its own: not the instruction that all share, and not a label."""
-    texts = [row.text] if row.text is not None else [message["content"] for message in row.prompt]
+    asked = row.prompt if row.text is None else row.earlier
+    texts = [message["content"] for message in asked] + ([] if row.text is None else [row.text])
     return texts if row.label is not None else [*texts, row.answer]

@@ -108,12 +108,12 @@ def redact_row(row: Row) -> tuple[Row, dict[str, int]]:
         return (replace(row, messages=tuple(messages)), dict(counts)) if counts else (row, {})
     text, words = redact(row.text)
     counts.update(words)
-    messages = [
-        {**message, "content": message["content"].replace(row.text, text)} if words else message
-        for message in row.prompt
-    ]
+    *before, question = row.prompt
+    earlier = [_redacted(message, counts) if message["role"] != "system" else message for message in before]
+    if words:
+        question = {**question, "content": question["content"].replace(row.text, text)}
     answer = row.messages[-1] if row.label is not None else _redacted(row.messages[-1], counts)
-    return (replace(row, messages=(*messages, answer), text=text), dict(counts)) if counts else (row, {})
+    return (replace(row, messages=(*earlier, question, answer), text=text), dict(counts)) if counts else (row, {})
 
 
 def _redacted(message: Message, counts: Counter[str]) -> Message:

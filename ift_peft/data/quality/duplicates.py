@@ -31,7 +31,7 @@ def first_with_same_question(rows: Sequence[Row]) -> list[int]:
     for number, row in enumerate(rows):
         keys: list[object] = [tuple((message["role"], normal(message["content"])) for message in row.prompt)]
         if row.text is not None:
-            keys.append((row.source, normal(row.text)))
+            keys.append((row.source, normal(row.text), tuple(normal(turn["content"]) for turn in row.earlier)))
         found = min((first[key] for key in keys if key in first), default=number)
         for key in keys:
             first.setdefault(key, found)

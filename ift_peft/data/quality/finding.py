@@ -99,7 +99,7 @@ def finding(kind: str, hits: Sequence[Hit], train: Sequence[Row], section: Quali
 
 def text_of(row: Row) -> str:
     """What a row is about: its text, or all that was said before its answer but for the system message."""
-    if row.text is not None:
+    if row.text is not None and not row.earlier:
         return row.text
     return "\n".join(message["content"] for message in row.prompt if message["role"] != "system")
 
