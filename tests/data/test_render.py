@@ -4,6 +4,8 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -218,3 +220,30 @@ def test_a_tokenizer_with_neither_template_nor_end_token_is_refused() -> None:
     tokenizer.eos_token = None
     with pytest.raises(ModelError, match="neither"):
         Renderer(tokenizer)
+
+
+ANY_TEXT = st.text(st.sampled_from("好评很慢不 \n\tabcXYZ019,.!？“😀é가"), min_size=1, max_size=40)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt2", "pythia", "minimind", "bert-chinese"])
+def test_whatever_is_asked_and_answered_the_answer_and_its_end_are_what_is_supervised(shared: Path, name: str) -> None:
+    tokenizer = with_specials(real_tokenizer(shared, name))
+    tokenizer.chat_template = family_template("qwen3")
+    renderer = Renderer(tokenizer)
+    (end,) = tokenizer("<|im_end|>", add_special_tokens=False)["input_ids"]
+
+    @settings(max_examples=60, deadline=None)
+    @given(ANY_TEXT, ANY_TEXT.filter(lambda text: bool(text.strip())))
+    def round_trip(question: str, answer: str) -> None:
+        prompt: tuple[dict[str, str], ...] = ({"role": "user", "content": question},)
+        (row,) = renderer.render([(*prompt, {"role": "assistant", "content": answer})])
+        learnt = [label for label in row.labels if label != IGNORE]
+        assert row.input_ids[: row.prompt_length] == renderer.prompts([prompt])[0]
+        assert row.input_ids[row.prompt_length :][: len(learnt)] == learnt
+        assert learnt[-1] == end
+        if name == "bert-chinese":  # it lowers case and has no white space, so that its text cannot come back
+            assert learnt[:-1] == tokenizer(answer, add_special_tokens=False)["input_ids"]
+        else:
+            assert tokenizer.decode(learnt[:-1]) == answer.strip()
+
+    round_trip()
