@@ -16,7 +16,7 @@ from ift_peft.adapters.merge import merge
 from ift_peft.data.render import IGNORE, Renderer
 from ift_peft.errors import Faults, MergeError, ModelError, RunError
 from ift_peft.evaluate.run import evaluate_run
-from ift_peft.infer.load import held_out_rows, load_model, open_parts
+from ift_peft.infer.load import Question, held_out_rows, load_model, open_parts
 from ift_peft.infer.predict import answer_all, generate
 from ift_peft.model.base import load_base
 from ift_peft.model.tokenizer import TINY, locate_base
@@ -96,7 +96,7 @@ def test_predictions_are_those_of_the_evaluation(short_run: RunDir) -> None:
     parts = open_parts(short_run)
     model, _ = load_model(parts)
     rows = held_out_rows(parts).rows
-    answers = list(answer_all(model, parts, [row.prompt for row in rows], max_new_tokens=8))
+    answers = list(answer_all(model, parts, [Question(row.prompt) for row in rows], max_new_tokens=8))
     stored = [
         json.loads(line)["adapter"] for line in (short_run.path / "predictions.jsonl").read_text("utf-8").splitlines()
     ]

@@ -309,7 +309,7 @@ def test_metrics_of_answers_stand_beside_loss_and_perplexity() -> None:
     assert scores["change"]["pass@2"]["value"] == pytest.approx(1 / 3, abs=1e-6)
     assert "tok:zh" in scores["signatures"]["bleu"]
     lines = prediction_lines(rows, (), base, adapter)
-    assert lines[0]["adapter"] == {"log_probability": -2.0, "texts": ["北京大学", "x"], "passed": 1}
+    assert lines[0]["adapter"] == {"log_probability": -2.0, "tokens": 3, "texts": ["北京大学", "x"], "passed": 1}
     json.dumps([scores, lines])
     with out.capture() as printed:
         print_scores(scores, title="title")
@@ -322,7 +322,7 @@ def test_one_answer_to_a_row_is_its_text() -> None:
         log_probabilities=np.array([-1.0]), tokens=np.array([2.0]), answers=Answers([["hello"]], ("exact_match",))
     )
     (line,) = prediction_lines([row("?", "hello")], (), one, one)
-    assert line["base"] == {"log_probability": -1.0, "text": "hello"}
+    assert line["base"] == {"log_probability": -1.0, "tokens": 2, "text": "hello"}
 
 
 def test_a_classifier_is_scored_with_its_calibration() -> None:

@@ -256,8 +256,8 @@ def drift(weight: float, direction: Any) -> float:
     """The divergence from the base after a few steps, in nats per token."""
     model, batch = adapted(), pad(rows(), 0)
     objective = Objective(Loss(kl_to_base=weight, kl_direction=direction))
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    for _ in range(8):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    for _ in range(20):
         sums = objective(model, batch, bare=model)
         (sums.loss / sums.tokens).backward()
         optimizer.step()

@@ -45,7 +45,7 @@ def curve(
         max_steps=6,
         logging_steps=1,
         optim="sgd",  # Adam divides by gradients near zero, which makes rounding visible
-        learning_rate=0.5,
+        learning_rate=0.1,
         lr_scheduler_type="constant",
         train_sampling_strategy="sequential",
         use_cpu=True,
