@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 Quantization = Literal["none", "int8", "nf4", "fp4"]
 Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "columns"]
@@ -15,8 +15,53 @@ GenerationMetric = Literal["exact_match", "f1", "bleu", "chrf", "rouge", "pass_a
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1)]
-Labels = tuple[str, ...] | dict[str, str]
-Pool = tuple[str, ...] | dict[Language, tuple[str, ...]]
+LabelWords = tuple[str, ...] | dict[str, str]
+Phrasings = tuple[str, ...] | dict[Language, tuple[str, ...]]
+
+
+def distinct(pool: Phrasings) -> Phrasings:
+    """`pool`, where it holds phrasings and each once. Raises `ValueError` otherwise."""
+    for phrasings in pool.values() if isinstance(pool, dict) else [pool]:
+        if not phrasings or len(set(phrasings)) != len(phrasings) or not all(phrase.strip() for phrase in phrasings):
+            raise ValueError("phrasings that are each listed once")
+    return pool
+
+
+def as_section(given: Any) -> Any:
+    """Instructions given as a list, or by language, as what the section `Instructions` takes."""
+    by_language = isinstance(given, dict) and bool(given) and set(given) <= set(get_args(Language))
+    return {"pool": given} if isinstance(given, list | tuple) or by_language else given
+
+
+def as_labels(value: Any) -> Any:
+    """Label words as strings. Raises `ValueError` for null, true and false, which YAML makes of unquoted words."""
+    words = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if any(word is None or isinstance(word, bool) for word in words):
+        raise ValueError("words; quote null, true and false")
+    if isinstance(value, dict):
+        return {str(stored): str(word) for stored, word in value.items()}
+    return tuple(str(word) for word in value) if isinstance(value, list) else value
+
+
+def distinct_labels(labels: LabelWords) -> LabelWords:
+    """`labels`, where they are at least two different words. Raises `ValueError` otherwise."""
+    words = list(labels.values()) if isinstance(labels, dict) else list(labels)
+    if len(set(words)) < 2 or not all(word.strip() for word in words):
+        raise ValueError("at least two different, non-empty words")
+    if isinstance(labels, tuple) and len(set(words)) != len(words):
+        raise ValueError("words that are each listed once")
+    return labels
+
+
+def flat(pool: Phrasings) -> tuple[str, ...]:
+    """Every phrasing of a pool, each once."""
+    if isinstance(pool, dict):
+        return tuple(dict.fromkeys(phrasing for phrasings in pool.values() for phrasing in phrasings))
+    return pool
+
+
+Labels = Annotated[LabelWords, BeforeValidator(as_labels), AfterValidator(distinct_labels)]
+Pool = Annotated[Phrasings, AfterValidator(distinct)]
 """Phrasings of one instruction: the same for every row, or by the language of its text."""
 
 
@@ -80,11 +125,6 @@ class Instructions(Section):
     draw: Literal["epoch", "row"] = "epoch"
     """Draw a phrasing for each row anew in every epoch, or once."""
     seed: int = 0
-
-    @field_validator("pool")
-    @classmethod
-    def _distinct(cls, value: Pool) -> Pool:
-        return distinct(value)
 
 
 class Noise(Section):
@@ -162,23 +202,8 @@ class Source(Section):
     header: bool | None = None
     system: str | None = None
     instruction: str | None = None
-    instructions: Instructions | None = None
+    instructions: Annotated[Instructions | None, BeforeValidator(as_section)] = None
     labels: Labels | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_forms(cls, values: Any) -> Any:
-        return with_pool(values)
-
-    @field_validator("labels", mode="before")
-    @classmethod
-    def _label_words(cls, value: Any) -> Any:
-        return as_labels(value)
-
-    @field_validator("labels")
-    @classmethod
-    def _at_least_two_labels(cls, value: Labels | None) -> Labels | None:
-        return None if value is None else distinct_labels(value)
 
 
 class Data(Section):
@@ -205,7 +230,7 @@ class Data(Section):
     system: str | None = None
     instruction: str | None = None
     """Asked of every row; `{text}` marks where the text goes, else it follows on a new line."""
-    instructions: Instructions | None = None
+    instructions: Annotated[Instructions | None, BeforeValidator(as_section)] = None
     """Several phrasings in place of one; a list or a file stands for its `pool`."""
     augment: Augment | None = None
     quality: Quality | None = None
@@ -216,11 +241,6 @@ class Data(Section):
     """The classes. A list also reads the integers 0, 1, … as positions in it; a mapping renames stored values."""
     overlong: Literal["truncate", "drop", "error"] = "truncate"
     """A row over `training.max_length`: cut its longest user text, leave it out, or stop. Answers are never cut."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_forms(cls, values: Any) -> Any:
-        return with_pool(values)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -244,16 +264,6 @@ class Data(Section):
             raise ValueError("; ".join(faults))
         return self
 
-    @field_validator("labels", mode="before")
-    @classmethod
-    def _label_words(cls, value: Any) -> Any:
-        return as_labels(value)
-
-    @field_validator("labels")
-    @classmethod
-    def _at_least_two_labels(cls, value: Labels | None) -> Labels | None:
-        return None if value is None else distinct_labels(value)
-
     def by_source(self) -> list[tuple[Data, float]]:
         """The section of each source with its weight, as if that source were the only one."""
         if not self.sources:
@@ -269,8 +279,7 @@ class Data(Section):
     @property
     def asks_for_labels(self) -> bool:
         """Whether an instruction of this section names the classes."""
-        pool = self.instructions.pool if self.instructions is not None else ()
-        phrasings = [phrase for part in pool.values() for phrase in part] if isinstance(pool, dict) else list(pool)
+        phrasings = flat(self.instructions.pool) if self.instructions is not None else ()
         return any("{labels}" in phrase for phrase in (self.instruction or "", *phrasings))
 
     @property
@@ -356,11 +365,6 @@ class Evaluation(Section):
     confidence: Fraction = 0.95
     seed: int = 0
 
-    @field_validator("unseen_instructions")
-    @classmethod
-    def _distinct(cls, value: Pool | None) -> Pool | None:
-        return None if value is None else distinct(value)
-
     @model_validator(mode="after")
     def _samples_suffice(self) -> Self:
         faults = []
@@ -371,41 +375,3 @@ class Evaluation(Section):
         if faults:
             raise ValueError("; ".join(faults))
         return self
-
-
-def distinct(pool: Pool) -> Pool:
-    """`pool`, where it holds phrasings and each once. Raises `ValueError` otherwise."""
-    lists = list(pool.values()) if isinstance(pool, dict) else [pool]
-    for phrasings in lists:
-        if not phrasings or len(set(phrasings)) != len(phrasings) or not all(phrase.strip() for phrase in phrasings):
-            raise ValueError("phrasings that are each listed once")
-    return pool
-
-
-def with_pool(values: Any) -> Any:
-    """`instructions` given as a list, or by language, as an `Instructions` section."""
-    if not isinstance(values, dict):
-        return values
-    given = values.get("instructions")
-    by_language = isinstance(given, dict) and bool(given) and set(given) <= set(get_args(Language))
-    return {**values, "instructions": {"pool": given}} if isinstance(given, list | tuple) or by_language else values
-
-
-def as_labels(value: Any) -> Any:
-    """Label words as strings. Raises `ValueError` for null, true and false, which YAML makes of unquoted words."""
-    words = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    if any(word is None or isinstance(word, bool) for word in words):
-        raise ValueError("words; quote null, true and false")
-    if isinstance(value, dict):
-        return {str(stored): str(word) for stored, word in value.items()}
-    return tuple(str(word) for word in value) if isinstance(value, list) else value
-
-
-def distinct_labels(labels: Labels) -> Labels:
-    """`labels`, where they are at least two different words. Raises `ValueError` otherwise."""
-    words = list(labels.values()) if isinstance(labels, dict) else list(labels)
-    if len(set(words)) < 2 or not all(word.strip() for word in words):
-        raise ValueError("at least two different, non-empty words")
-    if isinstance(labels, tuple) and len(set(words)) != len(words):
-        raise ValueError("words that are each listed once")
-    return labels

@@ -13,14 +13,7 @@ from typing import Any
 
 from ift_peft.data.row import Message, Row, ask, language_of
 from ift_peft.errors import DataError, RecipeError
-from ift_peft.sections import Data, Instructions, Pool
-
-
-def flat(pool: Pool) -> tuple[str, ...]:
-    """Every phrasing of a pool, each once."""
-    if isinstance(pool, dict):
-        return tuple(dict.fromkeys(phrasing for phrasings in pool.values() for phrasing in phrasings))
-    return pool
+from ift_peft.sections import Data, Instructions, Pool, flat
 
 
 def split_pool(section: Instructions) -> tuple[Pool, Pool]:
@@ -109,6 +102,10 @@ class Asker:
         """Whether there is a phrasing for the language of `text`."""
         return not isinstance(self.pool, dict) or bool(self.pool.get(language_of(text)))
 
+    def held_out_instruction(self, row: Row) -> str | None:
+        """The phrasing that a held-out row is given."""
+        return self.instruction(row.text or "", key=f"held out:{row.key}")
+
     def first_instruction(self, text: str) -> str | None:
         """The phrasing that new texts are asked with: the first that suits their language."""
         return self.data.instruction if self.section is None else for_text(self.pool, text)[0]
@@ -161,11 +158,5 @@ def asked_in(row: Row, asker: Asker, variant: int) -> Row:
 
 def ask_held_out(rows: Sequence[Row], by_source: Sequence[Asker]) -> list[Row]:
     """Held-out rows, each asked in one of the trained phrasings where there are several."""
-    return [
-        row
-        if by_source[row.source].section is None
-        else by_source[row.source].asked(
-            row, by_source[row.source].instruction(row.text or "", key=f"held out:{row.key}")
-        )
-        for row in rows
-    ]
+    asked = ((row, by_source[row.source]) for row in rows)
+    return [row if asker.section is None else asker.asked(row, asker.held_out_instruction(row)) for row, asker in asked]

@@ -11,14 +11,14 @@ import numpy as np
 
 from ift_peft.data.augment import perturbed
 from ift_peft.data.fit import fit_rows
-from ift_peft.data.instructions import Asker, flat, for_text
+from ift_peft.data.instructions import Asker, for_text
 from ift_peft.data.render import Renderer
 from ift_peft.data.row import Row
 from ift_peft.errors import RecipeError
 from ift_peft.evaluate.compare import Predictions, prediction_lines
 from ift_peft.evaluate.intervals import Floats, bootstrap_mean_ratio, percentile
 from ift_peft.evaluate.metrics import Resampling
-from ift_peft.sections import Evaluation, Pool
+from ift_peft.sections import Evaluation, Pool, flat
 
 
 @dataclass(frozen=True)
@@ -70,21 +70,14 @@ def make_probes(
         probes.append(_unseen(rows, by_source, section, unseen))
     if section.perturbation is not None:
         texts = perturbed(rows, section.perturbation, protected=protected)
-        changed = [
-            by_source[row.source].asked(row, _instruction_of(row, by_source), text=text)
-            for row, text in zip(rows, texts, strict=True)
-        ]
+        pairs = ((row, text, by_source[row.source]) for row, text in zip(rows, texts, strict=True))
+        changed = [asker.asked(row, asker.held_out_instruction(row), text=text) for row, text, asker in pairs]
         probes.append(Probe("perturbed", changed, list(range(len(rows))), [], ()))
     for probe in probes:
         fitted = fit_rows(probe.rows, renderer, max_length=max_length, overlong="truncate")
         probe.rows[:] = fitted.rows
         probe.notes.extend(fitted.fit.notes(f"{probe.name} held-out rows", max_length))
     return probes
-
-
-def _instruction_of(row: Row, by_source: Sequence[Asker]) -> str | None:
-    """The phrasing that the held-out row was given: the same draw as in `ask_held_out`."""
-    return by_source[row.source].instruction(row.text or "", key=f"held out:{row.key}")
 
 
 def _unseen(rows: Sequence[Row], by_source: Sequence[Asker], section: Evaluation, pool: Pool) -> Probe:

@@ -173,18 +173,8 @@ def evaluate_run(run: RunDir, *, data: Path | None, reporter: Reporter) -> dict[
     parts = open_parts(run)
     fitted = held_out_rows(parts, data)
     rows = fitted.rows
-    model, notes = load_model(parts)
-    for note in (*fitted.fit.notes("held-out rows", parts.max_length), *notes):
-        reporter.note(note)
     section, labels = parts.recipe.evaluation, parts.labels
-    base, adapted = (
-        measure(model, parts.renderer, rows, labels, section, adapter=adapter, reporter=reporter)
-        for adapter in (False, True)
-    )
-    general = (
-        measure_general(model, parts.tokenizer, section, adapter=adapter, reporter=reporter)
-        for adapter in (False, True)
-    )
+    check_metrics(section, labels, rows)
     unseen = unseen_pool(parts.recipe.data, section.unseen_instructions)
     check_probes(rows, section, unseen=unseen, labels=labels)
     probes = make_probes(
@@ -195,6 +185,18 @@ def evaluate_run(run: RunDir, *, data: Path | None, reporter: Reporter) -> dict[
         unseen=unseen,
         protected=parts.recipe.data.protected_words,
         max_length=parts.max_length,
+    )
+    model, notes = load_model(parts)
+    cut = [note for probe in probes for note in probe.notes]
+    for note in (*fitted.fit.notes("held-out rows", parts.max_length), *cut, *notes):
+        reporter.note(note)
+    base, adapted = (
+        measure(model, parts.renderer, rows, labels, section, adapter=adapter, reporter=reporter)
+        for adapter in (False, True)
+    )
+    general = (
+        measure_general(model, parts.tokenizer, section, adapter=adapter, reporter=reporter)
+        for adapter in (False, True)
     )
     return {
         **compare(rows, labels, base, adapted, resampling(section)),

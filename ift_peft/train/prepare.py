@@ -192,12 +192,9 @@ def _asked(
 
 def _unmeasured(data: Data, test_rows: Sequence[Row]) -> str | None:
     """A note on sources of which nothing is held out."""
-    missing = [part.train for number, (part, _) in enumerate(data.by_source()) if number not in _sources(test_rows)]
+    measured = {row.source for row in test_rows}
+    missing = [part.train for number, (part, _) in enumerate(data.by_source()) if number not in measured]
     return f"no held-out rows of {', '.join(Path(str(name)).name for name in missing)}" if missing else None
-
-
-def _sources(rows: Sequence[Row]) -> set[int]:
-    return {row.source for row in rows}
 
 
 def _epochs(data: Data, train: RenderedSet) -> Epochs:
@@ -225,8 +222,8 @@ def _hash(rendered: Sequence[Rendered]) -> str:
     return digest.hexdigest()
 
 
-def record_inputs(run: RunDir, prepared: Prepared) -> None:
-    """Write the golden example, the held-out rows, and the facts of the inputs into the run."""
+def record_inputs(run: RunDir, prepared: Prepared, hashes: dict[str, Any]) -> None:
+    """Write the golden example, the held-out rows, and the facts of the inputs, with their hashes, into the run."""
     train = prepared.train.facts
     run.write("golden.json", {**train["golden"], "template_sha256": prepared.renderer.template_hash})
     run.write_lines("test.jsonl", [to_saved(row) for row in prepared.test.rows])
@@ -237,7 +234,7 @@ def record_inputs(run: RunDir, prepared: Prepared) -> None:
     counts = ("rows", "variants", "tokens", "supervised_tokens", "truncated", "dropped")
     test, fit = prepared.test, prepared.test.fit
     run.update_manifest(
-        inputs=inputs(prepared),
+        inputs=hashes,
         base={"name": prepared.location.public_name, "revision": prepared.location.revision},
         template=prepared.renderer.origin,
         generation_prompt=prepared.renderer.generation_prompt,

@@ -55,8 +55,7 @@ def train(recipe: Recipe, *, root: Path, reporter: Reporter) -> RunDir:
     general_texts(recipe.evaluation)  # read again when they are measured; what is wrong with them is told now
     given = _inputs(recipe, prepared)
     run = create_run(recipe, root)
-    record_inputs(run, prepared)
-    run.update_manifest(inputs=given)
+    record_inputs(run, prepared, given)
     return _run(recipe, prepared, run, reporter, checkpoint=None)
 
 

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ift_peft.data.instructions import Asker, ask_held_out, askers, flat, split_pool, unseen_pool
+from ift_peft.data.instructions import Asker, ask_held_out, askers, split_pool, unseen_pool
 from ift_peft.data.row import Row, ask, language_of
 from ift_peft.data.rows import held_out_rows, read_rows_of
 from ift_peft.errors import DataError, RecipeError
 from ift_peft.recipe import load_recipe
-from ift_peft.sections import Data, Instructions
+from ift_peft.sections import Data, Instructions, flat
 
 POOL = ("甲：{text}", "乙", "{text}\n丙？（{labels}）", "丁", "戊")
 

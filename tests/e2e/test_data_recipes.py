@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from ift_peft.data.instructions import flat
 from ift_peft.run_dir import RunDir, open_run
+from ift_peft.sections import flat
 from tests.conftest import Ift
 
 FEW = (
