@@ -30,6 +30,11 @@ class Recipe(Section):
     """Passed through to TRL's `SFTConfig` under its own names; what is refused is in docs/architecture.md."""
     evaluation: Evaluation = Evaluation()
 
+    def with_seed(self, step: int) -> Recipe:
+        """This recipe with the seed of its training `step` further; TRL's default is 42."""
+        seed = int(self.training.get("seed", 42)) + step
+        return self.model_copy(update={"training": {**self.training, "seed": seed}})
+
     @field_validator("training", mode="before")
     @classmethod
     def _nothing_is_empty(cls, value: Any) -> Any:

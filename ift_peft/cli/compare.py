@@ -35,6 +35,7 @@ def compare(
     from ift_peft.console import out
     from ift_peft.evaluate.charts import interval_chart
     from ift_peft.evaluate.contrast import contrast
+    from ift_peft.evaluate.metrics import Resampling
     from ift_peft.run_dir import open_run, versions, write_atomically
 
     opened: dict[Path, RunDir] = {}
@@ -45,7 +46,7 @@ def compare(
         raise RunError(
             expected="at least two runs", found=f"{len(opened)}", fix="name more of them (ift runs lists them)"
         )
-    result = contrast(list(opened.values()), samples=samples, seed=seed, confidence=confidence)
+    result = contrast(list(opened.values()), Resampling(samples, confidence, seed))
     print_contrast(result)
     if output is None:
         return

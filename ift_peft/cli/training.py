@@ -47,7 +47,7 @@ def train(
     if loaded is not None:
         runs = []
         for step in range(seeds):
-            seeded = loaded if step == 0 else _with_seed(loaded, step)
+            seeded = loaded if step == 0 else loaded.with_seed(step)
             if seeds > 1:
                 reporter.note(f"run {step + 1} of {seeds}")
             runs.append(training.train(seeded, root=runs_dir, reporter=reporter))
@@ -69,18 +69,12 @@ def train(
     )
 
 
-def _with_seed(recipe: Recipe, step: int) -> Recipe:
-    """The recipe with the seed of its training `step` further; TRL's default is 42."""
-    seed = int(recipe.training.get("seed", 42)) + step
-    return recipe.model_copy(update={"training": {**recipe.training, "seed": seed}})
-
-
 def _print_pooled(runs: list[RunDir], recipe: Recipe) -> None:
     from ift_peft.cli.tables import print_contrast
     from ift_peft.evaluate.contrast import contrast
+    from ift_peft.evaluate.run import resampling
 
-    section = recipe.evaluation
-    print_contrast(contrast(runs, samples=section.bootstrap_samples, seed=section.seed, confidence=section.confidence))
+    print_contrast(contrast(runs, resampling(recipe.evaluation)))
 
 
 @app.command()

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from ift_peft.data.fit import Fit, Overlong, fit_batches, raise_unfit
 from ift_peft.data.render import Rendered, Renderer
 from ift_peft.data.row import Row
+from ift_peft.errors import first_line
 from ift_peft.sections import Data
 
 _FEATURES = Features(
@@ -53,6 +54,7 @@ class RenderedSet:
     dataset: Dataset
     facts: dict[str, Any]
     reused: bool
+    notes: tuple[str, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -152,7 +154,7 @@ def render_set(
     kept = cache_root() / "rendered" / key if key is not None else None
     if kept is not None and (kept / "facts.json").is_file():
         return _open(kept, reused=True)
-    folder = _new_folder(kept)
+    folder, notes = _new_folder(kept)
     try:
         facts = _write(
             rows(), renderer, folder, variants=variants, max_length=max_length, overlong=overlong, progress=progress
@@ -169,26 +171,27 @@ def render_set(
                 raise
             shutil.rmtree(folder, ignore_errors=True)
         folder = kept
-    return _open(folder, reused=False)
+    return _open(folder, reused=False, notes=notes)
 
 
-def _new_folder(kept: Path | None) -> Path:
-    """Beside its place in the cache, or in a folder for temporary files where the cache cannot be written."""
+def _new_folder(kept: Path | None) -> tuple[Path, tuple[str, ...]]:
+    """Beside its place in the cache; or, with a note that says why, a temporary folder."""
+    notes = ("token ids of rows from the Hub are not kept: they are made again in every run",)
     if kept is not None:
         folder = kept.parent / f".{kept.name[:16]}-{secrets.token_hex(4)}"
         try:
             folder.mkdir(parents=True)
-            return folder
-        except OSError:
-            pass
+            return folder, ()
+        except OSError as error:
+            notes = (f"token ids are not kept, the cache cannot be written ({first_line(error)}); set IFT_PEFT_CACHE",)
     folder = Path(tempfile.mkdtemp(prefix="ift_peft-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    return folder, notes
 
 
-def _open(folder: Path, *, reused: bool) -> RenderedSet:
+def _open(folder: Path, *, reused: bool, notes: tuple[str, ...] = ()) -> RenderedSet:
     facts = json.loads((folder / "facts.json").read_text("utf-8"))
-    return RenderedSet(Dataset.from_file(str(folder / "rows.arrow")), facts, reused)
+    return RenderedSet(Dataset.from_file(str(folder / "rows.arrow")), facts, reused, notes)
 
 
 def _write(

@@ -12,6 +12,7 @@ import numpy as np
 from ift_peft.errors import RunError
 from ift_peft.evaluate.arms import Arm, group, read_lines, require_same_rows, short
 from ift_peft.evaluate.intervals import Estimate, Floats, percentile
+from ift_peft.evaluate.metrics import Resampling
 from ift_peft.recipe import Recipe
 from ift_peft.run_dir import RunDir
 
@@ -80,14 +81,14 @@ class Contrast:
     arms: tuple[Arm, ...]
     probes: tuple[Probe, ...]
     notes: tuple[str, ...]
-    samples: int
-    confidence: float
+    resampling: Resampling
 
     def describe(self) -> str:
         """How intervals and p-values were made."""
         rows = "rows, each with all its phrasings" if len(self.probes) > 1 else "rows"
         seeds = ", and over the runs of each arm" if any(len(arm.runs) > 1 for arm in self.arms) else ""
-        text = f"{100 * self.confidence:g} % intervals: bootstrap over {rows}{seeds} ({self.samples} resamples)"
+        drawn = self.resampling
+        text = f"{100 * drawn.confidence:g} % intervals: bootstrap over {rows}{seeds} ({drawn.samples} resamples)"
         pairs = len(self.probes[0].differences)
         if pairs:
             text += ";\ndifferences are paired: all arms on the same resampled rows; p is two-sided"
@@ -116,7 +117,7 @@ class _Table:
         return means
 
 
-def contrast(runs: Sequence[RunDir], *, samples: int, seed: int, confidence: float) -> Contrast:
+def contrast(runs: Sequence[RunDir], resampling: Resampling) -> Contrast:
     """What the adapters of `runs` score on the probes that all of them have, by arm, and how the arms differ.
 
     Runs that differ only in seeds are one arm and count as draws of one training procedure. Raises `RunError` where
@@ -137,9 +138,9 @@ def contrast(runs: Sequence[RunDir], *, samples: int, seed: int, confidence: flo
             continue
         table = _read(kept, file, notes, name)
         if table is not None:
-            probes.append(_probe(name, table, arms, samples=samples, seed=seed, confidence=confidence))
+            probes.append(_probe(name, table, arms, resampling))
     notes += [f"{arm.name}: one run; its interval says nothing of other seeds" for arm in arms if len(arm.runs) == 1]
-    return Contrast(tuple(arms), tuple(probes), tuple(notes), samples, confidence)
+    return Contrast(tuple(arms), tuple(probes), tuple(notes), resampling)
 
 
 def _read(runs: Sequence[RunDir], file: str, notes: list[str], probe: str) -> _Table | None:
@@ -195,15 +196,16 @@ def _asked(recipe: Recipe, probe: str) -> Any:
     return None
 
 
-def _probe(name: str, table: _Table, arms: Sequence[Arm], *, samples: int, seed: int, confidence: float) -> Probe:
+def _probe(name: str, table: _Table, arms: Sequence[Arm], resampling: Resampling) -> Probe:
     ends = np.cumsum([len(arm.runs) for arm in arms])
     members = [range(end - len(arm.runs), end) for arm, end in zip(arms, ends, strict=True)]
-    by_run, drawn = table.by_run, resample(table.totals, table.counts, members, samples=samples, seed=seed)
+    by_run = table.by_run
+    drawn = resample(table.totals, table.counts, members, samples=resampling.samples, seed=resampling.seed)
     means = [float(by_run[list(runs)].mean()) for runs in members]
     scores = tuple(
         ArmScore(
             arm.name,
-            percentile(means[at], drawn[:, at], confidence=confidence),
+            percentile(means[at], drawn[:, at], confidence=resampling.confidence),
             tuple(float(by_run[run]) for run in members[at]),
         )
         for at, arm in enumerate(arms)
@@ -216,7 +218,7 @@ def _probe(name: str, table: _Table, arms: Sequence[Arm], *, samples: int, seed:
         Difference(
             arms[first].name,
             arms[second].name,
-            percentile(means[second] - means[first], change, confidence=confidence),
+            percentile(means[second] - means[first], change, confidence=resampling.confidence),
             p,
             adjusted,
         )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers.generation.streamers import BaseStreamer
 
 from ift_peft.data.render import Renderer
 from ift_peft.data.row import Message
@@ -57,7 +58,10 @@ def generate_all(
     for start in range(0, len(asked), batch_size):
         batch = asked[start : start + batch_size]
         processors = None if temperature is None else _drawing(model, batch, temperature, top_p, seed)
-        for request, text in zip(batch, _generate(model, renderer, batch, max_new_tokens, processors), strict=True):
+        texts = continue_all(
+            model, renderer, [request.ids for request in batch], max_new_tokens=max_new_tokens, processors=processors
+        )
+        for request, text in zip(batch, texts, strict=True):
             answers[request.prompt][request.sample] = text
         if progress is not None:
             progress(start + len(batch), len(asked))
@@ -65,19 +69,25 @@ def generate_all(
     return answers
 
 
-def _generate(
+@torch.no_grad()
+def continue_all(
     model: Any,
     renderer: Renderer,
-    batch: Sequence[_Request],
+    prompts: Sequence[list[int]],
+    *,
     max_new_tokens: int,
-    processors: LogitsProcessorList | None,
+    processors: LogitsProcessorList | None = None,
+    streamer: BaseStreamer | None = None,
 ) -> list[str]:
-    """The answers of one batch. Prompts are padded on the left, so that all answers begin at one position."""
+    """The answers to one batch of prompts, given as ids; a `streamer` takes one only.
+
+    Prompts are padded on the left, so that all answers begin at one position.
+    """
     tokenizer = renderer.tokenizer
-    width = max(len(request.ids) for request in batch)
+    width = max(map(len, prompts))
     device = next(model.parameters()).device
-    padding = [width - len(request.ids) for request in batch]
-    rows = [[tokenizer.pad_token_id] * left + request.ids for left, request in zip(padding, batch, strict=True)]
+    padding = [width - len(ids) for ids in prompts]
+    rows = [[tokenizer.pad_token_id] * left + ids for left, ids in zip(padding, prompts, strict=True)]
     mask = [[0] * left + [1] * (width - left) for left in padding]
     output = model.generate(
         input_ids=torch.tensor(rows, device=device),
@@ -90,6 +100,7 @@ def _generate(
         eos_token_id=renderer.end_token_id,
         pad_token_id=tokenizer.pad_token_id,
         logits_processor=processors,
+        streamer=streamer,
     )
     texts = []
     for ids in output[:, width:].tolist():

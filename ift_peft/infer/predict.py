@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import TextStreamer
 
 from ift_peft.data.row import Message
+from ift_peft.infer.generation import continue_all
 from ift_peft.infer.likelihood import label_probabilities
 from ift_peft.infer.load import Parts, Question
 
@@ -68,7 +68,6 @@ class _CallbackStreamer(TextStreamer):
         self._on_text(text)
 
 
-@torch.no_grad()
 def generate(
     model: Any,
     parts: Parts,
@@ -78,19 +77,6 @@ def generate(
     on_text: Callable[[str], None] | None = None,
 ) -> str:
     """The greedy answer to one prompt, up to the end token that training taught or `max_new_tokens`."""
-    (ids,) = parts.renderer.prompts([prompt])
-    device = next(model.parameters()).device
-    input_ids = torch.tensor([ids], device=device)
-    output = model.generate(
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        repetition_penalty=1.0,  # some bases' generation_config sets others, which are not greedy decoding
-        no_repeat_ngram_size=0,
-        eos_token_id=parts.renderer.end_token_id,
-        pad_token_id=parts.tokenizer.pad_token_id,
-        streamer=_CallbackStreamer(parts.tokenizer, on_text) if on_text is not None else None,
-    )
-    answer: str = parts.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
-    return answer.strip()
+    streamer = _CallbackStreamer(parts.tokenizer, on_text) if on_text is not None else None
+    ids = parts.renderer.prompts([prompt])
+    return continue_all(model, parts.renderer, ids, max_new_tokens=max_new_tokens, streamer=streamer)[0]

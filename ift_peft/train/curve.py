@@ -16,6 +16,7 @@ from ift_peft.errors import RecipeError, RunError
 from ift_peft.evaluate.charts import Curve, curve_chart
 from ift_peft.evaluate.contrast import contrast
 from ift_peft.evaluate.intervals import Estimate
+from ift_peft.evaluate.run import resampling
 from ift_peft.model.tokenizer import locate_base
 from ift_peft.recipe import Recipe
 from ift_peft.reporter import Reporter
@@ -57,18 +58,13 @@ def learning_curve(
     for number in rows:
         runs: list[RunDir] = []
         for step in range(seeds):
-            seed = int(recipe.training.get("seed", 42)) + step
-            one = _with(recipe, rows=number, seed=seed)
-            reporter.note(f"{number:,} rows, seed {seed}")
+            data = recipe.data.model_copy(update={"max_train_rows": number})
+            one = recipe.model_copy(update={"data": data}).with_seed(step)
+            reporter.note(f"{number:,} rows, seed {one.training['seed']}")
             runs.append(_found(known, one) or train(one, root=root, reporter=reporter))
             points = [point for point in points if point.rows != number] + [_point(number, runs, recipe)]
             _write(points, output, recipe, content, known)  # after each run, so that stopping loses none
     return points
-
-
-def _with(recipe: Recipe, *, rows: int, seed: int) -> Recipe:
-    data = recipe.data.model_copy(update={"max_train_rows": rows})
-    return recipe.model_copy(update={"data": data, "training": {**recipe.training, "seed": seed}})
 
 
 def _content(recipe: Recipe) -> str:
@@ -100,8 +96,7 @@ def _found(known: Sequence[RunDir], recipe: Recipe) -> RunDir | None:
 
 
 def _point(rows: int, runs: Sequence[RunDir], recipe: Recipe) -> Point:
-    section = recipe.evaluation
-    pooled = contrast(runs, samples=section.bootstrap_samples, seed=section.seed, confidence=section.confidence)
+    pooled = contrast(runs, resampling(recipe.evaluation))
     if len(pooled.arms) != 1:
         raise RunError(
             expected=f"runs of {rows} rows that differ in their seed alone",

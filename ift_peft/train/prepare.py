@@ -114,6 +114,7 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
     reporter.finish()
     test = fit_rows(test_rows, renderer, max_length=max_length, overlong=data.overlong)
     rendered = "training rows" if variants == 1 else f"renderings of training rows ({variants} of each)"
+    notes += train.notes
     notes += train.fit.notes(rendered, max_length) + test.fit.notes("held-out rows", max_length)
     probes = make_probes(
         test.rows,

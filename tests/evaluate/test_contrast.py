@@ -16,6 +16,7 @@ from ift_peft.errors import RunError
 from ift_peft.evaluate.charts import Curve, curve_chart, interval_chart
 from ift_peft.evaluate.contrast import Contrast, contrast, holm, resample, two_sided_p
 from ift_peft.evaluate.intervals import Estimate
+from ift_peft.evaluate.metrics import Resampling
 from ift_peft.recipe import Recipe
 from ift_peft.run_dir import RunDir, create_run
 
@@ -49,7 +50,7 @@ def drawn(rate: float, rows: int, seed: int) -> Hits:
 
 
 def compared(runs: Sequence[RunDir], samples: int = 2000) -> Contrast:
-    return contrast(runs, samples=samples, seed=0, confidence=0.95)
+    return contrast(runs, Resampling(samples, 0.95, 0))
 
 
 def test_equal_arms_do_not_differ(tmp_path: Path) -> None:

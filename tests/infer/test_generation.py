@@ -6,14 +6,12 @@ from typing import Any, cast
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ift_peft.data.render import Renderer
 from ift_peft.data.row import Message, ask
 from ift_peft.infer.generation import generate_all
 from ift_peft.infer.load import Parts
 from ift_peft.infer.predict import generate
-from ift_peft.model.tokenizer import TINY
 
 TEXTS = [
     "很好",
@@ -25,17 +23,6 @@ TEXTS = [
     "不",
 ]
 PROMPTS = [ask(text, instruction="请分类。", system=None) for text in TEXTS]
-
-
-@pytest.fixture(scope="module")
-def renderer() -> Renderer:
-    return Renderer(AutoTokenizer.from_pretrained(TINY))
-
-
-@pytest.fixture(scope="module")
-def model() -> torch.nn.Module:
-    loaded: torch.nn.Module = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
-    return loaded
 
 
 def one_by_one(model: torch.nn.Module, renderer: Renderer, prompt: tuple[Message, ...]) -> str:

@@ -3,25 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ift_peft.data.render import IGNORE, Renderer
 from ift_peft.data.row import ask
 from ift_peft.infer.likelihood import answer_likelihoods, label_probabilities, pad, supervised_logits
-from ift_peft.model.tokenizer import TINY
 
 TEXTS = ["很好", "The room was dirty and the staff rude, but breakfast was fine.", "屏幕三天就坏了，客服不理人。"]
-
-
-@pytest.fixture(scope="module")
-def renderer() -> Renderer:
-    return Renderer(AutoTokenizer.from_pretrained(TINY))
-
-
-@pytest.fixture(scope="module")
-def model() -> torch.nn.Module:
-    loaded: torch.nn.Module = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
-    return loaded
 
 
 def conversations(answers: list[str]) -> list[tuple[dict[str, str], ...]]:
