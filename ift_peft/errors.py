@@ -71,3 +71,9 @@ class MergeError(IftPeftError, RuntimeError):
     """A merge whose result differs from the adapter it was made from."""
 
     exit_code = 7
+
+
+class GateMissed(IftPeftError, RuntimeError):
+    """A run that is whole, and whose scores miss what its recipe asks of them."""
+
+    exit_code = 8

@@ -360,6 +360,9 @@ class Evaluation(Section):
     """The k of `pass_at_k`."""
     temperature: Annotated[float, Field(gt=0.0)] | None = None
     """Draw answers at this temperature, with `seed`; without it each token is the likeliest one."""
+    target: dict[str, float] = {}
+    """Scores that the adapter must reach, as `accuracy: 0.9`: met where the worse end of its interval does. A run that
+    misses one is written whole, and `ift train` ends with exit code 8."""
     per_device_eval_batch_size: Count = 32
     bootstrap_samples: Annotated[int, Field(ge=100)] = 2000
     confidence: Fraction = 0.95

@@ -62,7 +62,7 @@ def ift(tmp_path: Path) -> Ift:
         return subprocess.run(
             [sys.executable, "-W", "error::UserWarning", "-m", "ift_peft", *arguments],
             cwd=cwd,
-            env={**os.environ, "PYTHONPATH": str(OFFLINE), "COLUMNS": "120"},
+            env={**os.environ, "PYTHONPATH": f"{OFFLINE}{os.pathsep}{ROOT}", "COLUMNS": "120"},
             input=stdin,
             capture_output=True,
             text=True,

@@ -30,6 +30,8 @@ def train(
     Example: ift train sentiment training.num_train_epochs=2
     """
     from ift_peft.console import ConsoleReporter, err, out, print_scores
+    from ift_peft.errors import raise_all
+    from ift_peft.evaluate.gates import missed
     from ift_peft.recipe import load_recipe
     from ift_peft.run_dir import open_run
 
@@ -67,6 +69,7 @@ def train(
         f"run      {os.path.relpath(run.path)}\npredict  ift predict {folder} TEXT\nmerge    ift merge {folder}",
         markup=False,
     )
+    raise_all(missed(scores))
 
 
 def _print_pooled(runs: list[RunDir], recipe: Recipe) -> None:

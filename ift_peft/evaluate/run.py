@@ -18,6 +18,7 @@ from ift_peft.errors import RecipeError
 from ift_peft.evaluate.code_metric import code_of, run_all
 from ift_peft.evaluate.compare import Answers, Predictions, answer_rows, compare, predict_rows
 from ift_peft.evaluate.forgetting import forgetting_scores, general_losses, general_texts
+from ift_peft.evaluate.gates import check_targets
 from ift_peft.evaluate.metrics import Resampling
 from ift_peft.evaluate.probes import Probe, check_probes, make_probes, probe_lines, probe_scores
 from ift_peft.infer.load import held_out_rows, load_model, open_parts
@@ -75,7 +76,8 @@ def measure(
 
 
 def check_metrics(section: Evaluation, labels: Sequence[str], rows: Sequence[Row]) -> None:
-    """Raises `RecipeError` for metrics that the task or the rows do not have."""
+    """Raises `RecipeError` for metrics and targets that the task or the rows do not have."""
+    check_targets(section, labels)
     if section.metrics and labels:
         raise RecipeError(
             expected="evaluation.metrics where answers are generated",

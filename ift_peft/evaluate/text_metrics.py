@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from ift_peft.data.row import language_of
+from ift_peft.evaluate.gates import ROUGE
 from ift_peft.evaluate.intervals import Floats, wilson
 from ift_peft.evaluate.metrics import Metrics, Resampling
 from ift_peft.evaluate.rowwise import Score, compared, mean, with_ones
 
 TEXT_METRICS = ("exact_match", "f1", "bleu", "chrf", "rouge")
-ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
 
 # What the official script of CMRC 2018 takes out of answers; ASCII commas and full stops are not among them.
 CMRC_PUNCTUATION = frozenset("-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』")
@@ -148,13 +148,13 @@ class RougeTokens:
 def _rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer  # imports nltk, which takes seconds
 
-    return RougeScorer(ROUGE_TYPES, tokenizer=RougeTokens())
+    return RougeScorer(ROUGE, tokenizer=RougeTokens())
 
 
 def rouge(reference: str, answer: str) -> dict[str, float]:
     """ROUGE-1, -2 and -L of one answer, as F-measures (Lin 2004, ACL W04-1013)."""
     found = _rouge_scorer().score(reference, answer)
-    return {name: float(found[name].fmeasure) for name in ROUGE_TYPES}
+    return {name: float(found[name].fmeasure) for name in ROUGE}
 
 
 def _matches(references: Sequence[str], texts: Sequence[str]) -> dict[str, Floats]:
@@ -168,7 +168,7 @@ def _f1s(references: Sequence[str], texts: Sequence[str]) -> dict[str, Floats]:
 
 def _rouges(references: Sequence[str], texts: Sequence[str]) -> dict[str, Floats]:
     found = [rouge(*pair) for pair in zip(references, texts, strict=True)]
-    return {name: with_ones(np.array([row[name] for row in found])) for name in ROUGE_TYPES}
+    return {name: with_ones(np.array([row[name] for row in found])) for name in ROUGE}
 
 
 ROW_METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], dict[str, Floats]]] = {

@@ -22,6 +22,7 @@ from trl import SFTConfig
 from ift_peft.errors import RecipeError, RunError, TrainingError, first_line
 from ift_peft.evaluate.compare import compare, prediction_lines
 from ift_peft.evaluate.forgetting import general_texts
+from ift_peft.evaluate.gates import target_gates
 from ift_peft.evaluate.run import forgotten, measure, measure_general, measure_probes, resampling
 from ift_peft.model.adapter import lora_config
 from ift_peft.model.base import LoadedBase, choose_device, choose_dtype, load_section, quiet
@@ -169,6 +170,7 @@ def _train_and_measure(
         trainer.model, prepared.renderer, prepared.probes, labels, recipe.evaluation, reporter=reporter, run=run
     )
     scores |= forgotten(recipe.evaluation, general_before, general(adapter=True))
+    scores["gates"] = target_gates(recipe.evaluation, scores)
     run.write("scores.json", scores)
     run.write_lines("predictions.jsonl", prediction_lines(rows, labels, before, after))
     _save_adapter(trainer, recipe, prepared, run, scores)
