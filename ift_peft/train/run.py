@@ -24,6 +24,7 @@ from ift_peft.evaluate.compare import compare, prediction_lines
 from ift_peft.evaluate.forgetting import general_texts
 from ift_peft.evaluate.gates import target_gates
 from ift_peft.evaluate.run import forgotten, measure, measure_general, measure_probes, resampling
+from ift_peft.infer.load import class_head
 from ift_peft.model.adapter import lora_config
 from ift_peft.model.base import LoadedBase, choose_device, choose_dtype, load_section, quiet
 from ift_peft.recipe import Recipe
@@ -134,7 +135,7 @@ def _run(recipe: Recipe, prepared: Prepared, run: RunDir, reporter: Reporter, *,
 def _train_and_measure(
     recipe: Recipe, prepared: Prepared, run: RunDir, reporter: Reporter, checkpoint: Path | None
 ) -> None:
-    base = load_section(prepared.location, recipe.base)
+    base = load_section(prepared.location, recipe.base, head=class_head(recipe, prepared.tokenizer))
     for note in (*prepared.notes, *base.notes):
         reporter.note(note)
     recorder = RunRecorder(run, reporter)
@@ -232,12 +233,15 @@ def _trainer(
             base.model,
             base_name=str(prepared.location.folder),
             revision=prepared.location.revision,
+            head=recipe.base.head,
+            made=base.made,
         ),
         callbacks=[recorder],
         epochs=prepared.epochs,
         lengths=prepared.lengths,
         loss=recipe.loss,
         teacher=teacher,
+        head=recipe.base.head,
     )
 
 
@@ -246,7 +250,7 @@ def _save_adapter(
 ) -> None:
     trainer.model.peft_config["default"].base_model_name_or_path = prepared.location.public_name
     trainer.model.save_pretrained(run.adapter, save_embedding_layers=False)
-    if not prepared.tokenizer.chat_template:
+    if not prepared.tokenizer.chat_template and prepared.renderer.template:
         prepared.tokenizer.chat_template = prepared.renderer.template
     prepared.tokenizer.save_pretrained(run.adapter)
     (run.adapter / "README.md").write_text(
