@@ -116,6 +116,8 @@ def load_base(
     with quiet():
         try:
             model, made = _from_weights(location, head, arguments)
+        except ModelError:
+            raise
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise ModelError(
                 expected=f"a base for {'generation' if head is None else 'a classifier'} in {location.folder}",
