@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from ift_peft.errors import IftPeftError, RecipeError, first_line, raise_all
 from ift_peft.sections import DATA_SUFFIXES, Adapter, Base, Data, Evaluation, Loss, Section
+from ift_peft.selection import Tune, Validation
 from ift_peft.training_fields import RESERVED, fits, training_fields
 from ift_peft.yaml_source import Location, YamlSource, read_yaml
 
@@ -28,7 +29,9 @@ class Recipe(Section):
     loss: Loss = Loss()
     training: dict[str, Any] = Field(default_factory=dict)
     """Passed through to TRL's `SFTConfig` under its own names; what is refused is in docs/architecture.md."""
+    validation: Validation | None = None
     evaluation: Evaluation = Evaluation()
+    tune: Tune | None = None
 
     @property
     def seed(self) -> int:
@@ -217,6 +220,8 @@ def validate(source: YamlSource) -> Recipe:
         faults.extend(_training_faults(training, source))
     if recipe is not None and recipe.adapter.bias != "none":
         faults.append(_base_is_lost(recipe, source))
+    if recipe is not None and recipe.validation is not None:
+        faults.extend(_validation_faults(recipe, recipe.validation, source))
     raise_all(faults)
     assert recipe is not None
     return recipe
@@ -231,6 +236,35 @@ def _base_is_lost(recipe: Recipe, source: YamlSource) -> RecipeError:
     )
 
 
+def _validation_faults(recipe: Recipe, validation: Validation, source: YamlSource) -> Iterable[RecipeError]:
+    """What validation asks of the other sections."""
+    if recipe.data.streaming:
+        yield RecipeError(
+            expected="validation where all rows are read at once, to set some of them aside",
+            found=f"data.streaming at {source.where(('data', 'streaming'))}",
+            fix="set data.streaming=false, or validation=null",
+        )
+    if validation.metric not in (None, "loss") and not recipe.data.label_words:
+        yield RecipeError(
+            expected="validation.metric=loss where data has no labels",
+            found=f"{validation.metric!r} at {source.where(('validation', 'metric'))}",
+            fix="remove it",
+        )
+    for key in sorted({"save_strategy", "save_steps"} & set(recipe.training)):
+        yield RecipeError(
+            expected=f"validation without training.{key}: a checkpoint is written at each measurement",
+            found=f"it at {source.where(('training', key))}",
+            fix="remove it, and set validation.every",
+        )
+    limit = recipe.training.get("save_total_limit")
+    if isinstance(limit, int) and limit < 2:
+        yield RecipeError(
+            expected="training.save_total_limit of at least 2 with validation: the best checkpoint and the newest",
+            found=f"{limit} at {source.where(('training', 'save_total_limit'))}",
+            fix="remove it",
+        )
+
+
 def _without_union_echoes(errors: Iterable[Any]) -> list[Any]:
     """Pydantic reports each member of a union; one line for each place is enough."""
     kept: dict[Location, Any] = {}
@@ -242,7 +276,7 @@ def _without_union_echoes(errors: Iterable[Any]) -> list[Any]:
 
 def _is_union_tag(part: str | int) -> bool:
     return isinstance(part, str) and bool(
-        re.match(r"^(tuple|dict|str|int|float|constrained|function|literal)\b.*", part)
+        re.match(r"^(tuple|dict|str|int|float|constrained|function|literal|Span)\b.*", part)
     )
 
 

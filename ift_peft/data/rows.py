@@ -170,18 +170,20 @@ def raise_faults(faults: Sequence[IftPeftError], *, count: int | None = None) ->
     raise_all(shown)
 
 
-def split_rows(rows: Sequence[Row], *, test_size: float | int, seed: int) -> tuple[list[Row], list[Row]]:
-    """Set rows aside for testing: a share of each label, equal prompts always on the same side.
+def split_rows(
+    rows: Sequence[Row], *, test_size: float | int, seed: int, setting: str = "data.test_size"
+) -> tuple[list[Row], list[Row]]:
+    """Set rows aside for testing: a share of each label of each source, equal prompts always on the same side.
 
-    `test_size` below 1 is a share of the rows, from 1 on their number. Raises `DataError` where nothing would be left
-    on either side.
+    `test_size` below 1 is a share of the rows, from 1 on their number; `setting` is its name in a recipe. Raises
+    `DataError` where nothing would be left on either side.
     """
     groups: dict[tuple[tuple[str, str], ...], list[Row]] = defaultdict(list)
     for row in rows:
         groups[tuple((message["role"], message["content"]) for message in row.prompt)].append(row)
-    strata: dict[str | None, list[list[Row]]] = defaultdict(list)
+    strata: dict[tuple[int, str | None], list[list[Row]]] = defaultdict(list)
     for group in groups.values():
-        strata[group[0].label].append(group)
+        strata[group[0].source, group[0].label].append(group)
     share = test_size if test_size < 1 else test_size / len(rows)
     rng = random.Random(seed)
     chosen: set[str] = set()
@@ -202,8 +204,8 @@ def split_rows(rows: Sequence[Row], *, test_size: float | int, seed: int) -> tup
     if not train or not test:
         raise DataError(
             expected="rows on both sides of the split",
-            found=f"{len(train)} to train on and {len(test)} to test on, of {len(rows)}",
-            fix="change data.test_size, or name a file as data.test",
+            found=f"{len(train)} to train on and {len(test)} set aside, of {len(rows)}",
+            fix=f"change {setting}, or give more rows" + (", or name a file as data.test" if "test" in setting else ""),
         )
     return train, test
 

@@ -28,6 +28,7 @@ from ift_peft.data.render import Rendered, TokenRenderer
 from ift_peft.data.row import Row
 from ift_peft.errors import first_line
 from ift_peft.sections import Data
+from ift_peft.selection import Validation
 
 _FEATURES = Features(
     {
@@ -82,10 +83,13 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ift_peft"
 
 
-def content_key(data: Data, renderer: TokenRenderer, *, max_length: int | None, variants: int) -> str | None:
+def content_key(
+    data: Data, renderer: TokenRenderer, *, max_length: int | None, variants: int, validation: Validation | None = None
+) -> str | None:
     """The sha256 of everything that decides the rendered rows: files, settings, tokenizer, template, code, versions.
 
-    None for rows from the Hub, whose content is not known without reading it.
+    `validation` counts with what says which rows it sets aside. None for rows from the Hub, whose content is not known
+    without reading it.
     """
     digest = hashlib.sha256()
     for part, _ in data.by_source():
@@ -109,6 +113,7 @@ def content_key(data: Data, renderer: TokenRenderer, *, max_length: int | None, 
         "template": renderer.template_hash,
         "max_length": max_length,
         "variants": variants,
+        "set_aside": None if validation is None else (validation.size, validation.seed),
     }
     digest.update(json.dumps(settings, sort_keys=True, ensure_ascii=False).encode())
     return digest.hexdigest()

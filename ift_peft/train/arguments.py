@@ -9,6 +9,7 @@ import torch
 from trl import SFTConfig
 
 from ift_peft.errors import RecipeError, first_line
+from ift_peft.selection import Validation
 from ift_peft.train.batching import Strategy
 from ift_peft.training_fields import training_fields
 
@@ -37,6 +38,26 @@ def choose_max_length(training: dict[str, Any], max_positions: int | None) -> in
     return None if wanted is None else int(wanted)
 
 
+def validation_arguments(section: Validation | None, *, labels: bool) -> dict[str, Any] | None:
+    """The recipe's section `validation` as fields of `SFTConfig`: a checkpoint at each measurement, the best one used.
+
+    Of the checkpoints, the best and the newest stay.
+    """
+    if section is None:
+        return None
+    strategy = "epoch" if section.every == "epoch" else "steps"
+    metric = section.chosen_metric(labels=labels)
+    found = {
+        "eval_strategy": strategy,
+        "save_strategy": strategy,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": metric,
+        "greater_is_better": metric != "loss",
+        "restore_callback_states_from_checkpoint": True,
+    }
+    return found if section.every == "epoch" else {**found, "eval_steps": section.every, "save_steps": section.every}
+
+
 def sft_config(
     training: dict[str, Any],
     *,
@@ -44,8 +65,11 @@ def sft_config(
     device: torch.device,
     compute_dtype: torch.dtype,
     max_length: int | None,
+    validation: dict[str, Any] | None = None,
 ) -> SFTConfig:
     """`training` over our defaults: on CPU, TRL's bf16 and checkpointing are off, as both only cost time there.
+
+    `validation` is what `validation_arguments` made of that section.
 
     Raises `RecipeError` with what `SFTConfig` says of values that it refuses.
     """
@@ -60,7 +84,7 @@ def sft_config(
     arguments: dict[str, Any] = {
         "report_to": "none",
         "save_strategy": "epoch",
-        "save_total_limit": 1,
+        "save_total_limit": 2 if validation else 1,
         "logging_steps": 10,
         "train_sampling_strategy": "group_by_length",
         "bf16": on_gpu and compute_dtype == torch.bfloat16,
@@ -74,6 +98,7 @@ def sft_config(
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,
         "dataset_kwargs": {"skip_prepare_dataset": True},
+        **(validation or {}),
     }
     try:
         config = SFTConfig(**arguments)

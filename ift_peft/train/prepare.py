@@ -19,7 +19,7 @@ from ift_peft.data.instructions import Asker, ask_held_out, asked_first, asked_i
 from ift_peft.data.quality import Cleaned, Finding, apply, find
 from ift_peft.data.render import Rendered, TokenRenderer
 from ift_peft.data.row import Row
-from ift_peft.data.rows import held_out_rows, read_rows, stream_rows, to_saved
+from ift_peft.data.rows import held_out_rows, read_rows, split_rows, stream_rows, to_saved
 from ift_peft.data.store import RenderedSet, content_key, render_set
 from ift_peft.evaluate.probes import Probe, check_probes, make_probes
 from ift_peft.evaluate.run import check_metrics
@@ -30,6 +30,7 @@ from ift_peft.recipe import Recipe
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir
 from ift_peft.sections import Data, Quality
+from ift_peft.selection import Validation
 from ift_peft.train.arguments import choose_max_length
 from ift_peft.train.batching import Epochs
 
@@ -62,6 +63,7 @@ class Prepared:
     train: RenderedSet
     epochs: Epochs
     test: Fitted
+    validation: Fitted | None
     probes: list[Probe]
     checked: Checked | None
     max_length: int | None
@@ -97,8 +99,11 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
         )
         train_rows = checked.cleaned.rows
         notes += checked.notes()
+    train_rows, validation_rows = set_aside(train_rows, recipe.validation)
+    if checked is not None and train_rows is not None:
+        checked = replace(checked, cleaned=replace(checked.cleaned, rows=train_rows))
     if train_rows is not None and data.augment is not None:
-        copies = changed_copies(train_rows, data, test_rows, by_source)
+        copies = changed_copies(train_rows, data, [*test_rows, *validation_rows], by_source)
         notes.append(f"{len(copies)} changed copies of {len(train_rows)} training rows were added")
         train_rows = [*train_rows, *copies]
     variants = _variants(by_source, recipe.training, None if train_rows is None else len(train_rows))
@@ -106,7 +111,7 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
     train = render_set(
         _asked(train_rows, data, by_source, variants, frozenset(row.where for row in test_rows)),
         renderer,
-        key=content_key(data, renderer, max_length=max_length, variants=variants),
+        key=content_key(data, renderer, max_length=max_length, variants=variants, validation=recipe.validation),
         variants=variants,
         max_length=max_length,
         overlong=data.overlong,
@@ -114,9 +119,14 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
     )
     reporter.finish()
     test = fit_rows(test_rows, renderer, max_length=max_length, overlong=data.overlong)
+    validation = None
+    if validation_rows:
+        asked = ask_held_out(validation_rows, by_source)
+        validation = fit_rows(asked, renderer, max_length=max_length, overlong=data.overlong)
     rendered = "training rows" if variants == 1 else f"renderings of training rows ({variants} of each)"
     notes += train.notes
     notes += train.fit.notes(rendered, max_length) + test.fit.notes("held-out rows", max_length)
+    notes += validation.fit.notes("validation rows", max_length) if validation else []
     probes = make_probes(
         test.rows,
         by_source,
@@ -128,7 +138,15 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
     )
     notes += [note for probe in probes for note in probe.notes]
     epochs = _epochs(data, train)
-    return Prepared(location, tokenizer, renderer, train, epochs, test, probes, checked, max_length, notes)
+    return Prepared(location, tokenizer, renderer, train, epochs, test, validation, probes, checked, max_length, notes)
+
+
+def set_aside(rows: list[Row] | None, section: Validation | None) -> tuple[list[Row] | None, list[Row]]:
+    """Training rows without those that are only validated on, and those: both as `data.quality` left them."""
+    if section is None:
+        return rows, []
+    assert rows is not None  # the recipe was validated: no validation of a stream
+    return split_rows(rows, test_size=section.size, seed=section.seed, setting="validation.size")
 
 
 def _check(
@@ -209,12 +227,13 @@ def _epochs(data: Data, train: RenderedSet) -> Epochs:
 
 def inputs(prepared: Prepared) -> dict[str, Any]:
     """What a run was made of, by hash: equal inputs and seeds make equal adapters."""
+    validation = prepared.validation
     return {
         "base_fingerprint": prepared.location.fingerprint(),
         "template_sha256": prepared.renderer.template_hash,
         "train_sha256": prepared.train.facts["sha256"],
         "test_sha256": _hash(prepared.test.rendered),
-    }
+    } | ({"validation_sha256": _hash(validation.rendered)} if validation else {})
 
 
 def _hash(rendered: Sequence[Rendered]) -> str:
@@ -225,7 +244,7 @@ def _hash(rendered: Sequence[Rendered]) -> str:
 
 
 def record_inputs(run: RunDir, prepared: Prepared, hashes: dict[str, Any]) -> None:
-    """Write the golden example, the held-out rows, and the facts of the inputs, with their hashes, into the run."""
+    """Write the golden example, the rows held out and set aside, and the facts of the inputs into the run."""
     train = prepared.train.facts
     run.write("golden.json", {**train["golden"], "template_sha256": prepared.renderer.template_hash})
     run.write_lines("test.jsonl", [to_saved(row) for row in prepared.test.rows])
@@ -234,21 +253,26 @@ def record_inputs(run: RunDir, prepared: Prepared, hashes: dict[str, Any]) -> No
         run.write_lines("dropped.jsonl", [row.to_json() for row in prepared.checked.cleaned.dropped])
         run.write_lines("train.jsonl", [to_saved(row) for row in prepared.checked.cleaned.rows])
     counts = ("rows", "variants", "tokens", "supervised_tokens", "truncated", "dropped")
-    test, fit = prepared.test, prepared.test.fit
+    rows = {"train": {name: train[name] for name in counts} | {"tokenised_before": prepared.train.reused}}
+    rows["test"] = _counts(prepared.test)
+    if prepared.validation is not None:
+        run.write_lines("validation.jsonl", [to_saved(row) for row in prepared.validation.rows])
+        rows["validation"] = _counts(prepared.validation)
     run.update_manifest(
         inputs=hashes,
         base={"name": prepared.location.public_name, "revision": prepared.location.revision},
         template=prepared.renderer.origin,
         generation_prompt=prepared.renderer.generation_prompt,
         max_length=prepared.max_length,
-        rows={
-            "train": {name: train[name] for name in counts} | {"tokenised_before": prepared.train.reused},
-            "test": {
-                "rows": len(test.rows),
-                "tokens": test.tokens,
-                "supervised_tokens": test.supervised_tokens,
-                "truncated": fit.truncated,
-                "dropped": fit.dropped,
-            },
-        },
+        rows=rows,
     )
+
+
+def _counts(fitted: Fitted) -> dict[str, int]:
+    return {
+        "rows": len(fitted.rows),
+        "tokens": fitted.tokens,
+        "supervised_tokens": fitted.supervised_tokens,
+        "truncated": fitted.fit.truncated,
+        "dropped": fitted.fit.dropped,
+    }

@@ -3,45 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import transformers
-from transformers import PreTrainedModel
-from trl import SFTConfig
-
-from ift_peft.errors import RecipeError, RunError, TrainingError, first_line
+from ift_peft.errors import RunError
 from ift_peft.evaluate.compare import compare, prediction_lines
 from ift_peft.evaluate.forgetting import general_texts
 from ift_peft.evaluate.gates import target_gates
 from ift_peft.evaluate.run import forgotten, measure, measure_general, measure_probes, resampling
-from ift_peft.infer.load import class_head
-from ift_peft.model.adapter import lora_config
-from ift_peft.model.base import LoadedBase, choose_device, choose_dtype, load_section, quiet
+from ift_peft.model.base import choose_device, choose_dtype, quiet
 from ift_peft.recipe import Recipe
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir, RunIsBusy, create_run
-from ift_peft.train.arguments import sft_config
+from ift_peft.train.arguments import sft_config, validation_arguments
 from ift_peft.train.card import adapter_card
 from ift_peft.train.checkpoints import newest_complete
 from ift_peft.train.losses import find_teacher
 from ift_peft.train.prepare import Prepared, inputs, prepare, record_inputs
-from ift_peft.train.trainer import RunRecorder, SupervisedTrainer, non_finite
-
-
-class Interrupted(TrainingError):
-    """Training stopped by Ctrl-C or SIGTERM, with a checkpoint to go on from."""
-
-    exit_code = 130
+from ift_peft.train.session import Interrupted, Session, open_session, resume_command
 
 
 def train(recipe: Recipe, *, root: Path, reporter: Reporter) -> RunDir:
@@ -53,7 +35,14 @@ def train(recipe: Recipe, *, root: Path, reporter: Reporter) -> RunDir:
     prepared = prepare(recipe, reporter)
     device = choose_device(recipe.base.device)
     dtype = choose_dtype(recipe.base.compute_dtype, device)
-    sft_config(recipe.training, output_dir=root, device=device, compute_dtype=dtype, max_length=prepared.max_length)
+    sft_config(
+        recipe.training,
+        output_dir=root,
+        device=device,
+        compute_dtype=dtype,
+        max_length=prepared.max_length,
+        validation=validation_arguments(recipe.validation, labels=bool(recipe.data.label_words)),
+    )
     general_texts(recipe.evaluation)  # read again when they are measured; what is wrong with them is told now
     given = _inputs(recipe, prepared)
     run = create_run(recipe, root)
@@ -120,7 +109,7 @@ def _run(recipe: Recipe, prepared: Prepared, run: RunDir, reporter: Reporter, *,
         if isinstance(error, Interrupted):
             raise
         raise Interrupted(
-            expected="a run that ends by itself", found="it was interrupted", fix=f"go on with: {_resume_command(run)}"
+            expected="a run that ends by itself", found="it was interrupted", fix=f"go on with: {resume_command(run)}"
         ) from None
     except RunIsBusy:
         raise
@@ -135,122 +124,37 @@ def _run(recipe: Recipe, prepared: Prepared, run: RunDir, reporter: Reporter, *,
 def _train_and_measure(
     recipe: Recipe, prepared: Prepared, run: RunDir, reporter: Reporter, checkpoint: Path | None
 ) -> None:
-    base = load_section(prepared.location, recipe.base, head=class_head(recipe, prepared.tokenizer))
-    for note in (*prepared.notes, *base.notes):
-        reporter.note(note)
-    recorder = RunRecorder(run, reporter)
-    trainer = _build_trainer(recipe, prepared, base, run, recorder)
-    parameters = trainer.model.get_nb_trainable_parameters()
-    reporter.note(
-        f"{parameters[0]:,} of {parameters[1]:,} parameters are trained ({100 * parameters[0] / parameters[1]:.2f} %)"
-    )
+    session = open_session(recipe, prepared, run, reporter)
     rows, labels = prepared.test.rows, recipe.data.label_words
-    measuring = partial(measure, trainer.model, prepared.renderer, rows, labels, recipe.evaluation, reporter=reporter)
-    general = partial(measure_general, trainer.model, prepared.tokenizer, recipe.evaluation, reporter=reporter)
+    measuring = partial(measure, session.model, prepared.renderer, rows, labels, recipe.evaluation, reporter=reporter)
+    general = partial(measure_general, session.model, prepared.tokenizer, recipe.evaluation, reporter=reporter)
     before, general_before = measuring(adapter=False), general(adapter=False)
-    with stopping_on_signals(recorder):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.state.global_step < trainer.state.max_steps:
-        raise Interrupted(
-            expected=f"{trainer.state.max_steps} steps",
-            found=f"a signal after step {trainer.state.global_step}; a checkpoint was saved",
-            fix=f"go on with: {_resume_command(run)}",
-        )
-    broken = non_finite(trainer.model)
-    if broken:
-        raise TrainingError(
-            expected="finite adapter weights",
-            found=f"NaN or infinity in {broken[0]}",
-            fix="lower training.learning_rate",
-        )
-    # The trainer wrapped the model's forward in autocast; before and after must be measured in the same arithmetic.
-    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    session.fit(checkpoint)
     after = measuring(adapter=True)
     scores = compare(rows, labels, before, after, resampling(recipe.evaluation))
     scores |= measure_probes(
-        trainer.model, prepared.renderer, prepared.probes, labels, recipe.evaluation, reporter=reporter, run=run
+        session.model, prepared.renderer, prepared.probes, labels, recipe.evaluation, reporter=reporter, run=run
     )
     scores |= forgotten(recipe.evaluation, general_before, general(adapter=True))
     scores["gates"] = target_gates(recipe.evaluation, scores)
     run.write("scores.json", scores)
     run.write_lines("predictions.jsonl", prediction_lines(rows, labels, before, after))
-    _save_adapter(trainer, recipe, prepared, run, scores)
-    run.update_manifest(
-        notes=[*prepared.notes, *base.notes],
-        parameters={"trained": parameters[0], "all": parameters[1]},
-        steps=trainer.state.global_step,
-    )
+    _save_adapter(session, scores)
+    trained, every = session.parameters
+    run.update_manifest(notes=session.notes, parameters={"trained": trained, "all": every}, **session.outcome())
+    trainer = session.trainer
     if trainer.tokens_seen:  # nothing is trained when a run resumes after its last step
         run.update_manifest(
-            tokens_per_second=round(recorder.tokens_per_second, 1),
+            tokens_per_second=round(session.recorder.tokens_per_second, 1),
             padding_share=round(1 - trainer.tokens_seen / trainer.padded_tokens_seen, 4),
         )
 
 
-def _resume_command(run: RunDir) -> str:
-    return f"ift train --resume {os.path.relpath(run.path)}"
-
-
-def _build_trainer(
-    recipe: Recipe, prepared: Prepared, base: LoadedBase, run: RunDir, recorder: RunRecorder
-) -> SupervisedTrainer:
-    arguments = sft_config(
-        recipe.training,
-        output_dir=run.checkpoints,
-        device=base.device,
-        compute_dtype=base.compute_dtype,
-        max_length=prepared.max_length,
-    )
-    location = find_teacher(recipe.loss, prepared.tokenizer, max_length=prepared.max_length)
-    teacher = None if location is None else load_section(location, recipe.base).model
-    transformers.set_seed(arguments.seed)
-    try:
-        trainer = _trainer(recipe, prepared, base, arguments, recorder, teacher=teacher)
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise RecipeError(
-            expected="a recipe that SFTTrainer takes", found=first_line(error), fix="change the setting named there"
-        ) from error
-    recorder.trainer = trainer
-    return trainer
-
-
-def _trainer(
-    recipe: Recipe,
-    prepared: Prepared,
-    base: LoadedBase,
-    arguments: SFTConfig,
-    recorder: RunRecorder,
-    *,
-    teacher: PreTrainedModel | None,
-) -> SupervisedTrainer:
-    return SupervisedTrainer(
-        model=base.model,
-        args=arguments,
-        train_dataset=prepared.train.dataset.select_columns(["input_ids", "labels"]),
-        processing_class=prepared.tokenizer,
-        peft_config=lora_config(
-            recipe.adapter,
-            base.model,
-            base_name=str(prepared.location.folder),
-            revision=prepared.location.revision,
-            head=recipe.base.head,
-            made=base.made,
-        ),
-        callbacks=[recorder],
-        epochs=prepared.epochs,
-        lengths=prepared.lengths,
-        loss=recipe.loss,
-        teacher=teacher,
-        head=recipe.base.head,
-    )
-
-
-def _save_adapter(
-    trainer: SupervisedTrainer, recipe: Recipe, prepared: Prepared, run: RunDir, scores: dict[str, Any]
-) -> None:
-    trainer.model.peft_config["default"].base_model_name_or_path = prepared.location.public_name
-    trainer.model.save_pretrained(run.adapter, save_embedding_layers=False)
-    if not prepared.tokenizer.chat_template and prepared.renderer.template:
+def _save_adapter(session: Session, scores: dict[str, Any]) -> None:
+    recipe, prepared, run = session.recipe, session.prepared, session.run
+    session.model.peft_config["default"].base_model_name_or_path = prepared.location.public_name
+    session.model.save_pretrained(run.adapter, save_embedding_layers=False)
+    if not prepared.tokenizer.chat_template:
         prepared.tokenizer.chat_template = prepared.renderer.template
     prepared.tokenizer.save_pretrained(run.adapter)
     (run.adapter / "README.md").write_text(
@@ -258,24 +162,3 @@ def _save_adapter(
     )
     for path in run.adapter.iterdir():
         path.chmod(0o644)  # safetensors writes 0600, which a server under another user could not read
-
-
-@contextmanager
-def stopping_on_signals(recorder: RunRecorder) -> Iterator[None]:
-    """Let the first Ctrl-C or SIGTERM end training after the current step with a checkpoint, the second at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        if recorder.stop_requested:
-            raise KeyboardInterrupt
-        recorder.stop_requested = True
-        recorder.reporter.note("stopping after this step with a checkpoint; once more stops at once")
-
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,14 +23,16 @@ from ift_peft.sections import Head, Loss
 from ift_peft.train.batching import Epochs, EpochSampler
 from ift_peft.train.losses import ClassObjective, Objective
 
+Validate = Callable[[Any], dict[str, float]]  # from a PEFT model to its scores on validation rows
+
 
 class SupervisedTrainer(SFTTrainer):
     """`SFTTrainer` over rows that hold `input_ids` and `labels`; `epochs` says which of them each epoch takes.
 
     The loss is TRL's (summed cross-entropy over supervised tokens divided by their number in the whole batch, over all
     accumulation steps) unless `loss` says otherwise; only the positions that predict a supervised token go through the
-    language-model head. `teacher` is a model in evaluation mode on the same device. With a classifier's `head`, rows
-    take the place of supervised tokens.
+    language-model head. `teacher` is a model in evaluation mode on the same device; `validate` measures the model on
+    validation rows. With a classifier's `head`, rows take the place of supervised tokens.
     """
 
     def __init__(
@@ -40,11 +43,13 @@ class SupervisedTrainer(SFTTrainer):
         loss: Loss | None = None,
         teacher: Any | None = None,
         head: Head = "causal-lm",
+        validate: Validate | None = None,
         **kwargs: Any,
     ) -> None:
         if head != "causal-lm":
             kwargs["model"].generation_config = GenerationConfig()  # where TRL writes the pad token
         super().__init__(*args, **kwargs)
+        self.validate = validate
         self.model_accepts_loss_kwargs = True  # our loss divides by the tokens of all accumulation steps
         self.objective = (
             Objective(loss or Loss(), teacher=teacher, autocast=self.accelerator.autocast)
@@ -88,8 +93,37 @@ class SupervisedTrainer(SFTTrainer):
             strategy=self.args.train_sampling_strategy,
         )
 
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **_: Any) -> dict[str, float]:
+        """What `validate` finds, under the names that transformers looks for: `eval_loss`, …"""
+        assert self.validate is not None  # nothing else asks for an evaluation
+        return log_evaluation(self, self.validate, prefix=metric_key_prefix)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: the run writes one card, into the adapter's folder, when there are scores to put in it."""
+
+
+def log_evaluation(trainer: Any, validate: Validate, *, prefix: str) -> dict[str, float]:
+    """Measure a trainer's model with `validate` and tell log and callbacks, as `Trainer.evaluate` does."""
+    model = trainer.model
+    was_training = model.training
+    model.eval()
+    with without_autocast(model):
+        metrics = {f"{prefix}_{name}": value for name, value in validate(model).items()}
+    trainer.log(dict(metrics))  # in evaluation mode, so that TRL does not take the sums of the training steps for ours
+    model.train(was_training)
+    trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
+    return metrics
+
+
+@contextmanager
+def without_autocast(model: Any) -> Iterator[None]:
+    """The model's own forward: accelerate lays one in autocast over it, and scores before and after are without."""
+    wrapped = model.__dict__.pop("forward", None)
+    try:
+        yield
+    finally:
+        if wrapped is not None:
+            model.forward = wrapped
 
 
 class RunRecorder(TrainerCallback):
@@ -116,8 +150,13 @@ class RunRecorder(TrainerCallback):
         loss = "" if self.loss is None else f"loss {self.loss:.4f}  "
         self.reporter.advance(state.global_step, f"{loss}{self.tokens_per_second:,.0f} tokens/s")
         if self.stop_requested:
-            control.should_save = True
+            # At the end of an epoch that ends in a measurement the checkpoint is written after it.
+            control.should_save = not (_ends_epoch(state) and args.eval_strategy == "epoch")
             control.should_training_stop = True
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.stop_requested and not _ends_epoch(state):  # transformers calls any stop the end of an epoch
+            control.should_evaluate = False
 
     def on_log(
         self,
@@ -128,6 +167,8 @@ class RunRecorder(TrainerCallback):
         **_: Any,
     ) -> None:
         logs = logs or {}
+        if any(name.startswith("eval_") for name in logs):
+            self.run.append("metrics.jsonl", {"step": state.global_step, **logs})
         if "loss" not in logs:
             return
         self.loss = float(logs["loss"])
@@ -147,6 +188,11 @@ class RunRecorder(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.ended = time.monotonic()
         self.reporter.finish()
+
+
+def _ends_epoch(state: TrainerState) -> bool:
+    """Whether the last step was the last of its epoch, or of the training."""
+    return float(state.epoch or 0).is_integer() or state.global_step >= state.max_steps
 
 
 def to_dataset(rendered: Sequence[Rendered]) -> Dataset:

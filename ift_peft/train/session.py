@@ -1,0 +1,263 @@
+"""One training: a base with a new adapter, trained to its end, to early stopping or to a signal, and its best kept."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import transformers
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, TrainerState
+from trl import SFTConfig
+
+from ift_peft.data.fit import Fitted
+from ift_peft.errors import RecipeError, TrainingError, first_line
+from ift_peft.evaluate.run import resampling
+from ift_peft.infer.load import class_head
+from ift_peft.model.adapter import lora_config
+from ift_peft.model.base import LoadedBase, load_section
+from ift_peft.recipe import Recipe
+from ift_peft.reporter import Reporter
+from ift_peft.run_dir import RunDir
+from ift_peft.train.arguments import sft_config, validation_arguments
+from ift_peft.train.losses import find_teacher
+from ift_peft.train.prepare import Prepared
+from ift_peft.train.trainer import RunRecorder, SupervisedTrainer, non_finite, to_dataset
+from ift_peft.train.validation import (
+    BestCheckpoint,
+    Validator,
+    best_of,
+    point_to_best,
+    ran_out_of_patience,
+    stopped_early,
+)
+
+
+class Interrupted(TrainingError):
+    """Training stopped by Ctrl-C or SIGTERM, with a checkpoint to go on from."""
+
+    exit_code = 130
+
+
+@dataclass
+class Session:
+    """A base with its adapter, and the trainer over both. `recipe` is what it was built from."""
+
+    recipe: Recipe
+    prepared: Prepared
+    run: RunDir
+    reporter: Reporter
+    base: LoadedBase
+    recorder: RunRecorder
+    trainer: SupervisedTrainer
+    validator: Validator | None
+
+    @property
+    def model(self) -> Any:
+        return self.trainer.model
+
+    @property
+    def notes(self) -> list[str]:
+        return [*self.prepared.notes, *self.base.notes]
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """Trained, and all."""
+        trained, every = self.model.get_nb_trainable_parameters()
+        return int(trained), int(every)
+
+    def fit(self, checkpoint: Path | None) -> None:
+        """Train from `checkpoint`, or from the start, and leave the model with the weights that are kept.
+
+        These are the last ones, or with validation those of the best checkpoint. Where training had ended in the
+        checkpoint by early stopping, nothing more is trained. Raises `Interrupted` after a signal, and
+        `TrainingError` for weights that are not finite.
+        """
+        if checkpoint is not None and _had_stopped(checkpoint):
+            self.take(checkpoint)
+            return
+        with stopping_on_signals(self.recorder):
+            self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        state = self.trainer.state
+        if self.recorder.stop_requested and state.global_step < state.max_steps and not stopped_early(self.trainer):
+            raise Interrupted(
+                expected=f"{state.max_steps} steps",
+                found=f"a signal after step {state.global_step}; a checkpoint was saved",
+                fix=f"go on with: {resume_command(self.run)}",
+            )
+        self._check_and_unwrap()
+
+    def take(self, checkpoint: Path) -> None:
+        """Leave the model with the weights that training which ended in `checkpoint` kept, without a further step."""
+        self.trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        point_to_best(self.trainer.state, checkpoint.parent)
+        self.trainer.state.best_model_checkpoint = self.trainer.state.best_model_checkpoint or str(checkpoint)
+        self.trainer._load_best_model()
+        self._check_and_unwrap()
+
+    def _check_and_unwrap(self) -> None:
+        if self.validator is not None:
+            best, state = best_of(self.trainer), self.trainer.state
+            early = "stopped early after" if self.stopped_early else "after"
+            self.reporter.note(
+                f"{early} {state.global_step} steps; the adapter is that of step {best['step']}, "
+                f"validation {best['metric']} {best['value']:.4f}"
+            )
+        broken = non_finite(self.model)
+        if broken:
+            raise TrainingError(
+                expected="finite adapter weights",
+                found=f"NaN or infinity in {broken[0]}",
+                fix="lower training.learning_rate",
+            )
+        # The trainer wrapped the forward in autocast; before and after must be measured in the same arithmetic.
+        self.trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+
+    def outcome(self) -> dict[str, Any]:
+        """What the manifest says of training: `steps`, and with validation `best` and `stopped_early`."""
+        state = self.trainer.state
+        if self.validator is None:
+            return {"steps": state.global_step}
+        return {"steps": state.global_step, "best": best_of(self.trainer), "stopped_early": self.stopped_early}
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether patience ended training, in this process or before the checkpoint that was taken."""
+        return stopped_early(self.trainer) or ran_out_of_patience(self.trainer.state)
+
+
+def _had_stopped(checkpoint: Path) -> bool:
+    return ran_out_of_patience(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")))
+
+
+def resume_command(run: RunDir) -> str:
+    return f"ift train --resume {os.path.relpath(run.path)}"
+
+
+def open_session(
+    recipe: Recipe,
+    prepared: Prepared,
+    run: RunDir,
+    reporter: Reporter,
+    *,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Session:
+    """Load the base and lay a new adapter over it, ready to train in the folder of `run`."""
+    base = load_section(prepared.location, recipe.base, head=class_head(recipe, prepared.tokenizer))
+    for note in (*prepared.notes, *base.notes):
+        reporter.note(note)
+    recorder = RunRecorder(run, reporter)
+    validator = None if prepared.validation is None else _validator(recipe, prepared, prepared.validation)
+    trainer = _build_trainer(recipe, prepared, base, run, recorder, validator=validator)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    session = Session(recipe, prepared, run, reporter, base, recorder, trainer, validator)
+    trained, every = session.parameters
+    reporter.note(f"{trained:,} of {every:,} parameters are trained ({100 * trained / every:.2f} %)")
+    return session
+
+
+def _validator(recipe: Recipe, prepared: Prepared, rows: Fitted) -> Validator:
+    section = recipe.evaluation
+    return Validator(
+        prepared.renderer,
+        rows.rows,
+        recipe.data.label_words,
+        batch_size=section.per_device_eval_batch_size,
+        resampling=resampling(section),
+    )
+
+
+def _build_trainer(
+    recipe: Recipe,
+    prepared: Prepared,
+    base: LoadedBase,
+    run: RunDir,
+    recorder: RunRecorder,
+    *,
+    validator: Validator | None,
+) -> SupervisedTrainer:
+    arguments = sft_config(
+        recipe.training,
+        output_dir=run.checkpoints,
+        device=base.device,
+        compute_dtype=base.compute_dtype,
+        max_length=prepared.max_length,
+        validation=validation_arguments(recipe.validation, labels=bool(recipe.data.label_words)),
+    )
+    location = find_teacher(recipe.loss, prepared.tokenizer, max_length=prepared.max_length)
+    teacher = None if location is None else load_section(location, recipe.base).model
+    transformers.set_seed(arguments.seed)
+    try:
+        trainer = _trainer(recipe, prepared, base, arguments, recorder, teacher=teacher, validator=validator)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise RecipeError(
+            expected="a recipe that SFTTrainer takes", found=first_line(error), fix="change the setting named there"
+        ) from error
+    recorder.trainer = trainer
+    if validator is not None and recipe.validation is not None:
+        trainer.add_callback(BestCheckpoint(validator, recorder.reporter.note))
+        if recipe.validation.patience is not None:
+            trainer.add_callback(EarlyStoppingCallback(recipe.validation.patience, recipe.validation.min_delta))
+    return trainer
+
+
+def _trainer(
+    recipe: Recipe,
+    prepared: Prepared,
+    base: LoadedBase,
+    arguments: SFTConfig,
+    recorder: RunRecorder,
+    *,
+    teacher: PreTrainedModel | None,
+    validator: Validator | None,
+) -> SupervisedTrainer:
+    return SupervisedTrainer(
+        model=base.model,
+        args=arguments,
+        eval_dataset=None if prepared.validation is None else to_dataset(prepared.validation.rendered),
+        train_dataset=prepared.train.dataset.select_columns(["input_ids", "labels"]),
+        processing_class=prepared.tokenizer,
+        peft_config=lora_config(
+            recipe.adapter,
+            base.model,
+            base_name=str(prepared.location.folder),
+            revision=prepared.location.revision,
+            head=recipe.base.head,
+            made=base.made,
+        ),
+        callbacks=[recorder],
+        epochs=prepared.epochs,
+        lengths=prepared.lengths,
+        loss=recipe.loss,
+        teacher=teacher,
+        validate=validator,
+        head=recipe.base.head,
+    )
+
+
+@contextmanager
+def stopping_on_signals(recorder: RunRecorder) -> Iterator[None]:
+    """Let the first Ctrl-C or SIGTERM end training after the current step with a checkpoint, the second at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if recorder.stop_requested:
+            raise KeyboardInterrupt
+        recorder.stop_requested = True
+        recorder.reporter.note("stopping after this step with a checkpoint; once more stops at once")
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
