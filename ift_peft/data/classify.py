@@ -40,7 +40,7 @@ class ClassRenderer:
     def prompts(self, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
         """The ids of each question."""
         texts = ["\n".join(message["content"] for message in conversation) for conversation in conversations]
-        return list(self.tokenizer(texts)["input_ids"]) if texts else []
+        return list(self.tokenizer(texts, verbose=False)["input_ids"]) if texts else []
 
     def render(self, conversations: Sequence[Sequence[Message]]) -> list[Rendered]:
         """Ids and class of each row, whose last message is its class. Raises `DataError` for another answer."""

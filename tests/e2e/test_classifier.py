@@ -61,6 +61,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=4,
         intermediate_size=128,
         max_position_embeddings=64,
+        initializer_range=0.125,  # 1 / sqrt(64): at 0.02 attention moves nothing, and only a pretrained BERT can learn
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
@@ -224,3 +225,18 @@ def test_a_bert_that_is_to_write_is_refused(bert: Path, tmp_path: Path) -> None:
 def test_what_a_classifier_cannot_do_is_refused(override: str, told: str) -> None:
     with pytest.raises(RecipeError, match=told):
         load_recipe("sst2-classifier", [override])
+
+
+@pytest.mark.slow
+def test_a_random_bert_learns_from_real_sentences(bert: Path, shared: Path, tmp_path: Path) -> None:
+    from ift_peft.reporter import Silent
+    from ift_peft.train.run import train
+
+    folder = shared / "data" / "sst2_sentence"
+    overrides = [f"data.train={folder / 'train.tsv'}", f"data.test={folder / 'test.tsv'}", "data.header=false"]
+    overrides += ["data.columns.text=0", "data.columns.label=1", "data.max_train_rows=1500", "data.max_test_rows=600"]
+    overrides += [f"base.model={bert}", "base.device=cpu", "base.quantization=none", "training.max_length=64"]
+    overrides += ["training.num_train_epochs=3", "training.learning_rate=2e-3"]
+    scores = train(load_recipe("sst2-classifier", overrides), root=tmp_path, reporter=Silent()).read("scores.json")
+    assert scores["adapter"]["accuracy"]["low"] > 0.55
+    assert scores["change"]["accuracy"]["low"] > 0.05
