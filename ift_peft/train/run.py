@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from trl import SFTConfig
 
 from ift_peft.errors import RecipeError, RunError, TrainingError, first_line
+from ift_peft.evaluate.by_source import parts_of
 from ift_peft.evaluate.compare import compare, prediction_lines
 from ift_peft.evaluate.forgetting import general_texts
 from ift_peft.evaluate.gates import target_gates
@@ -144,7 +145,10 @@ def _train_and_measure(
         f"{parameters[0]:,} of {parameters[1]:,} parameters are trained ({100 * parameters[0] / parameters[1]:.2f} %)"
     )
     rows, labels = prepared.test.rows, recipe.data.label_words
-    measuring = partial(measure, trainer.model, prepared.renderer, rows, labels, recipe.evaluation, reporter=reporter)
+    tasks = parts_of(recipe.data, recipe.evaluation, rows)
+    measuring = partial(
+        measure, trainer.model, prepared.renderer, rows, labels, recipe.evaluation, reporter=reporter, parts=tasks
+    )
     general = partial(measure_general, trainer.model, prepared.tokenizer, recipe.evaluation, reporter=reporter)
     before, general_before = measuring(adapter=False), general(adapter=False)
     with stopping_on_signals(recorder):
@@ -165,14 +169,14 @@ def _train_and_measure(
     # The trainer wrapped the model's forward in autocast; before and after must be measured in the same arithmetic.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     after = measuring(adapter=True)
-    scores = compare(rows, labels, before, after, resampling(recipe.evaluation))
+    scores = compare(rows, labels, before, after, resampling(recipe.evaluation), parts=tasks)
     scores |= measure_probes(
         trainer.model, prepared.renderer, prepared.probes, labels, recipe.evaluation, reporter=reporter, run=run
     )
     scores |= forgotten(recipe.evaluation, general_before, general(adapter=True))
     scores["gates"] = target_gates(recipe.evaluation, scores)
     run.write("scores.json", scores)
-    run.write_lines("predictions.jsonl", prediction_lines(rows, labels, before, after))
+    run.write_lines("predictions.jsonl", prediction_lines(rows, labels, before, after, parts=tasks))
     _save_adapter(trainer, recipe, prepared, run, scores)
     run.update_manifest(
         notes=[*prepared.notes, *base.notes],
