@@ -39,7 +39,9 @@ doc_to_text: "请将以下文本分类为正面或负面。\\n{{{{text}}}}"
 doc_to_choice: [负面, 正面]
 doc_to_target: label
 target_delimiter: ""
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: brier_score, aggregation: brier_score, higher_is_better: false}}
 metadata: {{version: 1.0}}
 """
 
@@ -119,13 +121,15 @@ def test_its_accuracy_is_that_of_our_own_likelihoods(short_run: RunDir, tasks: P
 
 
 def test_base_and_adapter_are_two_models(short_run: RunDir, tasks: Path) -> None:
-    """They answer the reviews that training was about differently; one alone is measured as beside the other."""
+    """Their probabilities differ where one was trained; one alone is measured as beside the other."""
     asked = {"include_path": tasks, "apply_chat_template": True, "resampling": RESAMPLING, "reporter": Silent()}
-    both = harness_scores(short_run, ["reviews"], **asked)["tasks"]["reviews"]["scores"]["acc"]
-    assert both["base"]["value"] != both["adapter"]["value"]
+    both = harness_scores(short_run, ["reviews"], **asked)["tasks"]["reviews"]["scores"]
+    brier = both["brier_score"]
+    assert abs(brier["adapter"]["value"] - brier["base"]["value"]) > 1e-3
+    assert brier["change"] == {"value": brier["adapter"]["value"] - brier["base"]["value"]}, "it is no mean of samples"
     for who in ("base", "adapter"):
-        alone = harness_scores(short_run, ["reviews"], who=(who,), **asked)["tasks"]["reviews"]["scores"]["acc"]
-        assert alone == {who: both[who]}
+        alone = harness_scores(short_run, ["reviews"], who=(who,), **asked)["tasks"]["reviews"]["scores"]
+        assert alone == {metric: {who: own[who]} for metric, own in both.items()}
 
 
 def test_the_command_prints_and_writes_what_it_measured(short_run: RunDir, tasks: Path, ift: Ift) -> None:

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
 
 from ift_peft.adapters.merge import merge
+from ift_peft.cli import app
 from ift_peft.errors import IftPeftError, RunError
 from ift_peft.evaluate.contrast import ACCURACY, PER_TOKEN, contrast
 from ift_peft.evaluate.metrics import Resampling
@@ -21,7 +24,6 @@ from ift_peft.recipe import dump_recipe, load_recipe
 from ift_peft.reporter import Silent
 from ift_peft.run_dir import RunDir
 from ift_peft.train.run import train
-from tests.conftest import Ift
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("mixed_run")]
 
@@ -117,14 +119,17 @@ def test_predicting_as_a_source_is_what_was_measured_of_it(mixed_run: RunDir) ->
     assert free.probabilities is None
 
 
-def test_the_command_line_asks_as_a_source_and_says_how_else(mixed_run: RunDir, ift: Ift) -> None:
-    asked = ift("predict", str(mixed_run.path), "--source", "films", "A joy.")
-    assert asked.returncode == 0, asked.stderr
+def test_the_command_line_asks_as_a_source_and_says_how_else(mixed_run: RunDir) -> None:
+    def predict(*arguments: str) -> Result:
+        return CliRunner().invoke(app, ["predict", str(mixed_run.path), *arguments])
+
+    asked = predict("--source", "films", "A joy.")
+    assert asked.exit_code == 0, asked.output
     assert "negative 0." in asked.stdout and "positive 0." in asked.stdout
-    refused = ift("predict", str(mixed_run.path), "--source", "film", "A joy.")
-    assert refused.returncode == 5
+    refused = predict("--source", "film", "A joy.")
+    assert refused.exit_code == 5
     assert "reviews, topics, films" in refused.stderr
-    free = ift("predict", str(mixed_run.path), "--max-new-tokens", "4", "好")
+    free = predict("--max-new-tokens", "4", "好")
     assert "asked as reviews asks" in free.stderr and "--source reviews|topics|films" in free.stderr
 
 
