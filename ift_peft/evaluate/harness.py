@@ -70,6 +70,7 @@ def harness_scores(
                     num_fewshot=num_fewshot,
                     apply_chat_template=apply_chat_template,
                     batch_size=batch_size,
+                    resamples=resampling.samples,
                 )
     for note in (*loading, *(_chat_notes(parts) if apply_chat_template else ()), *notes()):
         reporter.note(note)
@@ -144,6 +145,7 @@ def _measured(
     num_fewshot: int | None,
     apply_chat_template: bool,
     batch_size: int,
+    resamples: int,
 ) -> Any:
     """What the harness's own `simple_evaluate` makes of a model as it stands."""
     from lm_eval import simple_evaluate
@@ -161,6 +163,7 @@ def _measured(
             num_fewshot=num_fewshot,
             apply_chat_template=apply_chat_template,
             log_samples=True,
+            bootstrap_iters=resamples,
         )
     except ValueError as error:
         raise RecipeError(
@@ -221,6 +224,13 @@ def _change(task: str, metric: str, choice: str, found: dict[Who, Any], resampli
     return compared(*by_row, score=mean, resampling=resampling).change
 
 
+def _bootstrapped(score: Any, samples: Sequence[Any], iters: int) -> float:
+    """The harness's standard error of a score that is no mean, by its own resampling, in this process."""
+    from lm_eval.api import metrics
+
+    return float(metrics.sample_stddev(metrics._bootstrap_internal(score, iters)((0, samples))))
+
+
 class _Collector(logging.Handler):
     """Keeps what the harness warns of, each place in its code once, with how often it did."""
 
@@ -270,15 +280,16 @@ def _told(reporter: Reporter) -> Iterator[Any]:
     """The harness without its log and bars: gives a function of what it warned of; progress goes to `reporter`."""
     import datasets
     from lm_eval import evaluator
-    from lm_eval.api import model, task
+    from lm_eval.api import metrics, model, task
     from lm_eval.models import huggingface
 
     logger, collector = logging.getLogger("lm_eval"), _Collector()
     before = logger.level, logger.propagate
     bars = datasets.are_progress_bars_disabled()
     own = type("Bar", (_Bar,), {"reporter": reporter})
-    # No setting turns these off. The last two run git, pip and others for a description that is not kept.
+    # No setting turns these off: bars; a bootstrap that prints and forks; git and pip, run for what is not kept.
     replaced: list[tuple[Any, str, Any]] = [(module, "tqdm", own) for module in (model, task, huggingface)]
+    replaced += [(metrics, "bootstrap_stderr", _bootstrapped)]
     replaced += [(evaluator, name, lambda *_: None) for name in ("get_git_commit_hash", "add_env_info")]
     with ExitStack() as stack:
         for module, name, value in replaced:

@@ -42,6 +42,7 @@ target_delimiter: ""
 metric_list:
   - {{metric: acc, aggregation: mean, higher_is_better: true}}
   - {{metric: brier_score, aggregation: brier_score, higher_is_better: false}}
+  - {{metric: mcc, aggregation: matthews_corrcoef, higher_is_better: true}}
 metadata: {{version: 1.0}}
 """
 
@@ -143,8 +144,9 @@ def test_the_command_prints_and_writes_what_it_measured(short_run: RunDir, tasks
     assert f"{accuracy['adapter']['value']:.3f} ± {accuracy['adapter']['stderr']:.3f}" in done.stdout
     assert written["versions"]["lm_eval"] and str(tasks) not in output.read_text("utf-8")
     assert not (short_run.path / "lm-eval.json").exists()
-    for noise in ("Warning", "WARNING", "fatal", "it/s", "pretrained"):
-        assert noise not in done.stderr
+    assert written["tasks"]["reviews"]["scores"]["mcc"]["base"]["stderr"] is not None
+    for noise in ("Warning", "WARNING", "fatal", "it/s", "pretrained", "bootstrapping"):
+        assert noise not in done.stderr + done.stdout
     refused = ift("lm-eval", str(short_run.path), "--tasks", "reviews", "--base-only", "--adapter-only")
     assert refused.returncode == 2
 
