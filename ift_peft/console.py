@@ -89,10 +89,32 @@ def print_scores(scores: dict[str, Any], *, title: str) -> None:
     out.print(f"\n{scores['intervals']};\nthe change is paired: both on the same resampled rows\n", markup=False)
     for name, signature in scores.get("signatures", {}).items():
         out.print(f"{name}: sacrebleu {signature}", markup=False)
+    _print_by_source(scores)
     _print_probes(scores)
     _print_forgetting(scores)
     if "confusion" in scores:
         _print_confusion(scores["confusion"])
+
+
+def main_metric(scores: dict[str, Any]) -> str:
+    """The score that tells most of a task: accuracy, the first of generated answers, or else the loss."""
+    generated = [name for name in scores["adapter"] if name not in ("loss", "perplexity")]
+    return generated[0] if generated else "loss"
+
+
+def _print_by_source(scores: dict[str, Any]) -> None:
+    """The main metric of each source of a mix."""
+    if "by_source" not in scores:
+        return
+    table = Table(title="by source", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for heading in ("", "rows", "metric", "base", "adapter", "change"):
+        table.add_column(heading, justify="left" if heading in ("", "metric") else "right")
+    for name, own in scores["by_source"].items():
+        metric = main_metric(own)
+        values = (f"{own[who][metric]['value']:.3f}" for who in ("base", "adapter"))
+        table.add_row(escape(name), str(own["rows"]), metric, *values, _cell(own["change"][metric], signed=True))
+    out.print(table)
+    out.print()
 
 
 def _print_probes(scores: dict[str, Any]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -17,6 +20,8 @@ Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1)]
 LabelWords = tuple[str, ...] | dict[str, str]
+Classes = tuple[str, ...] | dict[str, tuple[str, ...]]
+"""Of one task, empty where it has none; or, by the name of each source of a mix, in their order."""
 Phrasings = tuple[str, ...] | dict[Language, tuple[str, ...]]
 
 
@@ -192,9 +197,15 @@ class Quality(Section):
 
 
 class Source(Section):
-    """One of several sources of training rows; what is not set here is as in `data`."""
+    """One of several sources of training rows; what is not set here is as in `data`.
+
+    Sources with `labels`, `metrics` or a `name`, and no `data.labels` above them, are tasks of their own: a mix,
+    each of which is measured by itself.
+    """
 
     train: str
+    name: str | None = None
+    """What scores and `--source` call it; without one, its Hub id, its folder, or the folder that its file lies in."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """How often each of its rows is seen in an epoch; a fraction draws that share of them anew in every epoch."""
     test: str | None = None
@@ -208,6 +219,15 @@ class Source(Section):
     instruction: str | None = None
     instructions: Annotated[Instructions | None, BeforeValidator(as_section)] = None
     labels: Labels | None = None
+    metrics: tuple[GenerationMetric, ...] | None = None
+    """Scores of generated answers in the place of `evaluation.metrics`; for sources without labels."""
+
+    @property
+    def called(self) -> str:
+        """Its name, given or that of where its rows lie."""
+        path = Path(self.train)
+        folder = path.parent.name if path.suffix.lower() in DATA_SUFFIXES else path.name
+        return self.name or folder or path.stem
 
 
 class Data(Section):
@@ -256,11 +276,13 @@ class Data(Section):
         tested = self.test is not None or (self.sources and all(source.test is not None for source in self.sources))
         if self.streaming and not tested:
             faults.append("data.test to be set where rows are streamed")
-        if any(set(part.label_words) != set(self.label_words) for part, _ in self.by_source()):
+        parts = [part for part, _ in self.by_source()]
+        if self.labels is not None and any(set(part.label_words) != set(self.label_words) for part in parts):
             faults.append("the same classes in every source as in data.labels, by which all are measured")
-        if any(part.asks_for_labels and not part.label_words for part, _ in self.by_source()):
+        faults += self._faults_of_tasks(parts) if self.sources else ()
+        if any(part.asks_for_labels and not part.label_words for part in parts):
             faults.append("data.labels to be set where an instruction has {labels}")
-        if not self.label_words and self.augment is not None:
+        if self.augment is not None and not all(part.label_words for part in parts):
             faults.append("augment only with labels: a changed text may lose what a free answer takes from it")
         if self.streaming and (self.max_train_rows or self.quality or self.augment):
             faults.append("no max_train_rows, quality or augment where rows are streamed: they need all rows at once")
@@ -268,13 +290,41 @@ class Data(Section):
             raise ValueError("; ".join(faults))
         return self
 
+    def _faults_of_tasks(self, parts: Sequence[Data]) -> list[str]:
+        """What is wrong with sources as tasks of their own; `parts` are their sections."""
+        faults = [
+            f"metrics only in sources without labels, and {source.called!r} has labels"
+            for source, part in zip(self.sources, parts, strict=True)
+            if source.metrics and part.label_words
+        ]
+        if self.mixed and self.test is not None:
+            faults.append("test in each source in place of data.test, where sources are tasks of their own")
+        if self.mixed:
+            faults += [
+                f"a name of its own in each source, and {count} are called {name!r}"
+                for name, count in Counter(self.source_names).items()
+                if count > 1
+            ]
+        return faults
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the sources are tasks of their own, each measured by itself."""
+        own = any(one.labels is not None or one.metrics is not None or one.name is not None for one in self.sources)
+        return self.labels is None and own
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """What the sources are called, in order; unique where the sources are `mixed`."""
+        return tuple(source.called for source in self.sources)
+
     def by_source(self) -> list[tuple[Data, float]]:
         """The section of each source with its weight, as if that source were the only one."""
         if not self.sources:
             return [(self, 1.0)]
         parts = []
         for source in self.sources:
-            own = {name: value for name, value in source if value is not None and name != "weight"}
+            own = {name: value for name, value in source if value is not None and name in type(self).model_fields}
             if source.instruction is not None or source.instructions is not None:
                 own = {"instruction": None, "instructions": None, **own}
             parts.append((self.model_copy(update={"sources": (), "test": None, **own}), source.weight))
@@ -298,10 +348,22 @@ class Data(Section):
             return self.model_copy(update={"sources": (), "test": None}), len(self.sources)
         return self.by_source()[0][0], 0
 
+    def new_texts_of(self, source: int | None) -> tuple[Data, int]:
+        """As `for_new_texts`, of the source with this number; None: of no certain one."""
+        return self.for_new_texts if source is None else (self.by_source()[source][0], source)
+
     @property
     def protected_words(self) -> frozenset[str]:
         """The classes of every source: words that no augmentation may touch."""
         return frozenset(word for part, _ in self.by_source() for word in part.label_words)
+
+    @property
+    def classes(self) -> Classes:
+        """The classes by which rows are checked: those of the one task, or of each source of a mix by its name."""
+        if not self.mixed:
+            return self.label_words
+        parts = [part for part, _ in self.by_source()]
+        return {name: part.label_words for name, part in zip(self.source_names, parts, strict=True)}
 
     @property
     def label_words(self) -> tuple[str, ...]:

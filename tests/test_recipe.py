@@ -22,9 +22,9 @@ def test_every_shipped_recipe_loads_with_existing_rows_and_a_description(name: s
     recipe = load_recipe(name)
     assert recipe.name == name
     assert recipe.description
-    assert Path(recipe.data.train).is_file()
-    assert recipe.data.test is not None
-    assert Path(recipe.data.test).is_file()
+    for part, _ in recipe.data.by_source():
+        assert part.train is not None and part.test is not None
+        assert Path(part.train).is_file() and Path(part.test).is_file()
 
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ift_peft.cli.app import RunArgument, app, errors_to_exit_codes
+from ift_peft.cli.app import RunArgument, SourceOption, app, errors_to_exit_codes
 
 
 class Dtype(StrEnum):
@@ -23,6 +23,7 @@ class Dtype(StrEnum):
 def evaluate(
     run: RunArgument,
     data: Annotated[Path | None, typer.Option(help="Other rows, in the form that the run's recipe reads.")] = None,
+    source: SourceOption = None,
 ) -> None:
     """Measure base and adapter of a run again, on its own held-out rows or on others.
 
@@ -33,7 +34,7 @@ def evaluate(
     from ift_peft.run_dir import open_run
 
     opened = open_run(run)
-    scores = evaluate_run(opened, data=data, reporter=ConsoleReporter())
+    scores = evaluate_run(opened, data=data, source=source, reporter=ConsoleReporter())
     print_scores(scores, title=f"{opened.recipe().name}: {scores['rows']} rows of {data or 'its held-out set'}")
 
 

@@ -26,6 +26,9 @@ app = typer.Typer(
 )
 
 RunArgument = Annotated[Path, typer.Argument(help="A run folder, e.g. runs/sentiment/latest.")]
+SourceOption = Annotated[
+    str | None, typer.Option("--source", help="Of a run on several sources: read and ask as this one does.")
+]
 RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Folder of all runs.")]
 Overrides = Annotated[
     list[str] | None,

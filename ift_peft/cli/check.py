@@ -107,7 +107,7 @@ def _find(
         train,
         test,
         recipe.data.quality or Quality(),
-        labels=recipe.data.label_words,
+        labels=recipe.data.classes,
         lengths=lengths,
         max_length=max_length,
         progress=ConsoleReporter(),

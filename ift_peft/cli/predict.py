@@ -6,12 +6,15 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ift_peft.cli.app import RunArgument, app, errors_to_exit_codes
+from ift_peft.cli.app import RunArgument, SourceOption, app, errors_to_exit_codes
 from ift_peft.errors import DataError, IftPeftError, RunError
+
+if TYPE_CHECKING:
+    from ift_peft.infer.load import Parts
 
 BATCH = 256  # lines of a file answered at a time
 
@@ -26,6 +29,7 @@ def predict(
     ] = None,
     output_file: Annotated[Path | None, typer.Option("--output", help="Write JSONL here instead of printing.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest generated answer, in tokens.", min=1)] = 256,
+    source: SourceOption = None,
 ) -> None:
     """Answer texts with a run: labels with probabilities for classification, generated text otherwise.
 
@@ -38,6 +42,10 @@ def predict(
         raise RunError(expected=f"the folder of {output_file}", found="none", fix="make it first")
     items = iter(_items_of_file(input_file)) if input_file is not None else ({"text": text} for text in _texts(texts))
     parts = open_parts(open_run(run))
+    if source is not None:
+        parts = parts.as_source(source)
+    elif parts.recipe.data.mixed:
+        _tell_how_a_mix_is_asked(parts)
     model, _ = load_model(parts)
     as_json = input_file is not None or output_file is not None
     if output_file is None:
@@ -45,6 +53,14 @@ def predict(
             _print_answer(line, as_json=as_json)
         return
     write_atomically(output_file, json_lines(list(_answers(model, parts, items, max_new_tokens, stream=False))))
+
+
+def _tell_how_a_mix_is_asked(parts: Parts) -> None:
+    from ift_peft.console import err
+
+    names, (_, number) = parts.recipe.data.source_names, parts.recipe.data.for_new_texts
+    asked = f"texts are asked as {names[number]} asks" if number < len(names) else "texts are asked as data says"
+    err.print(f"{asked} and answered freely; --source {'|'.join(names)}", style="dim", markup=False)
 
 
 def _texts(texts: list[str] | None) -> Iterator[str]:

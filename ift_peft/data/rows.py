@@ -45,14 +45,14 @@ def read_rows(data: Data) -> tuple[list[Row], list[Row]]:
     return _sample(train, data.max_train_rows, data.seed), _sample(test, data.max_test_rows, data.seed)
 
 
-def read_rows_of(data: Data, source: str | None = None) -> list[Row]:
-    """Every row of `source` (by default `data.train`), unsplit, read as new texts are.
+def read_rows_of(data: Data, source: str | None = None, *, like: int | None = None) -> list[Row]:
+    """Every row of `source` (by default `data.train`), unsplit, read as new texts are, or `like` those of a source.
 
     Raises `Faults` like `read_rows`.
     """
     train = source or data.train
     faults: list[IftPeftError] = []
-    section, number = data.for_new_texts
+    section, number = data.new_texts_of(like)
     rows = [replace(row, source=number) for row in _read(section, train, data.train_split, faults)]
     if not faults and not rows:
         faults.append(_nothing("", train))

@@ -65,6 +65,8 @@ def _settings(run: RunDir) -> tuple[Settings, tuple[Any, ...]]:
     del values["description"], values["evaluation"]
     data = values["data"]
     sources = data.get("sources") or ()
+    for source in sources:
+        del source["name"], source["metrics"]
     owners = [(values["training"], "seed"), (values["training"], "data_seed")]
     owners += [(section, "seed") for section in (data.get("instructions"), data.get("augment")) if section]
     owners += [(source["instructions"], "seed") for source in sources if source.get("instructions")]

@@ -12,6 +12,7 @@ import numpy as np
 from ift_peft.data.render import Renderer, TokenRenderer
 from ift_peft.data.row import Row
 from ift_peft.evaluate import metrics
+from ift_peft.evaluate.by_source import Part
 from ift_peft.evaluate.calibration import calibration_scores
 from ift_peft.evaluate.code_metric import pass_at_k
 from ift_peft.evaluate.intervals import Floats
@@ -42,13 +43,15 @@ class Predictions:
     """What one model made of the held-out rows.
 
     Classification: `probabilities` of shape (rows, labels). Otherwise: `log_probabilities` of the reference answers and
-    their `tokens`, both of shape (rows,), and the model's own `answers` where the recipe asks for any.
+    their `tokens`, both of shape (rows,), and the model's own `answers` where the recipe asks for any. Of a mix, the
+    latter two for all rows, and `by_source` what it made of each part's.
     """
 
     probabilities: Floats | None = None
     log_probabilities: Floats | None = None
     tokens: Floats | None = None
     answers: Answers | None = None
+    by_source: tuple[Predictions, ...] = ()
 
     @property
     def chosen(self) -> list[int]:
@@ -115,9 +118,23 @@ def answer_rows(
 
 
 def compare(
-    rows: Sequence[Row], labels: Sequence[str], base: Predictions, adapter: Predictions, resampling: Resampling
+    rows: Sequence[Row],
+    labels: Sequence[str],
+    base: Predictions,
+    adapter: Predictions,
+    resampling: Resampling,
+    *,
+    parts: Sequence[Part] = (),
 ) -> dict[str, Any]:
-    """The content of scores.json: `base`, `adapter` and `change` (adapter minus base), each value with its interval."""
+    """The content of scores.json: `base`, `adapter` and `change` (adapter minus base), each value with its interval.
+
+    Of a mix, the likelihood of all answers, and `by_source` the same content for each of its `parts`.
+    """
+    if parts:
+        whole = compare(rows, (), base, adapter, resampling)
+        found = zip(parts, base.by_source, adapter.by_source, strict=True)
+        own = {part.name: compare(part.of(rows), part.labels, one, two, resampling) for part, one, two in found}
+        return {**whole, "by_source": own}
     scores: dict[str, Any] = {"rows": len(rows), "intervals": resampling.describe()}
     if labels:
         truth = [labels.index(row.answer) for row in rows]
@@ -172,9 +189,19 @@ def _add_answer_scores(
 
 
 def prediction_lines(
-    rows: Sequence[Row], labels: Sequence[str], base: Predictions, adapter: Predictions
+    rows: Sequence[Row],
+    labels: Sequence[str],
+    base: Predictions,
+    adapter: Predictions,
+    *,
+    parts: Sequence[Part] = (),
 ) -> list[dict[str, Any]]:
-    """One object for each row: where it came from, its reference, and what base and adapter made of it."""
+    """One object for each row: where it came from, its reference, and what base and adapter made of it.
+
+    Of a mix, also its `source`; and `likelihood`, that of the answer, beside the probabilities of labels.
+    """
+    if parts:
+        return _lines_of_parts(rows, base, adapter, parts)
     lines: list[dict[str, Any]] = []
     for index, row in enumerate(rows):
         line: dict[str, Any] = {"row": index, "answer": row.answer}
@@ -190,6 +217,19 @@ def prediction_lines(
             if predictions.answers is not None:
                 line[name] |= _answer_line(predictions.answers, index)
         lines.append(line)
+    return lines
+
+
+def _lines_of_parts(
+    rows: Sequence[Row], base: Predictions, adapter: Predictions, parts: Sequence[Part]
+) -> list[dict[str, Any]]:
+    lines = prediction_lines(rows, (), base, adapter)
+    for part, one, two in zip(parts, base.by_source, adapter.by_source, strict=True):
+        own = prediction_lines(part.of(rows), part.labels, one, two)
+        for number, line in zip(part.at, own, strict=True):
+            whole = {who: lines[number][who] for who in ("base", "adapter")}
+            named = {**line, "row": number, "source": part.name}
+            lines[number] = {**named, "likelihood": whole} if part.labels else named
     return lines
 
 

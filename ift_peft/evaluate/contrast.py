@@ -85,7 +85,8 @@ class Contrast:
 
     def describe(self) -> str:
         """How intervals and p-values were made."""
-        rows = "rows, each with all its phrasings" if len(self.probes) > 1 else "rows"
+        asked = any(probe.name in PROBES and probe.name != HELD_OUT for probe in self.probes)
+        rows = "rows, each with all its phrasings" if asked else "rows"
         seeds = ", and over the runs of each arm" if any(len(arm.runs) > 1 for arm in self.arms) else ""
         drawn = self.resampling
         text = f"{100 * drawn.confidence:g} % intervals: bootstrap over {rows}{seeds} ({drawn.samples} resamples)"
@@ -139,13 +140,34 @@ def contrast(runs: Sequence[RunDir], resampling: Resampling) -> Contrast:
         table = _read(kept, file, notes, name)
         if table is not None:
             probes.append(_probe(name, table, arms, resampling))
+    for source in _sources(kept, notes):
+        name = f"{HELD_OUT}: {source}"
+        table = _read(kept, PROBES[HELD_OUT], notes, name, source=source)
+        if table is not None:
+            probes.append(_probe(name, table, arms, resampling))
     notes += [f"{arm.name}: one run; its interval says nothing of other seeds" for arm in arms if len(arm.runs) == 1]
     return Contrast(tuple(arms), tuple(probes), tuple(notes), resampling)
 
 
-def _read(runs: Sequence[RunDir], file: str, notes: list[str], probe: str) -> _Table | None:
-    """The lines of all runs by row, of rows that all of them have; None where they have none in common."""
-    measured = [_by_row(run, file) for run in runs]
+def _sources(runs: Sequence[RunDir], notes: list[str]) -> list[str]:
+    """The sources that all runs measured by themselves; of mixes, each is compared like a probe."""
+    each = [
+        dict.fromkeys(line["source"] for line in read_lines(run, PROBES[HELD_OUT]) if "source" in line) for run in runs
+    ]
+    common = [name for name in each[0] if all(name in names for names in each)]
+    if any(len(names) > len(common) for names in each):
+        notes.append("only sources of one name in all runs are compared by themselves")
+    return common
+
+
+def _read(
+    runs: Sequence[RunDir], file: str, notes: list[str], probe: str, *, source: str | None = None
+) -> _Table | None:
+    """The lines of all runs by row, of rows that all of them have; None where they have none in common.
+
+    With `source`, its lines as the task that they are; without, those of a mix by the likelihood of their answers.
+    """
+    measured = [_by_row(run, file, source=source) for run in runs]
     kinds = {kind for kind, _ in measured}
     if len(kinds) > 1:
         raise RunError(
@@ -169,12 +191,14 @@ def _read(runs: Sequence[RunDir], file: str, notes: list[str], probe: str) -> _T
     return _Table(PER_TOKEN, scores, tokens) if same else _Table(PER_ANSWER, scores, lines)
 
 
-def _by_row(run: RunDir, file: str) -> tuple[str, dict[int, Floats]]:
+def _by_row(run: RunDir, file: str, *, source: str | None) -> tuple[str, dict[int, Floats]]:
     """The kind of score, and for each row the sums of score, lines and tokens (nan where not recorded)."""
     rows: dict[int, Floats] = {}
     kind = ACCURACY
     for line in read_lines(run, file):
-        adapter = line["adapter"]
+        if source is not None and line.get("source") != source:
+            continue
+        adapter = line["adapter"] if source is not None else line.get("likelihood", line)["adapter"]
         if "log_probability" in adapter:
             kind = "loss"
             tokens = adapter.get("tokens", line.get("tokens", np.nan))

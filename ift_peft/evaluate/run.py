@@ -9,12 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ift_peft.data.instructions import unseen_pool
 from ift_peft.data.render import TokenRenderer
 from ift_peft.data.row import Row
-from ift_peft.errors import RecipeError
+from ift_peft.errors import RecipeError, RunError
+from ift_peft.evaluate.by_source import Part, check_mix, parts_of
 from ift_peft.evaluate.code_metric import code_of, run_all
 from ift_peft.evaluate.compare import Answers, Predictions, answer_rows, compare, predict_rows
 from ift_peft.evaluate.forgetting import forgetting_scores, general_losses, general_texts
@@ -24,7 +26,7 @@ from ift_peft.evaluate.probes import Probe, check_probes, make_probes, probe_lin
 from ift_peft.infer.load import held_out_rows, load_model, open_parts
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir
-from ift_peft.sections import Evaluation
+from ift_peft.sections import Data, Evaluation, Pool
 
 
 def measure(
@@ -37,17 +39,21 @@ def measure(
     adapter: bool,
     reporter: Reporter,
     what: str = "",
+    source: str = "",
+    parts: Sequence[Part] = (),
 ) -> Predictions:
     """Predictions of a PEFT model with its adapter on or off, reported as one stage.
 
     On the held-out rows themselves, not on a probe's (`what`), answers are generated as well where the recipe has
-    metrics of them.
+    metrics of them. The `parts` of a mix are measured one after another; `source` names the rows of one.
     """
+    if parts:
+        return _measure_parts(model, renderer, rows, section, parts, adapter=adapter, reporter=reporter)
     generating = bool(section.metrics) and not what
     if generating:
         check_metrics(section, labels, rows)
     who = f"measuring the {'adapter' if adapter else 'base'}"
-    reporter.stage(f"{who} on {what}" if what else who, len(rows) * max(1, len(labels)))
+    reporter.stage(f"{who} on {what or source}" if what or source else who, len(rows) * max(1, len(labels)))
     predictions = predict_rows(
         model,
         renderer,
@@ -60,7 +66,8 @@ def measure(
     reporter.finish()
     if not generating:
         return predictions
-    reporter.stage(f"generating with the {'adapter' if adapter else 'base'}", len(rows) * section.samples)
+    who = f"generating with the {'adapter' if adapter else 'base'}"
+    reporter.stage(f"{who} for {source}" if source else who, len(rows) * section.samples)
     answers = answer_rows(
         model,
         renderer,
@@ -73,6 +80,57 @@ def measure(
     if "pass_at_k" in section.metrics:
         answers = _tested(answers, [row.tests or "" for row in rows], section, reporter)
     return replace(predictions, answers=answers)
+
+
+def _measure_parts(
+    model: Any,
+    renderer: TokenRenderer,
+    rows: Sequence[Row],
+    section: Evaluation,
+    parts: Sequence[Part],
+    *,
+    adapter: bool,
+    reporter: Reporter,
+) -> Predictions:
+    """What was made of each part by itself, and the likelihood of the answers of all rows."""
+    by_source = [
+        measure(
+            model,
+            renderer,
+            part.of(rows),
+            part.labels,
+            part.section,
+            adapter=adapter,
+            reporter=reporter,
+            source=part.name,
+        )
+        for part in parts
+    ]
+    sums = np.full((2, len(rows)), np.nan)
+    for part, found in zip(parts, by_source, strict=True):
+        if found.log_probabilities is not None:
+            sums[:, list(part.at)] = found.log_probabilities, found.tokens
+    left = np.flatnonzero(np.isnan(sums[0])).tolist()
+    if left:
+        plain = section.model_copy(update={"metrics": ()})
+        others = [rows[number] for number in left]
+        found = measure(
+            model, renderer, others, (), plain, adapter=adapter, reporter=reporter, source="answers with labels"
+        )
+        sums[:, left] = found.log_probabilities, found.tokens
+    return Predictions(log_probabilities=sums[0], tokens=sums[1], by_source=tuple(by_source))
+
+
+def check_evaluation(data: Data, section: Evaluation, rows: Sequence[Row], *, unseen: Pool | None) -> None:
+    """Raises `RecipeError` for what a recipe wants measured and its task, tasks or held-out rows do not have."""
+    if not data.mixed:
+        check_metrics(section, data.label_words, rows)
+        check_probes(rows, section, unseen=unseen, labels=data.label_words)
+        return
+    check_mix(data, section, unseen=unseen)
+    check_targets(section.model_copy(update={"metrics": ()}), ())  # of all rows, only their likelihood is measured
+    for part in parts_of(data, section, rows):
+        check_metrics(part.section, part.labels, part.of(rows))
 
 
 def check_metrics(section: Evaluation, labels: Sequence[str], rows: Sequence[Row]) -> None:
@@ -170,15 +228,21 @@ def forgotten(section: Evaluation, base: Predictions | None, adapter: Prediction
     return {"forgetting": forgetting_scores(section, base, adapter, resampling(section))}
 
 
-def evaluate_run(run: RunDir, *, data: Path | None, reporter: Reporter) -> dict[str, Any]:
-    """The scores of base and adapter on the run's held-out rows, or on those of `data`, in the form of scores.json."""
+def evaluate_run(run: RunDir, *, data: Path | None, reporter: Reporter, source: str | None = None) -> dict[str, Any]:
+    """The scores of base and adapter on the run's held-out rows, or on those of `data`, in the form of scores.json.
+
+    Rows of `data` are read, asked and, in a mix, measured as those of `source`. Raises `RunError` where there is none
+    of that name.
+    """
     parts = open_parts(run)
-    fitted = held_out_rows(parts, data)
+    if source is not None and data is None:
+        raise RunError(expected="--source with --data", found="--source alone", fix="name a file of rows with --data")
+    fitted = held_out_rows(parts if source is None else parts.as_source(source), data)
     rows = fitted.rows
     section, labels = parts.recipe.evaluation, parts.labels
-    check_metrics(section, labels, rows)
     unseen = unseen_pool(parts.recipe.data, section.unseen_instructions)
-    check_probes(rows, section, unseen=unseen, labels=labels)
+    check_evaluation(parts.recipe.data, section, rows, unseen=unseen)
+    tasks = parts_of(parts.recipe.data, section, rows)
     probes = make_probes(
         rows,
         parts.askers,
@@ -193,7 +257,7 @@ def evaluate_run(run: RunDir, *, data: Path | None, reporter: Reporter) -> dict[
     for note in (*fitted.fit.notes("held-out rows", parts.max_length), *cut, *notes):
         reporter.note(note)
     base, adapted = (
-        measure(model, parts.renderer, rows, labels, section, adapter=adapter, reporter=reporter)
+        measure(model, parts.renderer, rows, labels, section, adapter=adapter, reporter=reporter, parts=tasks)
         for adapter in (False, True)
     )
     general = (
@@ -201,7 +265,7 @@ def evaluate_run(run: RunDir, *, data: Path | None, reporter: Reporter) -> dict[
         for adapter in (False, True)
     )
     return {
-        **compare(rows, labels, base, adapted, resampling(section)),
+        **compare(rows, labels, base, adapted, resampling(section), parts=tasks),
         **measure_probes(model, parts.renderer, probes, labels, section, reporter=reporter),
         **forgotten(section, *general),
     }

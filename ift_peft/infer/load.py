@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,13 +35,17 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of, without weights: enough to render, compare and report."""
+    """What a run is made of, without weights: enough to render, compare and report.
+
+    With `source`, the number of one, new texts are asked as its rows are and answered by its labels.
+    """
 
     run: RunDir
     recipe: Recipe
     location: BaseLocation
     renderer: TokenRenderer
     max_length: int | None
+    source: int | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -49,7 +53,19 @@ class Parts:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        return self.recipe.data.label_words
+        data = self.recipe.data
+        return data.label_words if self.source is None else data.new_texts_of(self.source)[0].label_words
+
+    def as_source(self, name: str) -> Parts:
+        """These parts for new texts of the source of this name. Raises `RunError` where there is none, or several."""
+        names = self.recipe.data.source_names
+        if names.count(name) == 1:
+            return replace(self, source=names.index(name))
+        raise RunError(
+            expected=f"--source with one of {', '.join(names)}" if names else "no --source: the run has but one",
+            found=f"{name!r}, as several are called" if name in names else repr(name),
+            fix="name sources in the recipe (data.sources)" if name in names else "see data.sources of its recipe.yaml",
+        )
 
     @cached_property
     def askers(self) -> list[Asker]:
@@ -65,13 +81,13 @@ class Parts:
 
     def ask(self, text: str) -> Question:
         """The question that training would have made of `text`; of several phrasings, the first for its language."""
-        _, number = self.recipe.data.for_new_texts
+        _, number = self.recipe.data.new_texts_of(self.source)
         asker = self.askers[number]
         return Question(asker.prompt(text, asker.first_instruction(text)), text)
 
     def converse(self, messages: Sequence[Message]) -> Question:
         """A conversation as training would have it: with the recipe's system message, where it brings none."""
-        system = self.recipe.data.for_new_texts[0].system
+        system = self.recipe.data.new_texts_of(self.source)[0].system
         head = () if not system or messages[0]["role"] == "system" else ({"role": "system", "content": system},)
         return Question((*head, *messages))
 
@@ -141,5 +157,6 @@ def held_out_rows(parts: Parts, data_path: Path | None = None) -> Fitted:
     if data_path is None:
         rows = [from_saved(json.loads(line)) for line in parts.run.test_rows.read_text("utf-8").splitlines()]
     else:
-        rows = ask_held_out(read_rows_of(parts.recipe.data, str(data_path)), parts.askers)
+        rows = read_rows_of(parts.recipe.data, str(data_path), like=parts.source)
+        rows = ask_held_out(rows, parts.askers)
     return fit_rows(rows, parts.renderer, max_length=parts.max_length, overlong=parts.recipe.data.overlong)

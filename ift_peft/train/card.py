@@ -6,6 +6,7 @@ from typing import Any
 
 from ift_peft.data.instructions import Asker
 from ift_peft.recipe import Recipe
+from ift_peft.sections import Data
 
 _CARD = """---
 base_model: {base}
@@ -48,14 +49,11 @@ It was measured on the rows above and on nothing else. Other domains, languages 
 def adapter_card(recipe: Recipe, *, base: str, scores: dict[str, Any], rows: int) -> str:
     """The text of README.md: what it is, what it scored, how it is asked. Holds no path of the machine."""
     data = recipe.data
-    asked = ""
-    labels = f" The answer is one of: {', '.join(data.label_words)}." if data.labels else ""
-    asker = Asker(data.for_new_texts[0])
-    if asker.data.instruction is not None or asker.section is not None:
-        few = sorted({asker.first_instruction(text) or "" for text in ("中文", "English") if asker.suits(text)})
-        shown = "\n".join(f"    {line}" for one in few for line in asker.prompt("…", one)[-1]["content"].splitlines())
-        several = "in several phrasings, for example\n" if asker.section is not None else "as"
-        asked = f"Texts were asked about {several}\n\n{shown}\n\n{labels.strip()}\n\n".replace("\n\n\n", "\n\n")
+    if data.mixed:
+        parts = (part for part, _ in data.by_source())
+        asked = "".join(_asked(part, f"Texts of {name}") for name, part in zip(data.source_names, parts, strict=True))
+    else:
+        asked = _asked(data.for_new_texts[0], "Texts")
     quantization = "unquantised" if recipe.base.quantization == "none" else recipe.base.quantization
     classifier = recipe.base.head == "sequence-classification"
     return _CARD.format(
@@ -74,13 +72,27 @@ def adapter_card(recipe: Recipe, *, base: str, scores: dict[str, Any], rows: int
     )
 
 
+def _asked(data: Data, texts: str) -> str:
+    """How the rows of one section were asked; empty where they bring their questions along."""
+    asker = Asker(data)
+    if data.instruction is None and asker.section is None:
+        return ""
+    labels = f"The answer is one of: {', '.join(data.label_words)}." if data.labels else ""
+    few = sorted({asker.first_instruction(text) or "" for text in ("中文", "English") if asker.suits(text)})
+    shown = "\n".join(f"    {line}" for one in few for line in asker.prompt("…", one)[-1]["content"].splitlines())
+    several = "in several phrasings, for example\n" if asker.section is not None else "as"
+    return f"{texts} were asked about {several}\n\n{shown}\n\n{labels}\n\n".replace("\n\n\n", "\n\n")
+
+
 def score_rows(scores: dict[str, Any]) -> list[str]:
-    """Lines of a Markdown table: metric, base, adapter, change."""
+    """Lines of a Markdown table: metric, base, adapter, change; in a mix, also those of each source."""
     lines = []
-    for name in scores["adapter"]:
-        cells = [
-            f"{part['value']:.3f} ({part['low']:.3f} to {part['high']:.3f})" if (part := scores[who].get(name)) else ""
-            for who in ("base", "adapter", "change")
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    whole = {"": scores, **{f"{name}: ": own for name, own in scores.get("by_source", {}).items()}}
+    for source, own in whole.items():
+        for name in own["adapter"]:
+            cells = [
+                f"{part['value']:.3f} ({part['low']:.3f} to {part['high']:.3f})" if (part := own[who].get(name)) else ""
+                for who in ("base", "adapter", "change")
+            ]
+            lines.append(f"| {source}{name} | {' | '.join(cells)} |")
     return lines

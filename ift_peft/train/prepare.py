@@ -21,15 +21,15 @@ from ift_peft.data.render import Rendered, TokenRenderer
 from ift_peft.data.row import Row
 from ift_peft.data.rows import held_out_rows, read_rows, split_rows, stream_rows, to_saved
 from ift_peft.data.store import RenderedSet, content_key, render_set
-from ift_peft.evaluate.probes import Probe, check_probes, make_probes
-from ift_peft.evaluate.run import check_metrics
+from ift_peft.evaluate.probes import Probe, make_probes
+from ift_peft.evaluate.run import check_evaluation
 from ift_peft.model.adapter import matched_modules
 from ift_peft.model.base import skeleton
 from ift_peft.model.tokenizer import BaseLocation, ensure_pad_token, load_tokenizer, locate_base
 from ift_peft.recipe import Recipe
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir
-from ift_peft.sections import Data, Quality
+from ift_peft.sections import Classes, Data, Quality
 from ift_peft.selection import Validation
 from ift_peft.train.arguments import choose_max_length
 from ift_peft.train.batching import Epochs
@@ -80,8 +80,7 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
     unseen = unseen_pool(data, recipe.evaluation.unseen_instructions)
     train_rows, test_rows = (None, held_out_rows(data)) if data.streaming else read_rows(data)
     by_source = askers(data)
-    check_metrics(recipe.evaluation, data.label_words, test_rows)
-    check_probes(test_rows, recipe.evaluation, unseen=unseen, labels=data.label_words)
+    check_evaluation(data, recipe.evaluation, test_rows, unseen=unseen)
     test_rows = ask_held_out(test_rows, by_source)
     location = locate_base(recipe.base.model, revision=recipe.base.revision)
     tokenizer = load_tokenizer(location)
@@ -95,7 +94,7 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
     checked = None
     if train_rows is not None and data.quality is not None:
         checked = _check(
-            train_rows, test_rows, data.quality, renderer, by_source, labels=data.label_words, max_length=max_length
+            train_rows, test_rows, data.quality, renderer, by_source, labels=data.classes, max_length=max_length
         )
         train_rows = checked.cleaned.rows
         notes += checked.notes()
@@ -156,7 +155,7 @@ def _check(
     renderer: TokenRenderer,
     by_source: Sequence[Asker],
     *,
-    labels: Sequence[str],
+    labels: Classes,
     max_length: int | None,
 ) -> Checked:
     """The findings of data.quality, and what is left. Raises `DataError` for findings that it stops at."""
@@ -213,8 +212,9 @@ def _asked(
 def _unmeasured(data: Data, test_rows: Sequence[Row]) -> str | None:
     """A note on sources of which nothing is held out."""
     measured = {row.source for row in test_rows}
-    missing = [part.train for number, (part, _) in enumerate(data.by_source()) if number not in measured]
-    return f"no held-out rows of {', '.join(Path(str(name)).name for name in missing)}" if missing else None
+    names = data.source_names if data.mixed else [Path(str(part.train)).name for part, _ in data.by_source()]
+    missing = [name for number, name in enumerate(names) if number not in measured]
+    return f"no held-out rows of {', '.join(missing)}" if missing else None
 
 
 def _epochs(data: Data, train: RenderedSet) -> Epochs:

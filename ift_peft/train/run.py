@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ift_peft.errors import RunError
+from ift_peft.evaluate.by_source import parts_of
 from ift_peft.evaluate.compare import compare, prediction_lines
 from ift_peft.evaluate.forgetting import general_texts
 from ift_peft.evaluate.gates import target_gates
@@ -126,19 +127,22 @@ def _train_and_measure(
 ) -> None:
     session = open_session(recipe, prepared, run, reporter)
     rows, labels = prepared.test.rows, recipe.data.label_words
-    measuring = partial(measure, session.model, prepared.renderer, rows, labels, recipe.evaluation, reporter=reporter)
+    tasks = parts_of(recipe.data, recipe.evaluation, rows)
+    measuring = partial(
+        measure, session.model, prepared.renderer, rows, labels, recipe.evaluation, reporter=reporter, parts=tasks
+    )
     general = partial(measure_general, session.model, prepared.tokenizer, recipe.evaluation, reporter=reporter)
     before, general_before = measuring(adapter=False), general(adapter=False)
     session.fit(checkpoint)
     after = measuring(adapter=True)
-    scores = compare(rows, labels, before, after, resampling(recipe.evaluation))
+    scores = compare(rows, labels, before, after, resampling(recipe.evaluation), parts=tasks)
     scores |= measure_probes(
         session.model, prepared.renderer, prepared.probes, labels, recipe.evaluation, reporter=reporter, run=run
     )
     scores |= forgotten(recipe.evaluation, general_before, general(adapter=True))
     scores["gates"] = target_gates(recipe.evaluation, scores)
     run.write("scores.json", scores)
-    run.write_lines("predictions.jsonl", prediction_lines(rows, labels, before, after))
+    run.write_lines("predictions.jsonl", prediction_lines(rows, labels, before, after, parts=tasks))
     _save_adapter(session, scores)
     trained, every = session.parameters
     run.update_manifest(notes=session.notes, parameters={"trained": trained, "all": every}, **session.outcome())

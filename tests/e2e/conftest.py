@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ift_peft.run_dir import RunDir, open_run
-from tests.conftest import OFFLINE
+from tests.conftest import OFFLINE, ROOT
 
 SHORT = (
     "base.device=cpu",
@@ -21,14 +21,39 @@ SHORT = (
 )
 
 
+FEW_OF_EACH = (
+    "base.device=cpu",
+    "data.max_train_rows=96",
+    "data.max_test_rows=60",
+    "training.max_steps=8",
+    "training.per_device_train_batch_size=8",
+    "evaluation.bootstrap_samples=200",
+    "evaluation.forgetting=false",
+    "evaluation.max_new_tokens=8",
+)
+
+
+@pytest.fixture(scope="session")
+def mixed_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """`ift train multitask` for eight steps, in a fresh process without network."""
+    folder = tmp_path_factory.mktemp("mixed")
+    _train(folder, "multitask", *FEW_OF_EACH)
+    return open_run(folder / "runs" / "multitask" / "latest")
+
+
 @pytest.fixture(scope="session")
 def short_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """`ift train sentiment` on 160 rows over NF4, in a fresh process without network."""
     folder = tmp_path_factory.mktemp("short")
+    _train(folder, "sentiment", *SHORT)
+    return open_run(folder / "runs" / "sentiment" / "latest")
+
+
+def _train(folder: Path, *arguments: str) -> None:
     finished = subprocess.run(
-        [sys.executable, "-m", "ift_peft", "train", "sentiment", *SHORT],
+        [sys.executable, "-m", "ift_peft", "train", *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(OFFLINE)},
+        env={**os.environ, "PYTHONPATH": f"{OFFLINE}{os.pathsep}{ROOT}"},
         capture_output=True,
         text=True,
         timeout=600,
@@ -36,7 +61,6 @@ def short_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     assert finished.returncode == 0, finished.stderr
     (folder / "stdout").write_text(finished.stdout, "utf-8")
     (folder / "stderr").write_text(finished.stderr, "utf-8")
-    return open_run(folder / "runs" / "sentiment" / "latest")
 
 
 @pytest.fixture(scope="session")

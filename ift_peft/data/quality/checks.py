@@ -14,7 +14,9 @@ from ift_peft.data.quality.personal_data import personal_data
 from ift_peft.data.quality.writing import bad_characters, language_of
 from ift_peft.data.row import Row
 from ift_peft.reporter import Reporter, Silent
-from ift_peft.sections import Quality
+from ift_peft.sections import Classes, Quality
+
+OF_LABELS = ("mislabelled", "imbalance")
 
 
 def find(
@@ -22,26 +24,43 @@ def find(
     test: Sequence[Row],
     section: Quality,
     *,
-    labels: Sequence[str],
+    labels: Classes,
     lengths: Sequence[int] | None,
     max_length: int | None,
     progress: Reporter | None = None,
 ) -> list[Finding]:
     """Everything that the checks which are not off find, in the order of the section's settings.
 
-    `labels` are the recipe's classes, empty for free answers; `lengths` the token counts of the training rows before
-    they were made to fit `max_length`. Only training rows are objected to.
+    `labels` are the recipe's classes, empty for free answers, or those of each source of a mix; `lengths` the token
+    counts of the training rows before they were made to fit `max_length`. Only training rows are objected to. What has
+    to do with classes is looked for in each source of a mix by itself.
     """
-    checks = _Checks(train, test, section, labels, lengths if max_length is not None else None, max_length or 0)
+    whole = () if isinstance(labels, dict) else labels
+    checks = _Checks(train, test, section, whole, lengths if max_length is not None else None, max_length or 0)
     active = [kind for kind in KINDS if action_of(kind, section) != "off"]
     progress = progress or Silent()
     progress.stage("checking rows", len(active))
     findings: list[Finding] = []
     for done, kind in enumerate(active):
         progress.advance(done, kind)
-        findings += checks.by_kind[kind]()
+        if isinstance(labels, dict) and kind in OF_LABELS:
+            findings += _in_each(kind, train, section, labels)
+        else:
+            findings += checks.by_kind[kind]()
     progress.advance(len(active))
     progress.finish()
+    return findings
+
+
+def _in_each(kind: str, train: Sequence[Row], section: Quality, labels: dict[str, tuple[str, ...]]) -> list[Finding]:
+    """What a check finds in the rows of each source that has classes, with the source's name."""
+    findings = []
+    for source, (name, words) in enumerate(labels.items()):
+        at = [number for number, row in enumerate(train) if row.source == source]
+        checks = _Checks([train[number] for number in at], (), section, words, None, 0)
+        for found in checks.by_kind[kind]() if words else ():
+            rows = tuple(at[number] for number in found.rows)
+            findings.append(replace(found, rows=rows, advice=f"in {name}: {found.advice}"))
     return findings
 
 
