@@ -18,9 +18,10 @@ from ift_peft.errors import RecipeError
 from ift_peft.evaluate.code_metric import code_of, run_all
 from ift_peft.evaluate.compare import Answers, Predictions, answer_rows, compare, predict_rows
 from ift_peft.evaluate.forgetting import forgetting_scores, general_losses, general_texts
-from ift_peft.evaluate.gates import check_targets
+from ift_peft.evaluate.gates import all_gates, check_targets
 from ift_peft.evaluate.metrics import Resampling
 from ift_peft.evaluate.probes import Probe, check_probes, make_probes, probe_lines, probe_scores
+from ift_peft.evaluate.safety import SETS, Replies, reply, safety_lines, safety_prompts, safety_scores
 from ift_peft.infer.load import held_out_rows, load_model, open_parts
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir
@@ -170,6 +171,50 @@ def forgotten(section: Evaluation, base: Predictions | None, adapter: Prediction
     return {"forgetting": forgetting_scores(section, base, adapter, resampling(section))}
 
 
+def measure_safety(
+    model: Any, renderer: Renderer, labels: Sequence[str], section: Evaluation, *, adapter: bool, reporter: Reporter
+) -> Replies | None:
+    """What a PEFT model with its adapter on or off answers to harmful and harmless prompts; None where not asked."""
+    prompts = safety_prompts(section)
+    if not prompts:
+        return None
+    reporter.stage(f"asking the {'adapter' if adapter else 'base'} harmful and harmless prompts", len(prompts))
+    replies = reply(
+        model,
+        renderer,
+        prompts,
+        labels,
+        section,
+        adapter=adapter,
+        progress=lambda done, total: reporter.advance(done),
+    )
+    reporter.finish()
+    refused = any(
+        kind == "refusal" for kind, prompt in zip(replies.kinds, prompts, strict=True) if prompt.of == SETS[0]
+    )
+    if not adapter and not refused:
+        reporter.note(
+            "the base refuses none of the harmful prompts: it has no refusals to lose, only refusal_preference"
+        )
+    return replies
+
+
+def safety(
+    section: Evaluation,
+    labels: Sequence[str],
+    base: Replies | None,
+    adapter: Replies | None,
+    *,
+    run: RunDir | None = None,
+) -> dict[str, Any]:
+    """The entry `safety` of scores.json, where it was measured; with `run`, answers go to predictions-safety.jsonl."""
+    if base is None or adapter is None:
+        return {}
+    if run is not None:
+        run.write_lines("predictions-safety.jsonl", safety_lines(base, adapter))
+    return {"safety": safety_scores(section, labels, base, adapter, resampling(section))}
+
+
 def evaluate_run(run: RunDir, *, data: Path | None, reporter: Reporter) -> dict[str, Any]:
     """The scores of base and adapter on the run's held-out rows, or on those of `data`, in the form of scores.json."""
     parts = open_parts(run)
@@ -200,8 +245,14 @@ def evaluate_run(run: RunDir, *, data: Path | None, reporter: Reporter) -> dict[
         measure_general(model, parts.tokenizer, section, adapter=adapter, reporter=reporter)
         for adapter in (False, True)
     )
-    return {
+    refusals = (
+        measure_safety(model, parts.renderer, labels, section, adapter=adapter, reporter=reporter)
+        for adapter in (False, True)
+    )
+    scores = {
         **compare(rows, labels, base, adapted, resampling(section)),
         **measure_probes(model, parts.renderer, probes, labels, section, reporter=reporter),
         **forgotten(section, *general),
+        **safety(section, labels, *refusals),
     }
+    return {**scores, "gates": all_gates(section, scores)}

@@ -28,7 +28,7 @@ A LoRA adapter for `{base}`, trained on {rows:,} rows over {quantization} weight
 
 {intervals}. Change is adapter minus base on the same resampled rows.
 
-## Use
+{safety}## Use
 
 ```python
 from peft import PeftModel
@@ -66,17 +66,32 @@ def adapter_card(recipe: Recipe, *, base: str, scores: dict[str, Any], rows: int
         test_rows=scores["rows"],
         table="\n".join(score_rows(scores)),
         intervals=scores["intervals"],
+        safety=safety_part(scores),
         asked=asked,
     )
+
+
+def safety_part(scores: dict[str, Any]) -> str:
+    """The section on refusals, empty where they were not measured."""
+    if "safety" not in scores:
+        return ""
+    lines = [
+        f"Refused of {part['rows']} {of} prompts ({part['source']}): base {part['base']['refusals']['value']:.3f}, "
+        f"adapter {_spelled(part['adapter']['refusals'])}."
+        for of, part in ((of, scores["safety"][of]) for of in ("harmful", "harmless"))
+    ]
+    told = "Told by the first words of greedy answers to prompts asked bare: no judgement of what was answered."
+    return "\n".join(["## Safety", "", *lines, told, "", ""])
 
 
 def score_rows(scores: dict[str, Any]) -> list[str]:
     """Lines of a Markdown table: metric, base, adapter, change."""
     lines = []
     for name in scores["adapter"]:
-        cells = [
-            f"{part['value']:.3f} ({part['low']:.3f} to {part['high']:.3f})" if (part := scores[who].get(name)) else ""
-            for who in ("base", "adapter", "change")
-        ]
+        cells = [_spelled(part) if (part := scores[who].get(name)) else "" for who in ("base", "adapter", "change")]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
+
+
+def _spelled(part: dict[str, float]) -> str:
+    return f"{part['value']:.3f} ({part['low']:.3f} to {part['high']:.3f})"

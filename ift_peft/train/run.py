@@ -22,8 +22,17 @@ from trl import SFTConfig
 from ift_peft.errors import RecipeError, RunError, TrainingError, first_line
 from ift_peft.evaluate.compare import compare, prediction_lines
 from ift_peft.evaluate.forgetting import general_texts
-from ift_peft.evaluate.gates import target_gates
-from ift_peft.evaluate.run import forgotten, measure, measure_general, measure_probes, resampling
+from ift_peft.evaluate.gates import all_gates
+from ift_peft.evaluate.run import (
+    forgotten,
+    measure,
+    measure_general,
+    measure_probes,
+    measure_safety,
+    resampling,
+    safety,
+)
+from ift_peft.evaluate.safety import safety_prompts
 from ift_peft.model.adapter import lora_config
 from ift_peft.model.base import LoadedBase, choose_device, choose_dtype, load_section, quiet
 from ift_peft.recipe import Recipe
@@ -54,6 +63,7 @@ def train(recipe: Recipe, *, root: Path, reporter: Reporter) -> RunDir:
     dtype = choose_dtype(recipe.base.compute_dtype, device)
     sft_config(recipe.training, output_dir=root, device=device, compute_dtype=dtype, max_length=prepared.max_length)
     general_texts(recipe.evaluation)  # read again when they are measured; what is wrong with them is told now
+    safety_prompts(recipe.evaluation)
     given = _inputs(recipe, prepared)
     run = create_run(recipe, root)
     record_inputs(run, prepared, given)
@@ -146,7 +156,8 @@ def _train_and_measure(
     rows, labels = prepared.test.rows, recipe.data.label_words
     measuring = partial(measure, trainer.model, prepared.renderer, rows, labels, recipe.evaluation, reporter=reporter)
     general = partial(measure_general, trainer.model, prepared.tokenizer, recipe.evaluation, reporter=reporter)
-    before, general_before = measuring(adapter=False), general(adapter=False)
+    asking = partial(measure_safety, trainer.model, prepared.renderer, labels, recipe.evaluation, reporter=reporter)
+    before, general_before, replies_before = measuring(adapter=False), general(adapter=False), asking(adapter=False)
     with stopping_on_signals(recorder):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.global_step < trainer.state.max_steps:
@@ -170,7 +181,8 @@ def _train_and_measure(
         trainer.model, prepared.renderer, prepared.probes, labels, recipe.evaluation, reporter=reporter, run=run
     )
     scores |= forgotten(recipe.evaluation, general_before, general(adapter=True))
-    scores["gates"] = target_gates(recipe.evaluation, scores)
+    scores |= safety(recipe.evaluation, labels, replies_before, asking(adapter=True), run=run)
+    scores["gates"] = all_gates(recipe.evaluation, scores)
     run.write("scores.json", scores)
     run.write_lines("predictions.jsonl", prediction_lines(rows, labels, before, after))
     _save_adapter(trainer, recipe, prepared, run, scores)
