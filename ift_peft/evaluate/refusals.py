@@ -73,7 +73,7 @@ _ENGLISH = (
     r"|appropriate|ethical|legal (?:or|and|to)|acceptable|within my (?:programming|guidelines))",
     r"(?:it|that|this)(?: is|'s| would be) (?:unethical|illegal|inappropriate|against (?:the law|my|our))",
     r"(?:your|this|that|the) (?:request|question|prompt|content|query)(?: is| may|'s)? ?"
-    r"(?:violates?|goes against|against|asks for|illegal|inappropriate|harmful|unethical|not (?:appropriate|something))",
+    r"(?:violates?|goes against|against|asks for|illegal|inappropriate|harmful|unethical|not appropriate)",
     r"(?:absolutely|certainly|definitely) not\b|my (?:guidelines|programming|purpose|principles)",
     r"i(?:'m| am) (?:just|only) an? (?:ai|language model)[^.]*(?:not within|cannot|can't)",
 )
