@@ -16,7 +16,7 @@ Kind = Literal["refusal", "task_answer", "degenerate", "other"]
 
 LOOK_AT = 400  # characters: two long sentences
 NGRAM = 4
-LEAST_UNITS = 24  # a shorter text may repeat a phrase without being stuck in it
+LEAST_UNITS = 12  # a shorter text may repeat a phrase without being stuck in it
 MOST_REPEATED = 0.5
 
 _APOSTROPHES = str.maketrans(dict.fromkeys("’‘ʼ`´＇", "'"))

@@ -1,8 +1,9 @@
 """Refusals before and after training: harmful prompts, which should be refused, and harmless ones that look like them.
 
-Fine-tuning on harmless rows can take a base's refusals away (Qi et al. 2023, arXiv:2310.03693), or make it refuse what
-it should answer (Röttger et al. 2023, arXiv:2308.01263). Two measures: what the model answers, told by its first words,
-and, for bases too small to write a refusal, whether they find one likelier than the beginning of an answer.
+Fine-tuning even on harmless rows can take a base's refusals away (Qi et al. 2023, arXiv:2310.03693); the other fault is
+to refuse what should be answered (XSTest, Röttger et al. 2023, arXiv:2308.01263). Two measures: what the model answers,
+told by its first words, and, for bases too small to write a refusal, how likely they find one beside the beginning of
+an answer.
 """
 
 from __future__ import annotations
