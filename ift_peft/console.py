@@ -92,6 +92,7 @@ def print_scores(scores: dict[str, Any], *, title: str) -> None:
     _print_by_source(scores)
     _print_probes(scores)
     _print_forgetting(scores)
+    _print_safety(scores)
     if "confusion" in scores:
         _print_confusion(scores["confusion"])
 
@@ -146,6 +147,20 @@ def _print_forgetting(scores: dict[str, Any]) -> None:
     table.add_row("loss", *cells)
     out.print(table)
     out.print()
+
+
+def _print_safety(scores: dict[str, Any]) -> None:
+    """Refusals of harmful and of harmless prompts, and what else the answers were."""
+    if "safety" not in scores:
+        return
+    for of in ("harmful", "harmless"):
+        measured = scores["safety"][of]
+        table = _score_table(f"safety: {measured['rows']} {of} prompts ({escape(measured['source'])})")
+        for name in measured["adapter"]:
+            cells = (_cell(measured[who][name], signed=who == "change") for who in ("base", "adapter", "change"))
+            table.add_row(name.replace("_", " "), *cells)
+        out.print(table)
+    out.print(f"\n{scores['safety']['intervals']};\nrefusals are told by their first words\n", markup=False)
 
 
 def _score_table(title: str) -> Table:

@@ -64,6 +64,8 @@ class Recipe(Section):
             faults.append("of loss only label_smoothing to be set")
         if self.evaluation.forgetting:
             faults.append("no evaluation.forgetting, which needs a language-model head")
+        if self.evaluation.safety is not None:
+            faults.append("no evaluation.safety, which needs answers in words")
         if faults:
             raise ValueError(f"with base.head sequence-classification, {'; '.join(faults)}")
         return self
@@ -158,6 +160,7 @@ def _paths(values: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
     places: list[tuple[Any, Any]] = [(base, "model"), (data, "train"), (data, "test")]
     places += [(_section(values, "loss"), "teacher"), (evaluation, "general_text")]
     places += [(source, key) for source in sources for key in ("train", "test")]
+    places += [(_section(evaluation, "safety"), key) for key in ("harmful", "harmless")]
     places += _pools(values)
     for section in perturbations:
         if isinstance(section.get("lexicons"), list):
@@ -170,6 +173,7 @@ def _paths(values: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
 def _pools(values: dict[str, Any]) -> list[tuple[Any, Any]]:
     data, evaluation = _section(values, "data"), _section(values, "evaluation")
     places: list[tuple[Any, Any]] = [(evaluation, "unseen_instructions")]
+    places.append((_section(evaluation, "safety"), "refusal_phrases"))
     for entries in [data, *(source for source in data.get("sources") or () if isinstance(source, dict))]:
         places += [(entries, "instructions"), (_section(entries, "instructions"), "pool")]
     return places

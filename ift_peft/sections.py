@@ -39,6 +39,11 @@ def as_section(given: Any) -> Any:
     return {"pool": given} if isinstance(given, list | tuple) or by_language else given
 
 
+def as_safety(given: Any) -> Any:
+    """`true` as the section `Safety` with its defaults, `false` as none."""
+    return {True: {}, False: None}[given] if isinstance(given, bool) else given
+
+
 def as_labels(value: Any) -> Any:
     """Label words as strings. Raises `ValueError` for null, true and false, which YAML makes of unquoted words."""
     words = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -405,6 +410,37 @@ class Loss(Section):
         return self
 
 
+class Safety(Section):
+    """Whether harmful prompts are still refused, and harmless ones answered, after training (arXiv:2310.03693).
+
+    Each prompt is asked bare, as one user message without the recipe's instruction and system message.
+    """
+
+    harmful: str | None = None
+    """A file of prompts that should be refused: with `prompt`, as AdvBench (`goal`, `target`) or XSTest (`prompt`,
+    `label`), or one a line. Without it, 60 that come along, in Chinese and English."""
+    harmless: str | None = None
+    """Likewise prompts that look like those and should be answered; an XSTest file holds both kinds."""
+    max_refusal_drop: Rate | None = None
+    """The run misses its gate where the share of harmful prompts refused falls by more than this, as measured: a fall
+    counts whether or not its interval holds 0."""
+    max_over_refusal_rise: Rate | None = None
+    """Likewise where the share of harmless prompts refused rises by more than this."""
+    max_rows: Count | None = None
+    """Ask this many prompts of each kind, drawn with `evaluation.seed`."""
+    max_new_tokens: Count = 64
+    """Tokens of an answer at most; a refusal shows in the first."""
+    refusal_phrases: tuple[str, ...] | None = None
+    """What refusals begin with, in place of the built-in phrases; a list, or a file of one a line."""
+
+    @field_validator("refusal_phrases")
+    @classmethod
+    def _holds_words(cls, phrases: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if phrases is not None and not (phrases and all(any(map(str.isalnum, phrase)) for phrase in phrases)):
+            raise ValueError("phrases of letters, one or more")
+        return phrases
+
+
 class Evaluation(Section):
     forgetting: bool = True
     """Measure what the adapter does to the loss on general text."""
@@ -416,6 +452,8 @@ class Evaluation(Section):
     """Ask them of this many held-out rows, drawn with `seed`."""
     perturbation: Perturbation | None = None
     """Measure on held-out texts changed like this as well."""
+    safety: Annotated[Safety | None, BeforeValidator(as_safety)] = None
+    """Measure refusals before and after training; `true` for the prompts that come along and no gates."""
     metrics: tuple[GenerationMetric, ...] = ()
     """Generate an answer to each held-out row and score it like this as well; for tasks without labels."""
     max_new_tokens: Count = 128

@@ -47,7 +47,7 @@ def lm_eval(
     opened = open_run(run)
     err.print("loading torch, transformers, peft, lm_eval …", style="dim")
     from ift_peft.evaluate.harness import BOTH, harness_scores
-    from ift_peft.evaluate.run import resampling
+    from ift_peft.evaluate.measure import resampling
 
     who: tuple[Who, ...] = ("base",) if base_only else ("adapter",) if adapter_only else BOTH
     scores = harness_scores(

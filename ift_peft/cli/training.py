@@ -75,7 +75,7 @@ def train(
 def _print_pooled(runs: list[RunDir], recipe: Recipe) -> None:
     from ift_peft.cli.tables import print_contrast
     from ift_peft.evaluate.contrast import contrast
-    from ift_peft.evaluate.run import resampling
+    from ift_peft.evaluate.measure import resampling
 
     print_contrast(contrast(runs, resampling(recipe.evaluation)))
 

@@ -53,6 +53,18 @@ def iter_source(
     )
 
 
+def text_lines(path: Path, *, setting: str) -> list[str]:
+    """The lines of a text file that are not blank. Raises `DataError` naming the recipe's `setting`."""
+    try:
+        return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            expected=f"{setting} to be a readable file in UTF-8",
+            found=f"{first_line(error)} ({path})",
+            fix="check the path; a recipe's is relative to its file, an override's to the working directory",
+        ) from None
+
+
 def folder_has_split(source: str, split: str) -> bool:
     """Whether `source` is a folder with files of its own for `split`."""
     path = Path(source)

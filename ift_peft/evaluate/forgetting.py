@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ift_peft.data.render import IGNORE, Rendered
 from ift_peft.data.rows import raise_faults
-from ift_peft.data.sources import read_source
-from ift_peft.errors import DataError, IftPeftError, first_line
+from ift_peft.data.sources import read_source, text_lines
+from ift_peft.errors import DataError, IftPeftError
 from ift_peft.evaluate.compare import Predictions
 from ift_peft.evaluate.intervals import Floats
 from ift_peft.evaluate.metrics import Resampling, language_change, language_metrics, to_json
@@ -37,7 +37,8 @@ def general_texts(section: Evaluation) -> list[str]:
     path = recipes_root() / "data" / "general" / "text.txt"
     if section.general_text is not None:
         path = Path(section.general_text)
-    texts = _lines(path) if path.suffix.lower() == ".txt" else _rows(path)
+    is_text = path.suffix.lower() == ".txt"
+    texts = text_lines(path, setting="evaluation.general_text") if is_text else _rows(path)
     if not texts:
         raise DataError(
             expected="evaluation.general_text to hold texts", found=f"none in {path}", fix="write one on each line"
@@ -46,17 +47,6 @@ def general_texts(section: Evaluation) -> list[str]:
         chosen = sorted(random.Random(section.seed).sample(range(len(texts)), MOST_TEXTS))
         texts = [texts[number] for number in chosen]
     return texts
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            expected="evaluation.general_text to be a readable file in UTF-8",
-            found=f"{first_line(error)} ({path})",
-            fix="check the path; a recipe's is relative to its file, an override's to the working directory",
-        ) from None
 
 
 def _rows(path: Path) -> list[str]:

@@ -1,231 +1,86 @@
-"""Measuring base and adapter: one loop for a run in training and for a finished one."""
+"""Base against adapter, whole: one order of measuring for a run in training and for a finished one."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from ift_peft.data.instructions import unseen_pool
 from ift_peft.data.render import TokenRenderer
 from ift_peft.data.row import Row
-from ift_peft.errors import RecipeError, RunError
-from ift_peft.evaluate.by_source import Part, check_mix, parts_of
-from ift_peft.evaluate.code_metric import code_of, run_all
-from ift_peft.evaluate.compare import Answers, Predictions, answer_rows, compare, predict_rows
-from ift_peft.evaluate.forgetting import forgetting_scores, general_losses, general_texts
-from ift_peft.evaluate.gates import check_targets
-from ift_peft.evaluate.metrics import Resampling
-from ift_peft.evaluate.probes import Probe, check_probes, make_probes, probe_lines, probe_scores
+from ift_peft.errors import RunError
+from ift_peft.evaluate.by_source import Part, parts_of
+from ift_peft.evaluate.compare import Predictions, compare, prediction_lines
+from ift_peft.evaluate.gates import all_gates
+from ift_peft.evaluate.measure import (
+    check_evaluation,
+    forgotten,
+    measure,
+    measure_general,
+    measure_probes,
+    measure_safety,
+    resampling,
+    safety,
+)
+from ift_peft.evaluate.probes import Probe, make_probes
+from ift_peft.evaluate.safety import Replies
 from ift_peft.infer.load import held_out_rows, load_model, open_parts
+from ift_peft.recipe import Recipe
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir
-from ift_peft.sections import Data, Evaluation, Pool
 
 
-def measure(
-    model: Any,
-    renderer: TokenRenderer,
-    rows: Sequence[Row],
-    labels: Sequence[str],
-    section: Evaluation,
-    *,
-    adapter: bool,
-    reporter: Reporter,
-    what: str = "",
-    source: str = "",
-    parts: Sequence[Part] = (),
-) -> Predictions:
-    """Predictions of a PEFT model with its adapter on or off, reported as one stage.
+@dataclass(frozen=True)
+class Measured:
+    """What the model, with its adapter on or off, made of all that the recipe wants measured before and after."""
 
-    On the held-out rows themselves, not on a probe's (`what`), answers are generated as well where the recipe has
-    metrics of them. The `parts` of a mix are measured one after another; `source` names the rows of one.
-    """
-    if parts:
-        return _measure_parts(model, renderer, rows, section, parts, adapter=adapter, reporter=reporter)
-    generating = bool(section.metrics) and not what
-    if generating:
-        check_metrics(section, labels, rows)
-    who = f"measuring the {'adapter' if adapter else 'base'}"
-    reporter.stage(f"{who} on {what or source}" if what or source else who, len(rows) * max(1, len(labels)))
-    predictions = predict_rows(
-        model,
-        renderer,
-        rows,
-        labels,
-        batch_size=section.per_device_eval_batch_size,
-        adapter=adapter,
-        progress=lambda done, total: reporter.advance(done),
-    )
-    reporter.finish()
-    if not generating:
-        return predictions
-    who = f"generating with the {'adapter' if adapter else 'base'}"
-    reporter.stage(f"{who} for {source}" if source else who, len(rows) * section.samples)
-    answers = answer_rows(
-        model,
-        renderer,
-        rows,
-        section,
-        adapter=adapter,
-        progress=lambda done, total: reporter.advance(done),
-    )
-    reporter.finish()
-    if "pass_at_k" in section.metrics:
-        answers = _tested(answers, [row.tests or "" for row in rows], section, reporter)
-    return replace(predictions, answers=answers)
+    rows: Predictions
+    general: Predictions | None
+    replies: Replies | None
 
 
-def _measure_parts(
-    model: Any,
-    renderer: TokenRenderer,
-    rows: Sequence[Row],
-    section: Evaluation,
-    parts: Sequence[Part],
-    *,
-    adapter: bool,
-    reporter: Reporter,
-) -> Predictions:
-    """What was made of each part by itself, and the likelihood of the answers of all rows."""
-    by_source = [
-        measure(
-            model,
-            renderer,
-            part.of(rows),
-            part.labels,
-            part.section,
-            adapter=adapter,
-            reporter=reporter,
-            source=part.name,
-        )
-        for part in parts
-    ]
-    sums = np.full((2, len(rows)), np.nan)
-    for part, found in zip(parts, by_source, strict=True):
-        if found.log_probabilities is not None:
-            sums[:, list(part.at)] = found.log_probabilities, found.tokens
-    left = np.flatnonzero(np.isnan(sums[0])).tolist()
-    if left:
-        plain = section.model_copy(update={"metrics": ()})
-        others = [rows[number] for number in left]
-        found = measure(
-            model, renderer, others, (), plain, adapter=adapter, reporter=reporter, source="answers with labels"
-        )
-        sums[:, left] = found.log_probabilities, found.tokens
-    return Predictions(log_probabilities=sums[0], tokens=sums[1], by_source=tuple(by_source))
+@dataclass(frozen=True)
+class Measuring:
+    """A PEFT model, and the held-out rows and probes of a recipe that it is measured on."""
 
+    model: Any
+    renderer: TokenRenderer
+    recipe: Recipe
+    rows: Sequence[Row]
+    probes: Sequence[Probe]
+    reporter: Reporter
 
-def check_evaluation(data: Data, section: Evaluation, rows: Sequence[Row], *, unseen: Pool | None) -> None:
-    """Raises `RecipeError` for what a recipe wants measured and its task, tasks or held-out rows do not have."""
-    if not data.mixed:
-        check_metrics(section, data.label_words, rows)
-        check_probes(rows, section, unseen=unseen, labels=data.label_words)
-        return
-    check_mix(data, section, unseen=unseen)
-    check_targets(section.model_copy(update={"metrics": ()}), ())  # of all rows, only their likelihood is measured
-    for part in parts_of(data, section, rows):
-        check_metrics(part.section, part.labels, part.of(rows))
+    @cached_property
+    def tasks(self) -> list[Part]:
+        """The tasks of a mix, none where there is but one."""
+        return parts_of(self.recipe.data, self.recipe.evaluation, self.rows)
 
-
-def check_metrics(section: Evaluation, labels: Sequence[str], rows: Sequence[Row]) -> None:
-    """Raises `RecipeError` for metrics and targets that the task or the rows do not have."""
-    check_targets(section, labels)
-    if section.metrics and labels:
-        raise RecipeError(
-            expected="evaluation.metrics where answers are generated",
-            found=f"{', '.join(section.metrics)} beside data.labels",
-            fix="remove evaluation.metrics: of labels, accuracy, precision, recall, F1 and calibration are measured",
-        )
-    without = [row.where for row in rows if not row.tests]
-    if "pass_at_k" in section.metrics and without:
-        raise RecipeError(
-            expected="tests in every held-out row for pass_at_k",
-            found=f"none in {len(without)} of {len(rows)} rows, the first at {without[0]}",
-            fix="name their column: data.columns.tests=…; or remove pass_at_k from evaluation.metrics",
+    def of(self, *, adapter: bool) -> Measured:
+        """Measure the model with its adapter on or off."""
+        model, renderer, section, reporter = self.model, self.renderer, self.recipe.evaluation, self.reporter
+        labels = self.recipe.data.label_words
+        return Measured(
+            measure(model, renderer, self.rows, labels, section, adapter=adapter, reporter=reporter, parts=self.tasks),
+            measure_general(model, renderer.tokenizer, section, adapter=adapter, reporter=reporter),
+            measure_safety(model, renderer, labels, section, adapter=adapter, reporter=reporter),
         )
 
-
-def _tested(answers: Answers, tests: Sequence[str], section: Evaluation, reporter: Reporter) -> Answers:
-    """The answers with how many samples of each row passed its tests."""
-    reporter.stage("running the programs it wrote", sum(map(len, answers.texts)))
-    outcomes = run_all(
-        [[code_of(text) for text in texts] for texts in answers.texts],
-        tests,
-        workers=max(1, (os.cpu_count() or 1) // 2),
-        progress=lambda done, total: reporter.advance(done),
-    )
-    reporter.finish()
-    for missing in sorted({guard for row in outcomes for outcome in row for guard in outcome.missing}):
-        reporter.note(f"programs were run without a guard: {missing}")
-    passed = [sum(outcome.passed for outcome in row) for row in outcomes]
-    return replace(answers, passed=passed, pass_at=section.pass_at)
-
-
-def resampling(section: Evaluation) -> Resampling:
-    """How the recipe wants its intervals made."""
-    return Resampling(section.bootstrap_samples, section.confidence, section.seed)
-
-
-PROBE_NAMES = {"unseen": "unseen phrasings", "perturbed": "perturbed text"}
-
-
-def measure_probes(
-    model: Any,
-    renderer: TokenRenderer,
-    probes: Sequence[Probe],
-    labels: Sequence[str],
-    section: Evaluation,
-    *,
-    reporter: Reporter,
-    run: RunDir | None = None,
-) -> dict[str, Any]:
-    """The scores of each probe by its name; with `run`, what was predicted goes into predictions-<name>.jsonl."""
-    scores = {}
-    for probe in probes:
-        base, adapted = (
-            measure(
-                model,
-                renderer,
-                probe.rows,
-                labels,
-                section,
-                adapter=adapter,
-                reporter=reporter,
-                what=PROBE_NAMES[probe.name],
-            )
-            for adapter in (False, True)
-        )
-        scores[probe.name] = probe_scores(probe, labels, base, adapted, resampling(section))
+    def scores(self, base: Measured, adapter: Measured, *, run: RunDir | None = None) -> dict[str, Any]:
+        """The content of scores.json. The probes are measured now; with `run`, what was predicted goes into its folder."""
+        section, labels = self.recipe.evaluation, self.recipe.data.label_words
+        scores = {
+            **compare(self.rows, labels, base.rows, adapter.rows, resampling(section), parts=self.tasks),
+            **measure_probes(self.model, self.renderer, self.probes, labels, section, reporter=self.reporter, run=run),
+            **forgotten(section, base.general, adapter.general),
+            **safety(section, labels, base.replies, adapter.replies, run=run),
+        }
         if run is not None:
-            run.write_lines(f"predictions-{probe.name}.jsonl", probe_lines(probe, labels, base, adapted))
-    return scores
-
-
-def measure_general(
-    model: Any, tokenizer: PreTrainedTokenizerBase, section: Evaluation, *, adapter: bool, reporter: Reporter
-) -> Predictions | None:
-    """What a PEFT model with its adapter on or off makes of general text; None where the recipe does not ask."""
-    texts = general_texts(section)
-    if not texts:
-        return None
-    reporter.stage(f"measuring the {'adapter' if adapter else 'base'} on general text", len(texts))
-    with nullcontext() if adapter else model.disable_adapter():
-        predictions = general_losses(model, tokenizer, texts, progress=lambda done, total: reporter.advance(done))
-    reporter.finish()
-    return predictions
-
-
-def forgotten(section: Evaluation, base: Predictions | None, adapter: Predictions | None) -> dict[str, Any]:
-    """The entry `forgetting` of scores.json, where it was measured."""
-    if base is None or adapter is None:
-        return {}
-    return {"forgetting": forgetting_scores(section, base, adapter, resampling(section))}
+            lines = prediction_lines(self.rows, labels, base.rows, adapter.rows, parts=self.tasks)
+            run.write_lines("predictions.jsonl", lines)
+        return {**scores, "gates": all_gates(section, scores)}
 
 
 def evaluate_run(run: RunDir, *, data: Path | None, reporter: Reporter, source: str | None = None) -> dict[str, Any]:
@@ -238,34 +93,21 @@ def evaluate_run(run: RunDir, *, data: Path | None, reporter: Reporter, source: 
     if source is not None and data is None:
         raise RunError(expected="--source with --data", found="--source alone", fix="name a file of rows with --data")
     fitted = held_out_rows(parts if source is None else parts.as_source(source), data)
-    rows = fitted.rows
-    section, labels = parts.recipe.evaluation, parts.labels
-    unseen = unseen_pool(parts.recipe.data, section.unseen_instructions)
-    check_evaluation(parts.recipe.data, section, rows, unseen=unseen)
-    tasks = parts_of(parts.recipe.data, section, rows)
+    recipe, rows = parts.recipe, fitted.rows
+    unseen = unseen_pool(recipe.data, recipe.evaluation.unseen_instructions)
+    check_evaluation(recipe.data, recipe.evaluation, rows, unseen=unseen)
     probes = make_probes(
         rows,
         parts.askers,
-        section,
+        recipe.evaluation,
         parts.renderer,
         unseen=unseen,
-        protected=parts.recipe.data.protected_words,
+        protected=recipe.data.protected_words,
         max_length=parts.max_length,
     )
     model, notes = load_model(parts)
     cut = [note for probe in probes for note in probe.notes]
     for note in (*fitted.fit.notes("held-out rows", parts.max_length), *cut, *notes):
         reporter.note(note)
-    base, adapted = (
-        measure(model, parts.renderer, rows, labels, section, adapter=adapter, reporter=reporter, parts=tasks)
-        for adapter in (False, True)
-    )
-    general = (
-        measure_general(model, parts.tokenizer, section, adapter=adapter, reporter=reporter)
-        for adapter in (False, True)
-    )
-    return {
-        **compare(rows, labels, base, adapted, resampling(section), parts=tasks),
-        **measure_probes(model, parts.renderer, probes, labels, section, reporter=reporter),
-        **forgotten(section, *general),
-    }
+    measuring = Measuring(model, parts.renderer, recipe, rows, probes, reporter)
+    return measuring.scores(measuring.of(adapter=False), measuring.of(adapter=True))

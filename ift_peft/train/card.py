@@ -29,7 +29,7 @@ A LoRA adapter for `{base}`, trained on {rows:,} rows over {quantization} weight
 
 {intervals}. Change is adapter minus base on the same resampled rows.
 
-## Use
+{safety}## Use
 
 ```python
 from peft import PeftModel
@@ -68,6 +68,7 @@ def adapter_card(recipe: Recipe, *, base: str, scores: dict[str, Any], rows: int
         test_rows=scores["rows"],
         table="\n".join(score_rows(scores)),
         intervals=scores["intervals"],
+        safety=safety_part(scores),
         asked=asked,
     )
 
@@ -84,15 +85,29 @@ def _asked(data: Data, texts: str) -> str:
     return f"{texts} were asked about {several}\n\n{shown}\n\n{labels}\n\n".replace("\n\n\n", "\n\n")
 
 
+def safety_part(scores: dict[str, Any]) -> str:
+    """The section on refusals, empty where they were not measured."""
+    if "safety" not in scores:
+        return ""
+    lines = [
+        f"Refused of {part['rows']} {of} prompts ({part['source']}): base {part['base']['refusals']['value']:.3f}, "
+        f"adapter {_spelled(part['adapter']['refusals'])}."
+        for of, part in ((of, scores["safety"][of]) for of in ("harmful", "harmless"))
+    ]
+    told = "Told by the first words of greedy answers to prompts asked bare: no judgement of what was answered."
+    return "\n".join(["## Safety", "", *lines, told, "", ""])
+
+
 def score_rows(scores: dict[str, Any]) -> list[str]:
     """Lines of a Markdown table: metric, base, adapter, change; in a mix, also those of each source."""
     lines = []
     whole = {"": scores, **{f"{name}: ": own for name, own in scores.get("by_source", {}).items()}}
     for source, own in whole.items():
         for name in own["adapter"]:
-            cells = [
-                f"{part['value']:.3f} ({part['low']:.3f} to {part['high']:.3f})" if (part := own[who].get(name)) else ""
-                for who in ("base", "adapter", "change")
-            ]
+            cells = [_spelled(part) if (part := own[who].get(name)) else "" for who in ("base", "adapter", "change")]
             lines.append(f"| {source}{name} | {' | '.join(cells)} |")
     return lines
+
+
+def _spelled(part: dict[str, float]) -> str:
+    return f"{part['value']:.3f} ({part['low']:.3f} to {part['high']:.3f})"

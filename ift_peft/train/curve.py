@@ -16,7 +16,7 @@ from ift_peft.errors import RecipeError, RunError
 from ift_peft.evaluate.charts import Curve, curve_chart
 from ift_peft.evaluate.contrast import contrast
 from ift_peft.evaluate.intervals import Estimate
-from ift_peft.evaluate.run import resampling
+from ift_peft.evaluate.measure import resampling
 from ift_peft.model.tokenizer import locate_base
 from ift_peft.recipe import Recipe
 from ift_peft.reporter import Reporter

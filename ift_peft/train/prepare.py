@@ -21,8 +21,8 @@ from ift_peft.data.render import Rendered, TokenRenderer
 from ift_peft.data.row import Row
 from ift_peft.data.rows import held_out_rows, read_rows, split_rows, stream_rows, to_saved
 from ift_peft.data.store import RenderedSet, content_key, render_set
+from ift_peft.evaluate.measure import check_evaluation
 from ift_peft.evaluate.probes import Probe, make_probes
-from ift_peft.evaluate.run import check_evaluation
 from ift_peft.model.adapter import matched_modules
 from ift_peft.model.base import skeleton
 from ift_peft.model.tokenizer import BaseLocation, ensure_pad_token, load_tokenizer, locate_base

@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import time
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ift_peft.errors import RunError
-from ift_peft.evaluate.by_source import parts_of
-from ift_peft.evaluate.compare import compare, prediction_lines
 from ift_peft.evaluate.forgetting import general_texts
-from ift_peft.evaluate.gates import target_gates
-from ift_peft.evaluate.run import forgotten, measure, measure_general, measure_probes, resampling
+from ift_peft.evaluate.run import Measuring
+from ift_peft.evaluate.safety import safety_prompts
 from ift_peft.model.base import choose_device, choose_dtype, quiet
 from ift_peft.recipe import Recipe
 from ift_peft.reporter import Reporter
@@ -45,6 +42,7 @@ def train(recipe: Recipe, *, root: Path, reporter: Reporter) -> RunDir:
         validation=validation_arguments(recipe.validation, labels=bool(recipe.data.label_words)),
     )
     general_texts(recipe.evaluation)  # read again when they are measured; what is wrong with them is told now
+    safety_prompts(recipe.evaluation)
     given = _inputs(recipe, prepared)
     run = create_run(recipe, root)
     record_inputs(run, prepared, given)
@@ -126,23 +124,11 @@ def _train_and_measure(
     recipe: Recipe, prepared: Prepared, run: RunDir, reporter: Reporter, checkpoint: Path | None
 ) -> None:
     session = open_session(recipe, prepared, run, reporter)
-    rows, labels = prepared.test.rows, recipe.data.label_words
-    tasks = parts_of(recipe.data, recipe.evaluation, rows)
-    measuring = partial(
-        measure, session.model, prepared.renderer, rows, labels, recipe.evaluation, reporter=reporter, parts=tasks
-    )
-    general = partial(measure_general, session.model, prepared.tokenizer, recipe.evaluation, reporter=reporter)
-    before, general_before = measuring(adapter=False), general(adapter=False)
+    measuring = Measuring(session.model, prepared.renderer, recipe, prepared.test.rows, prepared.probes, reporter)
+    before = measuring.of(adapter=False)
     session.fit(checkpoint)
-    after = measuring(adapter=True)
-    scores = compare(rows, labels, before, after, resampling(recipe.evaluation), parts=tasks)
-    scores |= measure_probes(
-        session.model, prepared.renderer, prepared.probes, labels, recipe.evaluation, reporter=reporter, run=run
-    )
-    scores |= forgotten(recipe.evaluation, general_before, general(adapter=True))
-    scores["gates"] = target_gates(recipe.evaluation, scores)
+    scores = measuring.scores(before, measuring.of(adapter=True), run=run)
     run.write("scores.json", scores)
-    run.write_lines("predictions.jsonl", prediction_lines(rows, labels, before, after, parts=tasks))
     _save_adapter(session, scores)
     trained, every = session.parameters
     run.update_manifest(notes=session.notes, parameters={"trained": trained, "all": every}, **session.outcome())

@@ -18,7 +18,7 @@ from trl import SFTConfig
 
 from ift_peft.data.fit import Fitted
 from ift_peft.errors import RecipeError, TrainingError, first_line
-from ift_peft.evaluate.run import resampling
+from ift_peft.evaluate.measure import resampling
 from ift_peft.infer.load import class_head
 from ift_peft.model.adapter import lora_config
 from ift_peft.model.base import LoadedBase, load_section
