@@ -69,7 +69,7 @@ class Measuring:
         )
 
     def scores(self, base: Measured, adapter: Measured, *, run: RunDir | None = None) -> dict[str, Any]:
-        """The content of scores.json. The probes are measured now; with `run`, what was predicted goes into its folder."""
+        """The content of scores.json. Probes are measured now; with `run`, what was predicted goes into its folder."""
         section, labels = self.recipe.evaluation, self.recipe.data.label_words
         scores = {
             **compare(self.rows, labels, base.rows, adapter.rows, resampling(section), parts=self.tasks),

@@ -144,7 +144,7 @@ def _save_adapter(session: Session, scores: dict[str, Any]) -> None:
     recipe, prepared, run = session.recipe, session.prepared, session.run
     session.model.peft_config["default"].base_model_name_or_path = prepared.location.public_name
     session.model.save_pretrained(run.adapter, save_embedding_layers=False)
-    if not prepared.tokenizer.chat_template:
+    if not prepared.tokenizer.chat_template and prepared.renderer.template:
         prepared.tokenizer.chat_template = prepared.renderer.template
     prepared.tokenizer.save_pretrained(run.adapter)
     (run.adapter / "README.md").write_text(

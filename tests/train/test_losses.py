@@ -26,7 +26,7 @@ from ift_peft.console import print_scores
 from ift_peft.data.render import IGNORE, Rendered
 from ift_peft.errors import DataError, Faults, ModelError, RecipeError
 from ift_peft.evaluate.forgetting import MOST_TEXTS, general_losses, general_texts, windows
-from ift_peft.evaluate.run import forgotten, measure_general
+from ift_peft.evaluate.measure import forgotten, measure_general
 from ift_peft.infer.likelihood import pad
 from ift_peft.model.tokenizer import TINY
 from ift_peft.recipe import load_recipe
