@@ -23,9 +23,9 @@ from ift_peft.data.row import Row
 from ift_peft.errors import RecipeError
 from ift_peft.evaluate.calibration import calibration_scores
 from ift_peft.evaluate.compare import Answers, Predictions, compare, prediction_lines
+from ift_peft.evaluate.measure import measure
 from ift_peft.evaluate.metrics import Resampling
 from ift_peft.evaluate.rowwise import compared, mean, with_ones
-from ift_peft.evaluate.measure import measure
 from ift_peft.evaluate.text_metrics import exact_match, f1, longest_common_run, rouge, text_scores
 from ift_peft.model.tokenizer import TINY
 from ift_peft.reporter import Silent
