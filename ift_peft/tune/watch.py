@@ -36,9 +36,10 @@ class TrialWatcher(TrainerCallback):
         if limit is not None and state.global_step < state.max_steps:
             self._end(state, control, limit)
             control.should_save = True
+            control.should_evaluate = False
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.ended is not None:  # the budget is used up: no further measurement
+        if self.ended is not None:
             control.should_evaluate = False
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
