@@ -106,6 +106,12 @@ def resume(run: RunDir, *, reporter: Reporter) -> RunDir:
     checkpoint, skipped = newest_complete(run.checkpoints)
     for line in skipped:
         reporter.note(line)
+    if checkpoint is None and run.read("manifest.json").get("training_ended"):
+        raise RunError(
+            expected=f"the checkpoint in which training ended, in {run.checkpoints}",
+            found="none that is complete",
+            fix="search again: ift tune --fresh",
+        )
     reporter.note(
         f"resuming from {checkpoint.name}" if checkpoint else "no complete checkpoint; starting from the first step"
     )

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from ift_peft.selection import Tune
 from ift_peft.tune.budget import Budget
 from ift_peft.tune.search import Settings, suggested, within
-from ift_peft.tune.table import best_of
+from ift_peft.tune.table import best_of, finished
 
 STARTUP = 4  # trials before the sampler learns from them, and before the median of them prunes others
 OVER = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
@@ -81,10 +81,6 @@ class Asker:
             self._settle(trial)
         return trial
 
-    def finished(self) -> int:
-        """How many trials are over."""
-        return len(self.study.get_trials(deepcopy=False, states=OVER))
-
     def same_as(self, trial: Trial) -> FrozenTrial | None:
         """A finished trial of the same settings, whose training this one would repeat."""
         if "continued_from" in trial.user_attrs:
@@ -122,7 +118,7 @@ class Asker:
     def _to_continue(self) -> FrozenTrial | None:
         """The best trial, where its last measurement was its best, half of a limit is spent, and none continues it."""
         best = best_of(self.study)
-        if best is None or not best.user_attrs.get("improving") or not self.budget.half_spent(self.finished()):
+        if best is None or not best.user_attrs.get("improving") or not self.budget.half_spent(finished(self.study)):
             return None
         before = {trial.user_attrs.get("continued_from") for trial in self.study.get_trials(deepcopy=False)}
         return None if best.number in before else best

@@ -86,7 +86,7 @@ def with_settings(recipe: Recipe, settings: Settings) -> Recipe:
     """The recipe with `settings` by dotted path, validated, without `tune`. Raises `RecipeError` or `Faults`."""
     values = copy.deepcopy(recipe.model_dump(mode="json"))
     values["tune"] = None
-    source = YamlSource("tune.search", values)
+    source = YamlSource("the recipe", values)
     for path, value in settings.items():
         *parents, last = path.split(".")
         section: Any = values

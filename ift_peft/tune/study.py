@@ -20,7 +20,7 @@ from ift_peft.train.run import all_inputs, finish, resume
 from ift_peft.tune.asking import Asker, open_study
 from ift_peft.tune.budget import Budget
 from ift_peft.tune.search import Search, Settings, check_search, default_search, distributions, own_value, with_settings
-from ift_peft.tune.table import best_of, result
+from ift_peft.tune.table import best_of, finished, result
 from ift_peft.tune.trials import Trials
 
 MOST_REPEATS = 20  # draws in a row of settings that were tried before
@@ -139,7 +139,7 @@ class _Study:
             scores = best.user_attrs["scores"]
             if all(reached(name, scores[name], aim) for name, aim in self.recipe.evaluation.target.items()):
                 return "the target is met on the validation rows"
-        limit = self.budget.exceeded(self.asker.finished())
+        limit = self.budget.exceeded(finished(self.study))
         return None if limit is None else f"the limit of {self.budget.limits[limit]:g} {limit} is reached"
 
     def measure_best(self) -> None:
@@ -151,7 +151,7 @@ class _Study:
         if best is None:
             raise TrainingError(
                 expected="a trial with a validation score",
-                found=f"none of {self.asker.finished()} trials; see {self.folder.path / 'study.json'}",
+                found=f"none of {finished(self.study)} trials; see {self.folder.path / 'study.json'}",
                 fix="raise the limits, or mend what the trials failed of; then --fresh",
             )
         self.reporter.note(f"measuring trial {best.number}, the best by validation {self.metric}, on the held-out rows")

@@ -23,6 +23,13 @@ def best_of(study: optuna.Study) -> FrozenTrial | None:
     return min(found, key=lambda trial: (sign * (trial.value or 0.0), trial.number), default=None)
 
 
+def finished(study: optuna.Study) -> int:
+    """How many trials are over, without those whose settings had been tried before."""
+    return sum(
+        trial.state.is_finished() and "same_as" not in trial.user_attrs for trial in study.get_trials(deepcopy=False)
+    )
+
+
 def result(
     study: optuna.Study, recipe: Recipe, metric: str, budget: Budget, folder: RunDir, run: RunDir | None
 ) -> dict[str, Any]:
@@ -34,7 +41,7 @@ def result(
         "target": recipe.evaluation.target,
         "limits": budget.limits,
         "spent": {
-            "trials": sum(trial.state.is_finished() for trial in trials),
+            "trials": finished(study),
             "minutes": round(budget.seconds / 60, 2),
             "tokens": budget.tokens,
         },

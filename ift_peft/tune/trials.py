@@ -106,7 +106,7 @@ class Trials:
         self._free()
 
     def repeat(self, trial: Trial, other: FrozenTrial) -> None:
-        """End a trial that would only repeat another. It counts as one, and as none that was trained."""
+        """End a trial that would only repeat another. It counts for no limit."""
         self.reporter.note(f"trial {trial.number}: the settings of trial {other.number} again; not trained again")
         trial.set_user_attr("same_as", other.number)
         self.study.tell(trial, state=TrialState.FAIL)

@@ -14,6 +14,7 @@ from ift_peft.selection import Span, Tune
 from ift_peft.tune.asking import Asker, open_study
 from ift_peft.tune.budget import Budget
 from ift_peft.tune.search import distributions
+from ift_peft.tune.table import finished
 
 SPACE = distributions({"x": Span(low=0.001, high=10, log=True), "r": (4, 8, 16)})
 OWN = {"x": 1.0, "r": 8}
@@ -131,3 +132,12 @@ def test_a_budget_adds_up_over_sessions_and_holds_back_what_the_end_takes(tmp_pa
     path.write_text("{", "utf-8")
     with pytest.raises(RunError, match="--fresh"):
         Budget(path, {})
+
+
+def test_a_trial_that_repeats_another_counts_for_no_limit(tmp_path: Path) -> None:
+    one = asker(tmp_path, trials=2)
+    settle(one, 0.5)
+    repeated = one.next()
+    repeated.set_user_attr("same_as", 0)
+    one.study.tell(repeated, state=TrialState.FAIL)
+    assert (len(one.study.trials), finished(one.study)) == (2, 1)
