@@ -37,18 +37,22 @@ PREPARED_FROM = (
 
 @dataclass
 class _TrialReporter:
-    """Stages under the trial's number; notes that other trials have told are left out."""
+    """Stages, and notes once it trains, under the trial's number; earlier notes are told once in all."""
 
     reporter: Reporter
     number: int
     told: set[str]
+    training: bool = False
 
     def note(self, text: str) -> None:
-        if text not in self.told:
+        if self.training:
+            self.reporter.note(f"trial {self.number}: {text}")
+        elif text not in self.told:
             self.told.add(text)
             self.reporter.note(text)
 
     def stage(self, text: str, total: int) -> None:
+        self.training = self.training or text == "training"
         self.reporter.stage(f"trial {self.number}: {text}", total)
 
     def advance(self, done: int, detail: str = "") -> None:

@@ -31,6 +31,7 @@ from tests.train.small import small, write_small
 pytestmark = pytest.mark.slow
 
 SETTINGS = ("training.max_steps=4", "training.learning_rate=5e-4", "validation={every: 2, metric: loss}")
+CHECKPOINT = "runs/small/tune-*/trials/001/checkpoints/checkpoint-2/trainer_state.json"
 TARGET = "evaluation.target.accuracy=0.9999"  # beyond the interval of a handful of rows, all of them right
 SEARCH = "tune.search={training.learning_rate: {low: 1e-4, high: 1e-2, log}, adapter.r: [2, 4, 8]}"
 
@@ -116,7 +117,7 @@ def test_a_study_killed_within_its_second_trial_loses_and_repeats_nothing(study:
     environment = {**os.environ, "PYTHONPATH": f"{OFFLINE}{os.pathsep}{ROOT}"}
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
-        while process.poll() is None and not list(tmp_path.glob("runs/small/tune-*/trials/001/metrics.jsonl")):
+        while process.poll() is None and not list(tmp_path.glob(CHECKPOINT)):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         assert process.wait(timeout=60) == -signal.SIGKILL, (tmp_path / "log").read_text("utf-8")
@@ -127,6 +128,7 @@ def test_a_study_killed_within_its_second_trial_loses_and_repeats_nothing(study:
     assert spent["tokens"] > 0
     finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert finished.returncode == 8, finished.stderr
+    assert "trial 1 goes on from checkpoint-" in finished.stderr
     again = RunDir(folder)
     differing = ("tokens",)  # steps after the last checkpoint were taken twice, and are paid twice
     assert [{k: v for k, v in trial.items() if k not in differing} for trial in outcomes(again)] == [
