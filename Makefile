@@ -8,7 +8,7 @@ RUN    ?= runs/$(RECIPE)/latest
 RECIPE ?= sentiment
 
 .DEFAULT_GOAL := help
-.PHONY: help train check resume evaluate predict merge test test-fast lint clean
+.PHONY: help train tune check resume evaluate predict merge test test-fast lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,9 @@ $(DEV): $(STAMP)
 
 train: $(STAMP)  ## train RECIPE (default sentiment) with overrides SET, measured before and after
 	$(BIN)/ift train $(RECIPE) $(SET)
+
+tune: $(STAMP)  ## search the settings of RECIPE, e.g. SET="evaluation.target.accuracy=0.7 --minutes 60"
+	$(BIN)/ift tune $(RECIPE) $(SET)
 
 check: $(STAMP)  ## look for faults in the rows of RECIPE, without training
 	$(BIN)/ift check $(RECIPE) $(SET)

@@ -60,9 +60,9 @@ def short(run: RunDir) -> str:
 
 
 def _settings(run: RunDir) -> tuple[Settings, tuple[Any, ...]]:
-    """What was trained, without what only says how it was measured, and the seeds it was trained with."""
+    """What was trained, without what only says how it was measured or found, and the seeds it was trained with."""
     values = run.recipe().model_dump(mode="json")
-    del values["description"], values["evaluation"]
+    del values["description"], values["evaluation"], values["tune"]
     data = values["data"]
     sources = data.get("sources") or ()
     for source in sources:

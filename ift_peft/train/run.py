@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -43,10 +45,37 @@ def train(recipe: Recipe, *, root: Path, reporter: Reporter) -> RunDir:
     )
     general_texts(recipe.evaluation)  # read again when they are measured; what is wrong with them is told now
     safety_prompts(recipe.evaluation)
-    given = _inputs(recipe, prepared)
+    given = all_inputs(recipe, prepared)
     run = create_run(recipe, root)
     record_inputs(run, prepared, given)
     return _run(recipe, prepared, run, reporter, checkpoint=None)
+
+
+def finish(
+    recipe: Recipe,
+    *,
+    trained: RunDir,
+    entries: dict[str, Any],
+    root: Path,
+    created: Callable[[RunDir], None],
+    reporter: Reporter,
+) -> RunDir:
+    """A whole run of an adapter that was trained in the folder `trained`: base and adapter measured, and saved.
+
+    Its training has ended in its newest checkpoint, and is not gone on with. `entries` go into the manifest. `created`
+    is called with the new folder at once; when it is set up, the manifest has `training_ended`.
+    """
+    prepared = prepare(recipe, reporter)
+    checkpoint, _ = newest_complete(trained.checkpoints)
+    if checkpoint is None:
+        raise RunError(expected="a checkpoint", found=f"none in {trained.checkpoints}", fix="train again")
+    run = create_run(recipe, root)
+    created(run)
+    record_inputs(run, prepared, all_inputs(recipe, prepared))
+    shutil.copytree(trained.checkpoints, run.checkpoints)
+    shutil.copy(trained.path / "metrics.jsonl", run.path)
+    run.update_manifest(**entries, training_ended=True)
+    return _run(recipe, prepared, run, reporter, checkpoint=run.checkpoints / checkpoint.name)
 
 
 def resume(run: RunDir, *, reporter: Reporter) -> RunDir:
@@ -61,7 +90,7 @@ def resume(run: RunDir, *, reporter: Reporter) -> RunDir:
         raise RunError(expected="an unfinished run", found=f"{run.path} has succeeded", fix="train again: ift train")
     recipe = run.recipe()
     prepared = prepare(recipe, reporter)
-    recorded, now = run.read("manifest.json").get("inputs"), _inputs(recipe, prepared)
+    recorded, now = run.read("manifest.json").get("inputs"), all_inputs(recipe, prepared)
     if recorded is None:
         raise RunError(
             expected="a run that got as far as its rows", found=f"none recorded in {run.path}", fix="start a new run"
@@ -76,22 +105,28 @@ def resume(run: RunDir, *, reporter: Reporter) -> RunDir:
     checkpoint, skipped = newest_complete(run.checkpoints)
     for line in skipped:
         reporter.note(line)
+    if checkpoint is None and run.read("manifest.json").get("training_ended"):
+        raise RunError(
+            expected=f"the checkpoint in which training ended, in {run.checkpoints}",
+            found="none that is complete",
+            fix="search again: ift tune --fresh",
+        )
     reporter.note(
         f"resuming from {checkpoint.name}" if checkpoint else "no complete checkpoint; starting from the first step"
     )
-    _forget_steps_after(run, int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+    forget_steps_after(run, int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
     run.update_manifest(status="running", error=None, resumed_from=checkpoint.name if checkpoint else None)
     return _run(recipe, prepared, run, reporter, checkpoint=checkpoint)
 
 
-def _inputs(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
+def all_inputs(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     """The inputs of a run by hash, its teacher's among them. Raises `ModelError` for a teacher that cannot be used."""
     teacher = find_teacher(recipe.loss, prepared.tokenizer, max_length=prepared.max_length)
     return inputs(prepared) | ({"teacher_fingerprint": teacher.fingerprint()} if teacher else {})
 
 
-def _forget_steps_after(run: RunDir, step: int) -> None:
-    """Steps after the checkpoint are taken again, and logged again."""
+def forget_steps_after(run: RunDir, step: int) -> None:
+    """Take the lines of later steps out of metrics.jsonl: they are taken again, and logged again."""
     path = run.path / "metrics.jsonl"
     if path.is_file():
         lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
@@ -126,7 +161,10 @@ def _train_and_measure(
     session = open_session(recipe, prepared, run, reporter)
     measuring = Measuring(session.model, prepared.renderer, recipe, prepared.test.rows, prepared.probes, reporter)
     before = measuring.of(adapter=False)
-    session.fit(checkpoint)
+    if checkpoint is not None and run.read("manifest.json").get("training_ended"):
+        session.take(checkpoint)
+    else:
+        session.fit(checkpoint)
     scores = measuring.scores(before, measuring.of(adapter=True), run=run)
     run.write("scores.json", scores)
     _save_adapter(session, scores)

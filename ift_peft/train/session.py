@@ -57,6 +57,8 @@ class Session:
     recorder: RunRecorder
     trainer: SupervisedTrainer
     validator: Validator | None
+    go_on: str
+    """The command that goes on with it after a signal."""
 
     @property
     def model(self) -> Any:
@@ -89,7 +91,7 @@ class Session:
             raise Interrupted(
                 expected=f"{state.max_steps} steps",
                 found=f"a signal after step {state.global_step}; a checkpoint was saved",
-                fix=f"go on with: {resume_command(self.run)}",
+                fix=f"go on with: {self.go_on}",
             )
         self._check_and_unwrap()
 
@@ -147,8 +149,14 @@ def open_session(
     reporter: Reporter,
     *,
     callbacks: Sequence[TrainerCallback] = (),
+    start_from: Path | None = None,
+    go_on: str | None = None,
 ) -> Session:
-    """Load the base and lay a new adapter over it, ready to train in the folder of `run`."""
+    """Load the base and lay a new adapter over it, ready to train in the folder of `run`.
+
+    The adapter begins with the weights of the one in the folder `start_from`, where that is given. `go_on` is the
+    command to tell after a signal, by default the one that resumes `run`.
+    """
     base = load_section(prepared.location, recipe.base, head=class_head(recipe, prepared.tokenizer))
     for note in (*prepared.notes, *base.notes):
         reporter.note(note)
@@ -157,7 +165,10 @@ def open_session(
     trainer = _build_trainer(recipe, prepared, base, run, recorder, validator=validator)
     for callback in callbacks:
         trainer.add_callback(callback)
-    session = Session(recipe, prepared, run, reporter, base, recorder, trainer, validator)
+    if start_from is not None:
+        trainer.model.load_adapter(str(start_from), "default", is_trainable=True)
+    command = go_on or resume_command(run)
+    session = Session(recipe, prepared, run, reporter, base, recorder, trainer, validator, command)
     trained, every = session.parameters
     reporter.note(f"{trained:,} of {every:,} parameters are trained ({100 * trained / every:.2f} %)")
     return session

@@ -17,7 +17,7 @@ from ift_peft.reporter import Silent
 from ift_peft.run_dir import RunDir, open_run
 from ift_peft.train.checkpoints import REQUIRED, newest_complete
 from ift_peft.train.run import resume
-from tests.conftest import OFFLINE, Ift
+from tests.conftest import OFFLINE, ROOT, Ift
 
 SETTINGS = (
     "base.device=cpu",
@@ -34,7 +34,7 @@ def start(folder: Path) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-m", "ift_peft", "train", "sentiment", *SETTINGS],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(OFFLINE)},
+            env={**os.environ, "PYTHONPATH": f"{OFFLINE}{os.pathsep}{ROOT}"},
             stderr=errors,
             stdout=subprocess.DEVNULL,
             text=True,

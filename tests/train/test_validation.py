@@ -187,6 +187,16 @@ def test_a_plateau_ends_after_patience_measurements_and_resuming_adds_none(tmp_p
 
 
 @pytest.mark.slow
+def test_a_resumed_run_goes_on_counting_its_patience(tmp_path: Path) -> None:
+    recipe = small(tmp_path, "validation={every: 2, patience: 3}", "training.learning_rate=0")
+    with pytest.raises(Interrupted, match="a signal after step 5"):
+        train(recipe, root=tmp_path / "runs", reporter=Stopping(5))
+    run = resume(RunDir((tmp_path / "runs" / "small" / "latest").resolve()), reporter=Silent())
+    assert [line["step"] for line in measurements(run)] == [2, 4, 6, 8]
+    assert run.read("manifest.json")["stopped_early"] is True
+
+
+@pytest.mark.slow
 def test_a_run_stopped_within_an_epoch_and_moved_resumes_to_the_same_result(tmp_path: Path) -> None:
     settings = ("validation={metric: loss, patience: 2}", "training.max_steps=-1", "training.num_train_epochs=3")
     settings += ("training.per_device_train_batch_size=9", "training.learning_rate=0.05")

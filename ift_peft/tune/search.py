@@ -1,0 +1,147 @@
+"""What is searched: settings of a recipe by their dotted path, checked before anything is trained."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.trial import Trial
+from trl import SFTConfig
+
+from ift_peft.errors import Faults, IftPeftError, RecipeError, raise_all
+from ift_peft.recipe import Recipe, validate
+from ift_peft.selection import Setting, Span
+from ift_peft.yaml_source import YamlSource
+
+Settings = dict[str, Any]
+Search = Mapping[str, Setting]
+# Trials are compared by the validation rows and how they are measured; these decide both.
+FIXED = ("name", "description", "validation", "evaluation", "tune")
+RANKS = (4, 8, 16, 32)
+
+
+def default_search(recipe: Recipe) -> dict[str, Setting]:
+    """Learning rate from a tenth to ten times the recipe's own, r of the adapter, and epochs up to twice its own."""
+    rate = float(own_value(recipe, "training.learning_rate"))
+    search: dict[str, Setting] = {
+        "training.learning_rate": Span(low=rate / 10, high=rate * 10, log=True),
+        "adapter.r": tuple(sorted({*RANKS, recipe.adapter.r})),
+    }
+    epochs = float(own_value(recipe, "training.num_train_epochs"))
+    if int(recipe.training.get("max_steps", -1)) <= 0 and epochs.is_integer():
+        search["training.num_train_epochs"] = Span(low=1, high=max(2, 2 * int(epochs)), integer=True)
+    return search
+
+
+def own_value(recipe: Recipe, path: str) -> Any:
+    """The recipe's own value of a setting, or that of `SFTConfig` where it leaves it; None where it has none."""
+    value: Any = recipe.model_dump(mode="json")
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    section, _, name = path.partition(".")
+    if value is None and section == "training":
+        fields = {field.name: field.default for field in dataclasses.fields(SFTConfig)}
+        value = fields.get(name)
+    return value
+
+
+def check_search(recipe: Recipe, search: Search) -> None:
+    """Raises `RecipeError`, or `Faults` holding one for each setting that a recipe does not have or does not take."""
+    faults: list[IftPeftError] = []
+    for path, setting in search.items():
+        if path.split(".")[0] in FIXED:
+            faults.append(
+                RecipeError(
+                    expected="tune.search over settings that leave the validation rows and their measuring alone",
+                    found=path,
+                    fix="remove it, and set it in the recipe",
+                )
+            )
+            continue
+        told: dict[str, IftPeftError] = {}
+        for value in _ends(setting) if isinstance(setting, Span) else setting:
+            try:
+                with_settings(recipe, {path: value})
+            except Faults as error:
+                told |= {str(fault): fault for fault in error.faults}
+            except RecipeError as error:
+                told[str(error)] = error
+        faults += told.values()
+    raise_all(faults)
+
+
+def _ends(span: Span) -> tuple[float, float]:
+    return (int(span.low), int(span.high)) if span.integer else (span.low, span.high)
+
+
+def with_settings(recipe: Recipe, settings: Settings) -> Recipe:
+    """The recipe with `settings` by dotted path, validated, without `tune`. Raises `RecipeError` or `Faults`."""
+    values = copy.deepcopy(recipe.model_dump(mode="json"))
+    values["tune"] = None
+    source = YamlSource("the recipe", values)
+    for path, value in settings.items():
+        *parents, last = path.split(".")
+        section: Any = values
+        for key in parents:
+            if section.get(key) is None:
+                section[key] = {}
+            section = section[key]
+            if not isinstance(section, dict):
+                raise RecipeError(
+                    expected="tune.search of settings by their dotted path, such as training.learning_rate",
+                    found=f"{path}, where {key} is no section",
+                    fix="change the path",
+                )
+        section[last] = value
+        for length in range(1, len(parents) + 2):
+            source.lines.setdefault(tuple(path.split(".")[:length]), f"tune.search: {path}")
+    return validate(source)
+
+
+def distributions(search: Search) -> dict[str, BaseDistribution]:
+    """The search as Optuna's distributions."""
+    found: dict[str, BaseDistribution] = {}
+    for path, setting in search.items():
+        if not isinstance(setting, Span):
+            found[path] = CategoricalDistribution(setting)
+        elif setting.integer:
+            found[path] = IntDistribution(int(setting.low), int(setting.high), log=setting.log)
+        else:
+            found[path] = FloatDistribution(setting.low, setting.high, log=setting.log)
+    return found
+
+
+def within(settings: Settings, space: Mapping[str, BaseDistribution]) -> bool:
+    """Whether every one of `settings` is among the values that are searched."""
+    return all(_among(settings[path], distribution) for path, distribution in space.items())
+
+
+def _among(value: Any, distribution: BaseDistribution) -> bool:
+    if isinstance(distribution, CategoricalDistribution):
+        return any(value == choice and type(value) is type(choice) for choice in distribution.choices)
+    assert isinstance(distribution, IntDistribution | FloatDistribution)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    whole = isinstance(distribution, FloatDistribution) or float(value).is_integer()
+    return whole and distribution.low <= value <= distribution.high
+
+
+def suggested(trial: Trial, space: Mapping[str, BaseDistribution]) -> Settings:
+    """The trial's value of every setting; those it has from before a restart stay."""
+    values: Settings = {}
+    for path, one in space.items():
+        if isinstance(one, CategoricalDistribution):
+            values[path] = trial.suggest_categorical(path, one.choices)
+        elif isinstance(one, IntDistribution):
+            values[path] = trial.suggest_int(path, one.low, one.high, log=one.log)
+        elif isinstance(one, FloatDistribution):
+            values[path] = trial.suggest_float(path, one.low, one.high, log=one.log)
+    return values

@@ -1,0 +1,197 @@
+"""A whole search: what it looks at, when it ends, what it leaves, and that killing it loses and repeats nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from ift_peft.cli import app
+from ift_peft.errors import Faults, RecipeError
+from ift_peft.evaluate.run import evaluate_run
+from ift_peft.recipe import load_recipe
+from ift_peft.reporter import Silent
+from ift_peft.run_dir import RunDir, RunIsBusy, list_runs, open_run
+from ift_peft.train.prepare import prepare
+from ift_peft.train.session import open_session
+from ift_peft.tune.study import tune
+from tests.conftest import OFFLINE, ROOT
+from tests.train.small import small, write_small
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = ("training.max_steps=4", "training.learning_rate=5e-4", "validation={every: 2, metric: loss}")
+CHECKPOINT = "runs/small/tune-*/trials/001/checkpoints/checkpoint-2/trainer_state.json"
+TARGET = "evaluation.target.accuracy=0.9999"  # beyond the interval of a handful of rows, all of them right
+SEARCH = "tune.search={training.learning_rate: {low: 1e-4, high: 1e-2, log}, adapter.r: [2, 4, 8]}"
+
+
+def search(folder: Path, *overrides: str, fresh: bool = False, write: bool = True) -> RunDir:
+    if write:
+        write_small(folder)
+    recipe = load_recipe(str(folder / "small.yaml"), [*SETTINGS, SEARCH, *overrides])
+    return tune(recipe, root=folder / "runs", fresh=fresh, reporter=Silent())
+
+
+def run_of(study: RunDir) -> RunDir:
+    return open_run(study.path / study.read("study.json")["run"])
+
+
+def outcomes(study: RunDir) -> list[dict[str, Any]]:
+    """The trials of a study without the time they took."""
+    return [
+        {name: value for name, value in trial.items() if name != "seconds"}
+        for trial in study.read("study.json")["trials"]
+    ]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """Three trials, the last of which continues the better of the first two."""
+    return search(tmp_path_factory.mktemp("study"), "tune.trials=3", TARGET)
+
+
+def test_the_first_trial_is_the_recipes_own_and_the_best_becomes_a_whole_run(study: RunDir) -> None:
+    found = study.read("study.json")
+    first, second, third = found["trials"]
+    assert first["settings"] == {"training.learning_rate": 5e-4, "adapter.r": 4}
+    assert second["settings"] != first["settings"]
+    assert third["continued_from"] == min((first, second), key=lambda trial: float(trial["score"]["value"]))["number"]
+    best = found["trials"][found["best"]]
+    assert best["score"]["value"] == min(trial["score"]["value"] for trial in found["trials"])
+    run = run_of(study)
+    manifest = run.read("manifest.json")
+    assert manifest["best"]["value"] == best["score"]["value"]
+    assert manifest["tune"]["trial"] == best["number"]
+    assert run.recipe().training["learning_rate"] == best["settings"]["training.learning_rate"]
+    assert run.recipe().adapter.r == best["settings"]["adapter.r"]
+    assert [one.path for one in list_runs(study.path.parent.parent)] == [run.path]
+    kept = study.path / "trials" / f"{best['number']:03d}" / "checkpoints" / f"checkpoint-{best['best_step']}"
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (run.adapter, kept))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    scores = run.read("scores.json")
+    assert evaluate_run(run, data=None, reporter=Silent()) | {"gates": scores["gates"]} == scores
+    with_checkpoints = [path.parent.name for path in study.path.glob("trials/*/checkpoints")]
+    assert with_checkpoints == [f"{best['number']:03d}"]
+
+
+def test_a_continued_trial_begins_with_the_weights_it_continues(study: RunDir, tmp_path: Path) -> None:
+    best = run_of(study)
+    (checkpoint,) = best.checkpoints.glob(f"checkpoint-{best.read('manifest.json')['best']['step']}")
+    recipe = best.recipe()
+    session = open_session(recipe, prepare(recipe, Silent()), RunDir(tmp_path), Silent(), start_from=checkpoint)
+    stored = load_file(checkpoint / "adapter_model.safetensors")
+    ours = {name.replace(".default", ""): value for name, value in session.model.named_parameters()}
+    adapter = [name for name in stored if "lora_" in name]
+    assert adapter
+    assert all(torch.equal(ours[name], stored[name]) and ours[name].requires_grad for name in adapter)
+
+
+def test_the_search_never_looks_at_the_held_out_rows(study: RunDir, tmp_path: Path) -> None:
+    """Other held-out texts with other labels: every trial is the same, the result is another."""
+    write_small(tmp_path)
+    rows = [{"text": f"另一句话{number}", "label": ("正面", "负面")[number % 2]} for number in range(8)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    other = search(tmp_path, "tune.trials=3", TARGET, write=False)
+    assert outcomes(other) == outcomes(study)
+    assert run_of(other).read("scores.json")["rows"] == 8
+    held_out = {json.loads(line)["where"] for line in run_of(other).test_rows.read_text("utf-8").splitlines()}
+    chosen_by = (run_of(other).path / "validation.jsonl").read_text("utf-8").splitlines()
+    assert len(chosen_by) == 6
+    assert not held_out & {json.loads(line)["where"] for line in chosen_by}
+
+
+def test_a_study_killed_within_its_second_trial_loses_and_repeats_nothing(study: RunDir, tmp_path: Path) -> None:
+    write_small(tmp_path)
+    command = [sys.executable, "-m", "ift_peft", "tune", "small.yaml", *SETTINGS, SEARCH, TARGET, "--trials", "3"]
+    environment = {**os.environ, "PYTHONPATH": f"{OFFLINE}{os.pathsep}{ROOT}"}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
+        while process.poll() is None and not list(tmp_path.glob(CHECKPOINT)):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(timeout=60) == -signal.SIGKILL, (tmp_path / "log").read_text("utf-8")
+    (folder,) = tmp_path.glob("runs/small/tune-*")
+    first = folder / "trials" / "000"
+    before = {path.name: path.stat().st_mtime_ns for path in first.iterdir() if path.is_file()}
+    spent = json.loads((folder / "budget.json").read_text("utf-8"))
+    assert spent["tokens"] > 0
+    finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert finished.returncode == 8, finished.stderr
+    assert "trial 1 goes on from checkpoint-" in finished.stderr
+    again = RunDir(folder)
+    differing = ("tokens",)  # steps after the last checkpoint were taken twice, and are paid twice
+    assert [{k: v for k, v in trial.items() if k not in differing} for trial in outcomes(again)] == [
+        {k: v for k, v in trial.items() if k not in differing} for trial in outcomes(study)
+    ]
+    assert {path.name: path.stat().st_mtime_ns for path in first.iterdir() if path.is_file()} == before
+    found = again.read("study.json")
+    assert found["spent"]["trials"] == 3
+    assert found["spent"]["tokens"] >= spent["tokens"]
+    assert run_of(again).read("scores.json") == run_of(study).read("scores.json")
+    assert "optimistic" in finished.stdout
+
+
+def test_a_target_that_can_be_met_ends_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_small(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    ended = CliRunner().invoke(app, ["tune", "small.yaml", *SETTINGS, "evaluation.target.accuracy=0.01", "--trials=5"])
+    assert ended.exit_code == 0, ended.output
+    (found,) = tmp_path.glob("runs/small/tune-*/study.json")
+    content = json.loads(found.read_text("utf-8"))
+    assert len(content["trials"]) == 1
+    assert content["ended_by"] == "the target is met on the validation rows"
+    assert set(content["trials"][0]["settings"]) == {"training.learning_rate", "adapter.r"}
+    (gate,) = run_of(RunDir(found.parent)).read("scores.json")["gates"]
+    assert gate["met"]
+
+
+def test_a_finished_study_that_missed_its_target_is_shown_with_exit_code_8_and_not_searched_again(
+    study: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert study.read("study.json")["ended_by"] == "the limit of 3 trials is reached"
+    files = {path: path.stat().st_mtime_ns for path in study.path.rglob("*") if path.is_file() and path.name != ".lock"}
+    monkeypatch.chdir(study.path.parent.parent.parent)
+    again = CliRunner().invoke(app, ["tune", "small.yaml", *SETTINGS, SEARCH, TARGET, "--trials=4"])
+    assert again.exit_code == 8
+    assert "this study is finished" in again.output
+    assert "accuracy at least 0.9999" in again.output
+    assert files == {path: path.stat().st_mtime_ns for path in files}
+    with study.locked(), pytest.raises(RunIsBusy):
+        search(study.path.parent.parent.parent, "tune.trials=3", TARGET, write=False)
+
+
+def test_a_trial_over_the_budget_stops_after_its_step_with_its_last_score(tmp_path: Path) -> None:
+    found = search(tmp_path, "tune.tokens=150", "validation.every=1", "training.max_steps=40").read("study.json")
+    (trial,) = found["trials"]
+    assert (trial["state"], trial["stopped_by"]) == ("complete", "tokens")
+    assert 1 < trial["steps"] < 10
+    assert trial["measurements"] == trial["steps"] - 1  # none after the step that used it up
+    assert 150 <= found["spent"]["tokens"] < 300
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("tune.search={adapter.rr: [4, 8]}", r"'rr' at tune\.search: adapter\.rr"),
+        ("evaluation.target={accuracy: 0.5, bleu: 0.5}", "bleu"),
+        ("data.streaming=true", "streaming"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused_before_anything_is_made(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises((RecipeError, Faults), match=message) as caught:
+        tune(small(tmp_path, override), root=tmp_path / "runs", fresh=False, reporter=Silent())
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "runs").exists()
