@@ -36,7 +36,9 @@ def predict(
 
     if output_file is not None and not output_file.absolute().parent.is_dir():
         raise RunError(expected=f"the folder of {output_file}", found="none", fix="make it first")
-    items = iter(_items_of_file(input_file)) if input_file is not None else ({"text": text} for text in _texts(texts))
+    items = (
+        iter(_items_of_file(input_file)) if input_file is not None else ({"text": text} for text in given_texts(texts))
+    )
     parts = open_parts(open_run(run))
     model, _ = load_model(parts)
     as_json = input_file is not None or output_file is not None
@@ -47,7 +49,7 @@ def predict(
     write_atomically(output_file, json_lines(list(_answers(model, parts, items, max_new_tokens, stream=False))))
 
 
-def _texts(texts: list[str] | None) -> Iterator[str]:
+def given_texts(texts: list[str] | None) -> Iterator[str]:
     if texts:
         yield from texts
         return
