@@ -181,16 +181,11 @@ def _print_influence(found: Influence) -> None:
 
 
 def _print_pulls(pulls: Sequence[Pull]) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
     from ift_peft.console import out
     from ift_peft.data.quality.finding import excerpt, text_of
 
-    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     for pull in pulls:
-        row = pull.row
-        table.add_row(
-            f"{pull.similarity:+.3f}", escape(excerpt(row.answer)), escape(row.key), escape(excerpt(text_of(row)))
-        )
-    out.print(table if pulls else "  none")
+        answer, text = excerpt(pull.row.answer), excerpt(text_of(pull.row))
+        out.print(f"  {pull.similarity:+.3f}  {answer}  {text}  ({pull.row.key})", markup=False)
+    if not pulls:
+        out.print("  none")

@@ -1,4 +1,4 @@
-"""Why a run's adapter answers a text as it does: the tokens that carried the answer, and the rows it was learnt from."""
+"""Why a run's adapter answers a text as it does: the tokens that carried the answer, and the rows behind it."""
 
 from __future__ import annotations
 

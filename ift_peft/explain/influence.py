@@ -28,9 +28,9 @@ MOST_ROWS, FEWEST_ROWS = 1000, 50
 CPU_WORK = 1e13  # floating-point operations: about a minute of two cores
 CAVEATS = (
     "Measured at the finished adapter alone, not along its training.",
-    "A row of similar gradient would change this answer as it changes its own; that it did so in training is not shown.",
-    "Of a classification row the gradient is that of its label: many rows of one label resemble each other for it "
-    "alone. That of a long answer is an average over its tokens.",
+    "A step on a row of similar gradient would make this answer likelier; that it did so in training is not shown.",
+    "The gradient of a row is mostly that of its label, so rows of one label resemble each other for it alone; of a "
+    "long answer it is a sum over its tokens.",
 )
 
 Loss = Callable[[Any, Rendered], Tensor]

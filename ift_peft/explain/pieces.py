@@ -58,11 +58,7 @@ def _contents(renderer: Renderer, messages: Sequence[Message], text: str) -> lis
     pattern = "(.*?)".join(map(re.escape, marked.text.split(_MARK)))
     found = re.fullmatch(pattern, text, re.DOTALL)
     if found is None or len(found.groups()) != len(messages):
-        raise DataError(
-            expected="a chat template that puts the messages in one after another, as they are",
-            found=repr(text[:80]),
-            fix="correct the template: nothing can be said of tokens whose origin is unknown",
-        )
+        raise _unlike(text)
     return [found.span(number) for number in range(1, len(messages) + 1)]
 
 
@@ -72,7 +68,17 @@ def _inside(whole: str, part: str, start: int, end: int) -> Span:
     if content.endswith(part):
         return (end - len(part), end)
     at = 0 if content.startswith(part) else content.rfind(part)
-    return (end, end) if at < 0 else (start + at, start + at + len(part))
+    if at < 0:
+        raise _unlike(content)
+    return (start + at, start + at + len(part))
+
+
+def _unlike(found: str) -> DataError:
+    return DataError(
+        expected="a chat template that puts the messages in one after another, as they are",
+        found=repr(found[:80]),
+        fix="correct the template: of its own tokens and those of the text nothing can be told apart",
+    )
 
 
 def _kind(span: Span, contents: Sequence[Span], asked: Span) -> Kind:
