@@ -44,7 +44,7 @@ def explain(
         str | None, typer.Option(help="Explain this answer instead of the one that the run gives.")
     ] = None,
     method: Annotated[ExplainMethod, typer.Option(help="How tokens are weighed.")] = ExplainMethod.occlusion,
-    steps: Annotated[int, typer.Option(help="Points of integrated gradients.", min=2)] = 64,
+    steps: Annotated[int, typer.Option(help="Points of integrated gradients.", min=2)] = 32,
     top: Annotated[int, typer.Option(help="Show this many pieces of the prompt with numbers.", min=0)] = 10,
     rows: Annotated[int, typer.Option(help="Show this many training rows for and against; 0: none.", min=0)] = 5,
     sample: Annotated[

@@ -15,7 +15,7 @@ from ift_peft.explain.score import Score
 
 Method = Literal["occlusion", "integrated-gradients"]
 METHODS: tuple[Method, ...] = get_args(Method)
-STEPS = 64
+STEPS = 32
 
 
 @dataclass(frozen=True)

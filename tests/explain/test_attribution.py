@@ -59,7 +59,7 @@ def test_a_token_taken_out_leaves_the_prompt_without_it_and_has_no_gradient(mode
     found = score(model, embedded, kept)
     shorter = embedded[:, kept[0]]
     plain = score(model, shorter, torch.ones(shorter.shape[:2], dtype=torch.bool))
-    assert float(found) == pytest.approx(float(plain), abs=1e-4)
+    assert found.item() == pytest.approx(plain.item(), abs=1e-4)
     (gradient,) = torch.autograd.grad(found.sum(), embedded)
     assert torch.equal(gradient[~kept], torch.zeros_like(gradient[~kept]))
     assert bool((gradient[kept].abs().sum(dim=-1) > 0).all())
