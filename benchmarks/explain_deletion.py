@@ -25,6 +25,7 @@ from captum.attr import InputXGradient, IntegratedGradients
 from torch import Tensor
 
 from benchmarks.record import write_result
+from ift_peft.console import ConsoleReporter
 from ift_peft.data.row import Row
 from ift_peft.evaluate.intervals import percentile
 from ift_peft.explain.attribution import STEPS, attribute, kept_tokens
@@ -129,7 +130,9 @@ def measure(model: Any, parts: Parts, rows: Sequence[Row], seed: int) -> tuple[F
         ),
         "input x gradient": input_x_gradient,
     }
-    for row in rows:
+    reporter = ConsoleReporter()
+    reporter.stage("attributing and taking out", len(rows))
+    for number_of_row, row in enumerate(rows, start=1):
         asked = Asked(model, parts, row)
         (whole,) = asked.after([[]], "deleted")
         orders = {}
@@ -142,12 +145,14 @@ def measure(model: Any, parts: Parts, rows: Sequence[Row], seed: int) -> tuple[F
             count = max(1, round(share * len(asked.own)))
             drawn = [rng.sample(asked.own, count) for _ in range(DRAWS)]
             for removal in REMOVALS:
-                for name, order in orders.items():
-                    top, bottom = asked.after([order[:count], order[-count:]], removal)
-                    falls[removal, name, "top", share].append(whole - top)
-                    falls[removal, name, "bottom", share].append(whole - bottom)
-                after = asked.after(drawn, removal)
-                falls[removal, "random", "random", share].append(whole - sum(after) / DRAWS)
+                both = [taken for order in orders.values() for taken in (order[:count], order[-count:])]
+                after = asked.after([*both, *drawn], removal)
+                for number, name in enumerate(orders):
+                    falls[removal, name, "top", share].append(whole - after[2 * number])
+                    falls[removal, name, "bottom", share].append(whole - after[2 * number + 1])
+                falls[removal, "random", "random", share].append(whole - sum(after[len(both) :]) / DRAWS)
+        reporter.advance(number_of_row)
+    reporter.finish()
     return falls, {
         "seconds_per_text": {name: round(sum(took) / len(took), 3) for name, took in seconds.items()},
         "median_convergence_delta": {name: round(float(np.median(found)), 5) for name, found in missed.items()},
@@ -173,7 +178,7 @@ def curves(falls: Falls, seed: int) -> list[dict[str, Any]]:
 def main(
     name: Annotated[str, typer.Argument(help="Name of the result.")],
     run: Annotated[Path, typer.Argument(help="A classification run.")],
-    rows: int = 120,
+    rows: int = 50,
     seed: int = 0,
 ) -> None:
     """Print the deletion curves and write them down."""

@@ -41,9 +41,9 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
 
 @pytest.fixture(scope="session")
 def cued_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    """Trained on 240 such rows, the query among them with its label (line 7) and with the other one (line 12)."""
+    """Trained on 320 such rows, the query among them with its label (line 7) and with the other one (line 12)."""
     folder = tmp_path_factory.mktemp("cued")
-    rows = cued_rows(238, seed=0)
+    rows = cued_rows(318, seed=0)
     rows.insert(6, {"text": QUERY, "label": "正面"})
     rows.insert(11, {"text": QUERY, "label": "负面"})
     write_rows(folder / "train.jsonl", rows)

@@ -37,7 +37,7 @@ def test_lines_of_standard_input_are_explained_in_words_html_and_json(
     assert done.returncode == 0, done.stderr
     assert "⟦+great⟧" in done.stdout and "⟦+awful⟧" in done.stdout
     assert "\x1b" not in done.stdout
-    assert "12 of 240 training rows looked at" in done.stdout
+    assert "12 of 320 training rows looked at" in done.stdout
     assert "arning" not in done.stderr
     content = json.loads((tmp_path / "found.json").read_text("utf-8"))
     first, second = content["explanations"]

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cued_run")]
 
 def test_a_copy_of_the_query_helped_most_and_a_mislabelled_copy_opposed(model: Any, parts: Parts) -> None:
     training = training_rows(parts, model, sample=1000, seed=0)
-    assert (len(training.rows), training.total) == (240, 240)
+    assert (len(training.rows), training.total) == (320, 320)
     one = explain(model, parts, QUERY, method="occlusion")
     assert one.answer == "正面"
     (one,) = with_training_rows(model, parts, [one], training, rows=5, reporter=Silent())
@@ -73,12 +73,12 @@ def with_rows(parts: Parts, path: Path) -> Parts:
 
 def test_rows_that_are_not_those_of_training_are_refused(model: Any, parts: Parts, tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
-    write_rows(path, cued_rows(240, seed=5))
+    write_rows(path, cued_rows(320, seed=5))
     with pytest.raises(RunError, match="another first row"):
         training_rows(with_rows(parts, path), model, sample=5, seed=0)
     same = Path(parts.recipe.data.train or "").read_text("utf-8").splitlines(keepends=True)
     path.write_text("".join(same[:-1]), "utf-8")
-    with pytest.raises(RunError, match="239 rows where there were 240"):
+    with pytest.raises(RunError, match="319 rows where there were 320"):
         training_rows(with_rows(parts, path), model, sample=5, seed=0)
     with pytest.raises(DataError):
         training_rows(with_rows(parts, tmp_path / "none.jsonl"), model, sample=5, seed=0)
@@ -93,5 +93,5 @@ def test_rows_that_the_run_kept_are_taken_from_there(model: Any, parts: Parts, t
     odd = replace(ordered[3], where="kept.jsonl:1\u2028", text="line\u2028separator")
     run.write_lines("train.jsonl", [to_saved(row) for row in (*ordered[:3], odd, *ordered[4:])])
     found = training_rows(with_rows(open_parts(run), tmp_path / "gone.jsonl"), model, sample=1000, seed=0)
-    assert found.total == 240
+    assert found.total == 320
     assert odd in found.rows
