@@ -56,7 +56,8 @@ def attribute(
     """
     device = next(model.parameters()).device
     with torch.no_grad():
-        embedded = model.get_input_embeddings()(torch.tensor([list(ids)], device=device))
+        # In float32, so that the points of the line and the sum over them are not rounded to the model's type.
+        embedded = model.get_input_embeddings()(torch.tensor([list(ids)], device=device)).float()
         present = torch.ones((1, len(pieces)), device=device)
         value = float(score(model, embedded, kept_tokens(pieces, present)))
     if method == "occlusion":
@@ -74,7 +75,7 @@ def attribute(
         return score(model, inputs, kept_tokens(pieces, present).expand(len(inputs), -1))
 
     with torch.no_grad():
-        padding = model.get_input_embeddings()(torch.tensor(pad_token_id, device=device))
+        padding = model.get_input_embeddings()(torch.tensor(pad_token_id, device=device)).float()
         baseline = torch.where(kept_tokens(pieces, 0 * present)[:, :, None], embedded, padding)
         bottom = float(along(baseline))
     by_width = IntegratedGradients(along).attribute(

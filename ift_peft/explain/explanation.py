@@ -12,7 +12,7 @@ from ift_peft.data.quality.finding import text_of
 from ift_peft.data.render import Rendered
 from ift_peft.errors import DataError
 from ift_peft.explain.attribution import STEPS, Attribution, Method, attribute
-from ift_peft.explain.influence import CAVEATS, Influence, TrainingRows, influence
+from ift_peft.explain.influence import CAVEATS, Influence, Loss, TrainingRows, influence
 from ift_peft.explain.pieces import Piece, prompt_pieces
 from ift_peft.explain.score import Score, answer_loss, answer_score
 from ift_peft.infer.load import Parts
@@ -161,6 +161,11 @@ def _score(parts: Parts, messages: Sequence[dict[str, str]], ids: Sequence[int],
     return answer_score(ids, rendered, chosen=chosen), rendered[chosen]
 
 
+def _loss(parts: Parts) -> Loss:
+    """What training minimised, of one row. Another kind of run is told apart here."""
+    return partial(answer_loss, pad_token_id=parts.tokenizer.pad_token_id)
+
+
 def with_training_rows(
     model: Any,
     parts: Parts,
@@ -171,6 +176,6 @@ def with_training_rows(
     reporter: Reporter,
 ) -> list[Explanation]:
     """The explanations with the `rows` training rows that pulled most towards each answer, and most away from it."""
-    loss = partial(answer_loss, pad_token_id=parts.tokenizer.pad_token_id)
-    found = influence(model, [one.learnt for one in explanations], training, loss, rows=rows, reporter=reporter)
+    answers = [one.learnt for one in explanations]
+    found = influence(model, answers, training, _loss(parts), rows=rows, reporter=reporter)
     return [replace(one, influence=pulls) for one, pulls in zip(explanations, found, strict=True)]

@@ -89,10 +89,10 @@ def log_likelihoods(model: Any, embedded: Tensor, kept: Tensor, answers: Sequenc
         [a.labels + [IGNORE] * more for a, more in zip(answers, padding, strict=True)], device=device
     )
     inside = torch.tensor([[True] * (longest - more) + [False] * more for more in padding], device=device)
-    after = model.get_input_embeddings()(ids).to(embedded.dtype)
+    after = model.get_input_embeddings()(ids)
     mask = torch.cat([kept, inside.repeat(prompts, 1)], dim=1).long()
     output = model(
-        inputs_embeds=torch.cat([embedded, after.repeat(prompts, 1, 1)], dim=1),
+        inputs_embeds=torch.cat([embedded.to(after.dtype), after.repeat(prompts, 1, 1)], dim=1),
         attention_mask=mask,
         use_cache=False,
         logits_to_keep=torch.arange(length - 1, length + longest - 1, device=device),

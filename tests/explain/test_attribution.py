@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ift_peft.data.render import IGNORE, Rendered
+from ift_peft.data.render import Rendered
 from ift_peft.explain.attribution import METHODS, Method, attribute, kept_tokens
 from ift_peft.explain.explanation import explain
 from ift_peft.explain.pieces import Piece, prompt_pieces
-from ift_peft.explain.score import AnswerScore, answer_score, log_likelihoods
+from ift_peft.explain.score import AnswerScore, answer_score
 from ift_peft.infer.likelihood import answer_likelihoods, label_probabilities
 from ift_peft.infer.load import Parts, held_out_rows
 from tests.explain.conftest import CUES, QUERY
@@ -140,25 +140,6 @@ def test_taking_out_the_strongest_pieces_costs_more_than_taking_out_others(
     spread = float(np.std(margins)) / len(margins) ** 0.5
     assert np.mean(margins) - 4 * spread > 1.0  # nats
     assert found >= 14  # the one word in seven that decides is ranked first
-
-
-def test_scores_after_several_prompts_are_those_after_each(model: Any, parts: Parts) -> None:
-    prompts = parts.renderer.prompts([parts.ask(QUERY).messages, parts.ask("great").messages])
-    answers = [Rendered([5, 6, 7], [IGNORE, 6, 7]), Rendered([9], [9])]
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-    kept = torch.tensor([[False] * (width - len(prompt)) + [True] * len(prompt) for prompt in prompts])
-    with torch.no_grad():
-        together = log_likelihoods(model, model.get_input_embeddings()(ids), kept, answers)
-        for prompt, row in zip(prompts, together, strict=True):
-            for answer, value in zip(answers, row, strict=True):
-                logits = model(torch.tensor([prompt + answer.input_ids])).logits[0, len(prompt) - 1 :]
-                wanted = sum(
-                    float(logits[at].log_softmax(-1)[label])
-                    for at, label in enumerate(answer.labels)
-                    if label != IGNORE
-                )
-                assert float(value) == pytest.approx(wanted, abs=1e-3)
 
 
 def test_a_run_without_labels_explains_the_answer_it_generates(model: Any, parts: Parts) -> None:
