@@ -40,7 +40,9 @@ def predict(
 
     if output_file is not None and not output_file.absolute().parent.is_dir():
         raise RunError(expected=f"the folder of {output_file}", found="none", fix="make it first")
-    items = iter(_items_of_file(input_file)) if input_file is not None else ({"text": text} for text in _texts(texts))
+    items = (
+        iter(_items_of_file(input_file)) if input_file is not None else ({"text": text} for text in given_texts(texts))
+    )
     parts = open_parts(open_run(run))
     if source is not None:
         parts = parts.as_source(source)
@@ -63,7 +65,7 @@ def _tell_how_a_mix_is_asked(parts: Parts) -> None:
     err.print(f"{asked} and answered freely; --source {'|'.join(names)}", style="dim", markup=False)
 
 
-def _texts(texts: list[str] | None) -> Iterator[str]:
+def given_texts(texts: list[str] | None) -> Iterator[str]:
     if texts:
         yield from texts
         return

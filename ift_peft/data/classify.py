@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from ift_peft.data.render import IGNORE, Rendered, Renderer, TokenRenderer
+from ift_peft.data.render import IGNORE, Prompt, Rendered, Renderer, TokenRenderer
 from ift_peft.data.row import Message
 from ift_peft.errors import DataError, ModelError
 from ift_peft.sections import Head
@@ -39,8 +39,30 @@ class ClassRenderer:
 
     def prompts(self, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
         """The ids of each question."""
-        texts = ["\n".join(message["content"] for message in conversation) for conversation in conversations]
+        texts = [_text(conversation) for conversation in conversations]
         return list(self.tokenizer(texts, verbose=False)["input_ids"]) if texts else []
+
+    def aligned(self, conversations: Sequence[Sequence[Message]]) -> list[Prompt]:
+        """`prompts` with their texts, the special tokens around them written out, and where in them each token lies."""
+        aligned = []
+        for conversation in conversations:
+            text = _text(conversation)
+            encoded = self.tokenizer(text, verbose=False, return_offsets_mapping=True, return_special_tokens_mask=True)
+            ids, special = encoded["input_ids"], encoded["special_tokens_mask"]
+            names = self.tokenizer.convert_ids_to_tokens(ids)
+            first = special.index(0) if 0 in special else len(ids)
+            head = "".join(names[:first])
+            whole, offsets = head + text, []
+            for index, (start, end) in enumerate(encoded["offset_mapping"]):
+                if not special[index]:
+                    offsets.append((len(head) + start, len(head) + end))
+                elif index < first:
+                    offsets.append((len("".join(names[:index])), len("".join(names[: index + 1]))))
+                else:
+                    offsets.append((len(whole), len(whole) + len(names[index])))
+                    whole += names[index]
+            aligned.append(Prompt(whole, ids, offsets))
+        return aligned
 
     def render(self, conversations: Sequence[Sequence[Message]]) -> list[Rendered]:
         """Ids and class of each row, whose last message is its class. Raises `DataError` for another answer."""
@@ -57,6 +79,10 @@ class ClassRenderer:
                 )
             rendered.append(Rendered(ids, [IGNORE] * (len(ids) - 1) + [self.classes.index(answer)]))
         return rendered
+
+
+def _text(conversation: Sequence[Message]) -> str:
+    return "\n".join(message["content"] for message in conversation)
 
 
 def make_renderer(tokenizer: PreTrainedTokenizerBase, *, head: Head, classes: Sequence[str]) -> TokenRenderer:

@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -65,6 +65,14 @@ class Rendered:
         return next((i for i, label in enumerate(self.labels) if label != IGNORE), len(self.labels))
 
 
+class Prompt(NamedTuple):
+    """A prompt's text up to where its answer begins, its token ids, and the characters of the text each covers."""
+
+    text: str
+    ids: list[int]
+    offsets: list[Span]
+
+
 class TokenRenderer(Protocol):
     """What makes tokens of conversations: `Renderer`, or `ClassRenderer` for a base with a classifier's head."""
 
@@ -74,6 +82,8 @@ class TokenRenderer(Protocol):
     template_hash: str
 
     def prompts(self, conversations: Sequence[Sequence[Message]]) -> list[list[int]]: ...
+
+    def aligned(self, conversations: Sequence[Sequence[Message]]) -> list[Prompt]: ...
 
     def render(self, conversations: Sequence[Sequence[Message]]) -> list[Rendered]: ...
 
@@ -108,16 +118,21 @@ class Renderer:
 
     def prompts(self, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
         """The ids of each conversation up to where the next answer begins, exactly as they precede it in training."""
+        return [prompt.ids for prompt in self.aligned(conversations)]
+
+    def aligned(self, conversations: Sequence[Sequence[Message]]) -> list[Prompt]:
+        """`prompts` with their texts, and where in them each token lies."""
         if not conversations:
             return []
         texts, spans = self._spans([(*conversation, _PROBE) for conversation in conversations])
         encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-        return [
-            ids[: Rendered(ids, _labels(ids, offsets, answers[-1:], text)).prompt_length]
-            for ids, offsets, answers, text in zip(
-                encoded["input_ids"], encoded["offset_mapping"], spans, texts, strict=True
-            )
-        ]
+        aligned = []
+        for ids, offsets, answers, text in zip(
+            encoded["input_ids"], encoded["offset_mapping"], spans, texts, strict=True
+        ):
+            length = Rendered(ids, _labels(ids, offsets, answers[-1:], text)).prompt_length
+            aligned.append(Prompt(text[: answers[-1][0]], ids[:length], offsets[:length]))
+        return aligned
 
     def render(self, conversations: Sequence[Sequence[Message]]) -> list[Rendered]:
         """Ids and labels of each conversation.

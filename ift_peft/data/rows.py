@@ -14,6 +14,7 @@ from ift_peft.data.row import Row
 from ift_peft.data.sources import folder_has_split, iter_source, read_source
 from ift_peft.errors import DataError, IftPeftError, raise_all
 from ift_peft.sections import Data
+from ift_peft.selection import Validation
 
 SHOWN_FAULTS = 20
 MOST_FAULTS = 1000  # a stream is not read to its end with more than these
@@ -216,3 +217,10 @@ def _sample(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
     order = random.Random(seed).sample(range(len(rows)), len(rows))
     kept = sorted(order[:limit])  # so that a smaller sample is part of a larger one
     return [rows[index] for index in kept]
+
+
+def set_aside(rows: list[Row], section: Validation | None) -> tuple[list[Row], list[Row]]:
+    """Training rows without those that are only validated on, and those: both as `data.quality` left them."""
+    if section is None:
+        return rows, []
+    return split_rows(rows, test_size=section.size, seed=section.seed, setting="validation.size")

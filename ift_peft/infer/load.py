@@ -71,13 +71,18 @@ class Parts:
     def askers(self) -> list[Asker]:
         return askers(self.recipe.data)
 
-    def fit_prompt(self, question: Question) -> tuple[tuple[Message, ...], bool]:
-        """The prompt as it may be asked, shortened like a training row if it must be; True if it was."""
+    def fit_question(self, question: Question) -> tuple[Question, bool]:
+        """The question as it may be asked, shortened like a training row if it must be; True if it was."""
         longest = max(self.labels, key=len) if self.labels else "…"
         answer = {"role": "assistant", "content": longest}
         row = Row((*question.messages, answer), "the given text", text=question.text)
         fitted = fit_rows([row], self.renderer, max_length=self.max_length, overlong="truncate")
-        return fitted.rows[0].prompt, bool(fitted.fit.truncated)
+        return Question(fitted.rows[0].prompt, fitted.rows[0].text), bool(fitted.fit.truncated)
+
+    def fit_prompt(self, question: Question) -> tuple[tuple[Message, ...], bool]:
+        """The messages of `fit_question`."""
+        fitted, truncated = self.fit_question(question)
+        return tuple(fitted.messages), truncated
 
     def ask(self, text: str) -> Question:
         """The question that training would have made of `text`; of several phrasings, the first for its language."""

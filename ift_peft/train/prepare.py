@@ -19,7 +19,7 @@ from ift_peft.data.instructions import Asker, ask_held_out, asked_first, asked_i
 from ift_peft.data.quality import Cleaned, Finding, apply, find
 from ift_peft.data.render import Rendered, TokenRenderer
 from ift_peft.data.row import Row
-from ift_peft.data.rows import held_out_rows, read_rows, split_rows, stream_rows, to_saved
+from ift_peft.data.rows import held_out_rows, read_rows, set_aside, stream_rows, to_saved
 from ift_peft.data.store import RenderedSet, content_key, render_set
 from ift_peft.evaluate.measure import check_evaluation
 from ift_peft.evaluate.probes import Probe, make_probes
@@ -30,7 +30,6 @@ from ift_peft.recipe import Recipe
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir
 from ift_peft.sections import Classes, Data, Quality
-from ift_peft.selection import Validation
 from ift_peft.train.arguments import choose_max_length
 from ift_peft.train.batching import Epochs
 
@@ -98,7 +97,9 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
         )
         train_rows = checked.cleaned.rows
         notes += checked.notes()
-    train_rows, validation_rows = set_aside(train_rows, recipe.validation)
+    validation_rows: list[Row] = []
+    if train_rows is not None:  # a stream has none: the recipe was validated
+        train_rows, validation_rows = set_aside(train_rows, recipe.validation)
     if checked is not None and train_rows is not None:
         checked = replace(checked, cleaned=replace(checked.cleaned, rows=train_rows))
     if train_rows is not None and data.augment is not None:
@@ -138,14 +139,6 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
     notes += [note for probe in probes for note in probe.notes]
     epochs = _epochs(data, train)
     return Prepared(location, tokenizer, renderer, train, epochs, test, validation, probes, checked, max_length, notes)
-
-
-def set_aside(rows: list[Row] | None, section: Validation | None) -> tuple[list[Row] | None, list[Row]]:
-    """Training rows without those that are only validated on, and those: both as `data.quality` left them."""
-    if section is None:
-        return rows, []
-    assert rows is not None  # the recipe was validated: no validation of a stream
-    return split_rows(rows, test_size=section.size, seed=section.seed, setting="validation.size")
 
 
 def _check(

@@ -136,6 +136,7 @@ def test_evaluating_the_run_again_gives_its_scores(bert_run: RunDir, ift: Ift) -
 @pytest.mark.slow
 def test_the_built_in_llama_learns_to_classify(tmp_path: Path) -> None:
     """A GPT base reads its last token: rows padded beside longer ones give the same answer as alone."""
+    from ift_peft.explain.explanation import explain
     from ift_peft.infer.load import load_model, open_parts
     from ift_peft.infer.predict import answer_all
     from ift_peft.reporter import Silent
@@ -156,6 +157,14 @@ def test_the_built_in_llama_learns_to_classify(tmp_path: Path) -> None:
     for question, answer in zip(questions, together, strict=True):
         (alone,) = answer_all(model, parts, [question], max_new_tokens=8)
         assert alone.probabilities == pytest.approx(answer.probabilities, abs=1e-5)
+    for method in ("occlusion", "integrated-gradients"):
+        found = explain(model, parts, "film film wonderful film", method=method)  # type: ignore[arg-type]
+        assert found.answer == "positive"
+        assert found.pieces[found.strongest[0]].text.strip() == "wonderful"
+        (said,) = answer_all(model, parts, [parts.ask("film film wonderful film")], max_new_tokens=8)
+        assert said.probabilities is not None
+        assert found.probabilities is not None
+        assert found.probabilities[0] == pytest.approx(said.probabilities["positive"], abs=1e-5)
 
 
 @pytest.mark.slow
