@@ -158,7 +158,10 @@ def _trained(recipe: Recipe, manifest: Mapping[str, Any]) -> Facts:
     settings = recipe.adapter.model_dump(mode="json")
     facts = [
         ("base", f"{name} at revision {base['revision']}" if base.get("revision") else name),
-        ("weights", "unquantised" if recipe.base.quantization == "none" else f"quantised to {recipe.base.quantization}"),
+        (
+            "weights",
+            "unquantised" if recipe.base.quantization == "none" else f"quantised to {recipe.base.quantization}",
+        ),
         ("adapter", ", ".join(f"{key} {_said(value)}" for key, value in settings.items() if key != "method")),
         ("loss", recipe.loss.kind.replace("_", " ")),
         *((str(key), _said(place_free(value))) for key, value in recipe.training.items()),

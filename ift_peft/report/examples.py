@@ -38,7 +38,6 @@ class Side:
 
 @dataclass(frozen=True)
 class Example:
-    row: int
     text: Text
     reference: Text
     base: Side
@@ -81,13 +80,15 @@ def examples(rows: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any
 
 
 def _example(rows: Sequence[Mapping[str, Any]], line: Mapping[str, Any], *, answers: bool) -> Example:
-    row = rows[line["row"]] if line["row"] < len(rows) else {"messages": [{"content": "(row not kept)"}]}
+    row = rows[line["row"]]
     asked = row.get("text")
     if asked is None:
-        asked = next((one["content"] for one in reversed(row["messages"]) if one.get("role") == "user"), "")
+        asked = next((one["content"] for one in reversed(row["messages"]) if one["role"] == "user"), "")
     scores = [_likelihood(line[who], line["answer"], answers=answers) for who in WHO]
-    sides = [_side(line[who], line["answer"], score, answers=answers) for who, score in zip(WHO, scores, strict=True)]
-    return Example(line["row"], cut(asked), cut(line["answer"]), *sides, gain=scores[1] - scores[0])
+    base, adapter = (
+        _side(line[who], line["answer"], score, answers=answers) for who, score in zip(WHO, scores, strict=True)
+    )
+    return Example(cut(str(asked)), cut(line["answer"]), base, adapter, gain=scores[1] - scores[0])
 
 
 def _likelihood(part: Mapping[str, Any], reference: str, *, answers: bool) -> float:

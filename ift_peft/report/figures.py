@@ -131,7 +131,7 @@ def line_chart(name: str, points: Sequence[tuple[float, float]]) -> LineChart:
     best = min(points, key=lambda point: point[1])
     told = f"{name} from {number(values[0])} at step {points[0][0]:,.0f} to {number(values[-1])} at step {last:,.0f}"
     if name == "learning rate":
-        told = f"learning rate: at most {short(highest)}, {short(values[-1])} at step {last:,.0f}"
+        told = f"learning rate: at most {highest:.3g}, {values[-1]:.3g} at step {last:,.0f}"
     elif best[1] < values[-1]:
         told += f", lowest {number(best[1])} at step {best[0]:,.0f}"
     return LineChart(

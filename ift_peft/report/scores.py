@@ -111,9 +111,10 @@ def as_value(content: Any) -> Value | None:
 
 def comparisons(content: Mapping[str, Any]) -> tuple[Comparison, ...]:
     """The metrics of an object with `base`, `adapter` and `change`, in the adapter's order."""
-    parts = [content.get(who) if isinstance(content.get(who), Mapping) else {} for who in WHO]
-    names = list(dict.fromkeys(name for part in (parts[1], parts[0], parts[2]) for name in part or ()))
-    found = (Comparison(name, *(as_value((part or {}).get(name)) for part in parts)) for name in names)
+    sides = (content.get(who) for who in WHO)
+    base, adapter, change = (side if isinstance(side, Mapping) else {} for side in sides)
+    names = dict.fromkeys((*adapter, *base, *change))
+    found = (Comparison(name, *(as_value(part.get(name)) for part in (base, adapter, change))) for name in names)
     return tuple(one for one in found if one.base or one.adapter or one.change)
 
 

@@ -27,6 +27,7 @@ from ift_peft.evaluate.run import forgotten, measure, measure_general, measure_p
 from ift_peft.model.adapter import lora_config
 from ift_peft.model.base import LoadedBase, choose_device, choose_dtype, load_section, quiet
 from ift_peft.recipe import Recipe
+from ift_peft.report.write import write_report
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir, RunIsBusy, create_run
 from ift_peft.train.arguments import sft_config
@@ -128,6 +129,7 @@ def _run(recipe: Recipe, prepared: Prepared, run: RunDir, reporter: Reporter, *,
         raise
     finished = datetime.now().astimezone().isoformat(timespec="seconds")
     run.update_manifest(status="succeeded", finished=finished, seconds=round(time.monotonic() - started, 1))
+    write_report(run)
     return run
 
 
