@@ -155,18 +155,17 @@ def _per_class(content: Mapping[str, Any]) -> list[tuple[Text, int, list[Compari
 def _trained(recipe: Recipe, manifest: Mapping[str, Any]) -> Facts:
     base, adapter = manifest.get("base") or {}, recipe.adapter
     name = str(base.get("name") or place_free(recipe.base.model))
-    settings = recipe.adapter.model_dump(mode="json")
+    settings, quantization = recipe.adapter.model_dump(mode="json"), recipe.base.quantization
     facts = [
         ("base", f"{name} at revision {base['revision']}" if base.get("revision") else name),
+        ("weights", "unquantised" if quantization == "none" else f"quantised to {quantization}"),
         (
-            "weights",
-            "unquantised" if recipe.base.quantization == "none" else f"quantised to {recipe.base.quantization}",
+            f"adapter ({adapter.method})",
+            ", ".join(f"{key} {_said(value)}" for key, value in settings.items() if key != "method"),
         ),
-        ("adapter", ", ".join(f"{key} {_said(value)}" for key, value in settings.items() if key != "method")),
         ("loss", recipe.loss.kind.replace("_", " ")),
         *((str(key), _said(place_free(value))) for key, value in recipe.training.items()),
     ]
-    facts[2] = (f"adapter ({adapter.method})", facts[2][1])
     parameters, rows = manifest.get("parameters"), manifest.get("rows") or {}
     if parameters:
         share = 100 * parameters["trained"] / parameters["all"]

@@ -176,7 +176,7 @@ def _told(who: str, value: Value) -> str:
 
 def _scale(one: Comparison) -> list[float]:
     ends = [end for value in one.values for end in value.ends]
-    if (one.metric in RATES or one.metric.startswith("pass@")) and 0 <= min(ends) and max(ends) <= 1:
+    if (one.metric in RATES or one.metric.startswith("pass@")) and min(ends) >= 0 and max(ends) <= 1:
         return [0.0, 0.25, 0.5, 0.75, 1.0]
     return nice_ticks(min(ends), max(ends), most=5)
 

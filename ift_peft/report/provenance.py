@@ -14,7 +14,7 @@ from ift_peft.recipe import Recipe
 from ift_peft.run_dir import RunDir
 
 # Folders before a file's name, but not those of a URL or after another word.
-_FOLDERS = re.compile(r"(?<![\w.:/\\])(?:[A-Za-z]:[/\\]|~?/)(?:[^\s/\\'\"<>|]+[/\\])*(?=[^\s/\\'\"<>|])")
+_FOLDERS = re.compile(r"(?<![\w.:/\\<])(?:[A-Za-z]:[/\\]|~?/)(?:[^\s/\\'\"<>|]+[/\\])+(?=[^\s/\\'\"<>|])")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Public:
     def of(cls, recipe: Recipe, run: RunDir) -> Public:
         """Knows the folders that the recipe names, spaces in them included."""
         folders = {str(PurePosixPath(value).parent) for value in _strings(recipe.model_dump()) if is_absolute(value)}
-        folders |= {str(parent) for parent in run.path.parents}
+        folders |= {str(parent) for parent in run.path.resolve().parents}
         return cls(tuple(sorted((folder for folder in folders if folder != "/"), key=len, reverse=True)))
 
     def text(self, text: str) -> str:
@@ -82,7 +82,7 @@ def _seeds(values: Any, prefix: str) -> Iterator[tuple[str, str]]:
 
 def commands(run: RunDir, manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What to type, with what it does, from the folder that holds the folder of runs."""
-    folder = "/".join(run.path.parts[-3:])
+    folder = "/".join(run.path.resolve().parts[-3:])
     found = [
         (f"ift train {folder}/recipe.yaml", "trains and measures the same again"),
         (f"ift evaluate {folder}", "measures this adapter again"),
