@@ -32,7 +32,8 @@ LOOK = r"""
     return layers.reverse().reduce((below, top) => over(top, below), [255, 255, 255, 1]);
   };
   const luminance = colour => {
-    const [r, g, b] = colour.slice(0, 3).map(c => c / 255).map(c => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4);
+    const linear = c => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4;
+    const [r, g, b] = colour.slice(0, 3).map(c => linear(c / 255));
     return .2126 * r + .7152 * g + .0722 * b;
   };
   const contrast = (a, b) => {
@@ -52,7 +53,7 @@ LOOK = r"""
   const levels = [...document.querySelectorAll("h1, h2, h3, h4")].map(h => Number(h.tagName[1]));
   return {
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
-    sections: [...document.querySelectorAll("section")].filter(s => s.getBoundingClientRect().height > 40).map(s => s.id),
+    sections: [...document.querySelectorAll("section")].filter(s => s.offsetHeight > 40).map(s => s.id),
     background: behind(document.body),
     texts, worst, levels,
     unscoped: [...document.querySelectorAll("th:not([scope])")].length,
@@ -61,7 +62,6 @@ LOOK = r"""
     outside: [...document.querySelectorAll("svg text, svg circle")].filter(
       t => t.getBoundingClientRect().right > document.documentElement.clientWidth || t.getBoundingClientRect().left < 0
     ).length,
-    ran: Boolean(window.ran),
   };
 }
 """
