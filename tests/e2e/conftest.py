@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ift_peft.run_dir import RunDir, open_run
-from tests.conftest import OFFLINE
+from tests.conftest import OFFLINE, ROOT
 
 SHORT = (
     "base.device=cpu",
@@ -28,7 +28,7 @@ def short_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     finished = subprocess.run(
         [sys.executable, "-m", "ift_peft", "train", "sentiment", *SHORT],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(OFFLINE)},
+        env={**os.environ, "PYTHONPATH": f"{OFFLINE}{os.pathsep}{ROOT}"},
         capture_output=True,
         text=True,
         timeout=600,
