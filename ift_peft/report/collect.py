@@ -29,6 +29,15 @@ TOLD = {
     "perturbed": "The same held-out rows with synonyms and slips of the keyboard in their texts.",
     "forgetting": "Loss in nats per token on general text that has nothing to do with the task.",
 }
+MEMORY = {  # entries of the manifest's memory
+    "foreseen_bytes": "memory foreseen for training",
+    "free_before_bytes": "memory free before",
+    "rss_before_training_bytes": "process before training",
+    "peak_rss_in_training_bytes": "process at most in training",
+    "peak_rss_bytes": "process at most in the run",
+    "cuda_before_training_bytes": "GPU before training",
+    "peak_cuda_in_training_bytes": "GPU at most in training",
+}
 DRAWN_ELSEWHERE = ("rows", "intervals", "base", "adapter", "change", "confusion", "per_class", "calibration", "gates")
 
 Facts = list[tuple[str, str]]
@@ -210,8 +219,8 @@ def _cost(manifest: Mapping[str, Any]) -> Facts:
     if "padding_share" in manifest:
         facts.append(("padding", f"{100 * manifest['padding_share']:.1f} % of what the model computed on"))
     for key, value in (manifest.get("memory") or {}).items():
-        if isinstance(value, int | float) and key.endswith("_bytes"):
-            facts.append((f"memory: {key.removesuffix('_bytes').replace('_', ' ')}", f"{value / 1e9:.2f} GB"))
+        if key in MEMORY:
+            facts.append((MEMORY[key], f"{value / 1e9:.2f} GB"))
     return facts
 
 

@@ -26,6 +26,7 @@ from ift_peft.evaluate.gates import target_gates
 from ift_peft.evaluate.run import forgotten, measure, measure_general, measure_probes, resampling
 from ift_peft.model.adapter import lora_config
 from ift_peft.model.base import LoadedBase, choose_device, choose_dtype, load_section, quiet
+from ift_peft.model.memory import Meter
 from ift_peft.recipe import Recipe
 from ift_peft.report.write import write_report
 from ift_peft.reporter import Reporter
@@ -34,6 +35,7 @@ from ift_peft.train.arguments import sft_config
 from ift_peft.train.card import adapter_card
 from ift_peft.train.checkpoints import newest_complete
 from ift_peft.train.losses import find_teacher
+from ift_peft.train.memory import foresee_memory
 from ift_peft.train.prepare import Prepared, inputs, prepare, record_inputs
 from ift_peft.train.trainer import RunRecorder, SupervisedTrainer, non_finite
 
@@ -136,6 +138,7 @@ def _run(recipe: Recipe, prepared: Prepared, run: RunDir, reporter: Reporter, *,
 def _train_and_measure(
     recipe: Recipe, prepared: Prepared, run: RunDir, reporter: Reporter, checkpoint: Path | None
 ) -> None:
+    foreseen = foresee_memory(recipe, prepared, reporter)
     base = load_section(prepared.location, recipe.base)
     for note in (*prepared.notes, *base.notes):
         reporter.note(note)
@@ -149,8 +152,10 @@ def _train_and_measure(
     measuring = partial(measure, trainer.model, prepared.renderer, rows, labels, recipe.evaluation, reporter=reporter)
     general = partial(measure_general, trainer.model, prepared.tokenizer, recipe.evaluation, reporter=reporter)
     before, general_before = measuring(adapter=False), general(adapter=False)
+    meter = Meter(base.device)
     with stopping_on_signals(recorder):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    memory = foreseen | meter.read()
     if trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(
             expected=f"{trainer.state.max_steps} steps",
@@ -180,6 +185,7 @@ def _train_and_measure(
         notes=[*prepared.notes, *base.notes],
         parameters={"trained": parameters[0], "all": parameters[1]},
         steps=trainer.state.global_step,
+        memory=memory,
     )
     if trainer.tokens_seen:  # nothing is trained when a run resumes after its last step
         run.update_manifest(

@@ -98,6 +98,7 @@ def full_run(recipe: Recipe, tmp_path: Path) -> RunDir:
         status="succeeded",
         notes=[planted("note"), f"read from {HIDDEN}/train.jsonl and /srv/models/base/config.json"],
         seconds=200.0,
+        memory={"foreseen_bytes": 2_500_000_000, "foreseen": {"weights": 1}},
         steps=80,
         tokens_per_second=1000.0,
         padding_share=0.02,

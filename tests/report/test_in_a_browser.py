@@ -22,7 +22,8 @@ def test_the_look_finds_what_it_looks_for(tmp_path: Path) -> None:
     page = tmp_path / "bad.html"
     page.write_text(
         "<!DOCTYPE html><meta name='viewport' content='width=device-width'><body style='color:#999'>"
-        "<h1>a</h1><h3>b</h3><table><th>c</th></table><svg width='700'><text x='690' y='20' font-size='8'>d</text></svg>"
+        "<h1>a</h1><h3>b</h3>"
+        "<table><th>c</th></table><svg width='700'><text x='690' y='20' font-size='8'>d</text></svg>"
         "<img src='missing.png' alt=''><script>console.log('e')</script>",
         "utf-8",
     )

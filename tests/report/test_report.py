@@ -62,6 +62,10 @@ def test_no_folder_of_the_machine_is_told(full_run: RunDir, tmp_path: Path) -> N
     assert f"ift merge runs/planted/{full_run.path.name}" in page
 
 
+def test_memory_foreseen_is_told_in_gigabytes(full_run: RunDir) -> None:
+    assert "memory foreseen for training</dt><dd>2.50 GB<" in written(full_run)
+
+
 def test_every_section_is_there_with_its_link(full_run: RunDir) -> None:
     outline = Outline(written(full_run))
     expected = ["scores", "classes", "calibration", "unseen", "by-source", "safety", "rows", "trained", "cost"]
