@@ -1,4 +1,4 @@
-"""Commands on a finished run: evaluate, merge."""
+"""Commands on a finished run: evaluate, merge, report."""
 
 from __future__ import annotations
 
@@ -68,3 +68,21 @@ def merge(
             f"         {result.same_labels_as_run} of {result.rows} as in the run over {parts.recipe.base.quantization}"
         )
     out.print("\n".join(lines), markup=False)
+
+
+@app.command()
+@errors_to_exit_codes
+def report(
+    run: RunArgument,
+    output: Annotated[Path | None, typer.Option(help="File to write; by default RUN/report.html.")] = None,
+) -> None:
+    """Write a run's report again: one HTML file, also of a run that did not finish.
+
+    Example: ift report runs/sentiment/latest --output sentiment.html
+    """
+    from ift_peft.console import out
+    from ift_peft.report.write import write_report
+    from ift_peft.run_dir import open_run
+
+    path = write_report(open_run(run, finished=False), output)
+    out.print(f"report   {os.path.relpath(path)}", markup=False)

@@ -66,7 +66,8 @@ def train(
     print_scores(scores, title=f"{name}: {scores['rows']} held-out rows")
     folder = os.path.relpath(run.path.parent / "latest" if resume is None else run.path)
     out.print(
-        f"run      {os.path.relpath(run.path)}\npredict  ift predict {folder} TEXT\nmerge    ift merge {folder}",
+        f"run      {os.path.relpath(run.path)}\nreport   {os.path.relpath(run.path / 'report.html')}\n"
+        f"predict  ift predict {folder} TEXT\nmerge    ift merge {folder}",
         markup=False,
     )
     raise_all(missed(scores))

@@ -15,13 +15,16 @@ from ift_peft.evaluate.forgetting import general_texts
 from ift_peft.evaluate.run import Measuring
 from ift_peft.evaluate.safety import safety_prompts
 from ift_peft.model.base import choose_device, choose_dtype, quiet
+from ift_peft.model.memory import Meter
 from ift_peft.recipe import Recipe
+from ift_peft.report.write import write_report
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir, RunIsBusy, create_run
 from ift_peft.train.arguments import sft_config, validation_arguments
 from ift_peft.train.card import adapter_card
 from ift_peft.train.checkpoints import newest_complete
 from ift_peft.train.losses import find_teacher
+from ift_peft.train.memory import foresee_memory
 from ift_peft.train.prepare import Prepared, inputs, prepare, record_inputs
 from ift_peft.train.session import Interrupted, Session, open_session, resume_command
 
@@ -152,24 +155,30 @@ def _run(recipe: Recipe, prepared: Prepared, run: RunDir, reporter: Reporter, *,
         raise
     finished = datetime.now().astimezone().isoformat(timespec="seconds")
     run.update_manifest(status="succeeded", finished=finished, seconds=round(time.monotonic() - started, 1))
+    write_report(run)
     return run
 
 
 def _train_and_measure(
     recipe: Recipe, prepared: Prepared, run: RunDir, reporter: Reporter, checkpoint: Path | None
 ) -> None:
+    foreseen = foresee_memory(recipe, prepared, reporter)
     session = open_session(recipe, prepared, run, reporter)
     measuring = Measuring(session.model, prepared.renderer, recipe, prepared.test.rows, prepared.probes, reporter)
     before = measuring.of(adapter=False)
+    meter = Meter(session.base.device)
     if checkpoint is not None and run.read("manifest.json").get("training_ended"):
         session.take(checkpoint)
     else:
         session.fit(checkpoint)
+    memory = foreseen | meter.read()
     scores = measuring.scores(before, measuring.of(adapter=True), run=run)
     run.write("scores.json", scores)
     _save_adapter(session, scores)
     trained, every = session.parameters
-    run.update_manifest(notes=session.notes, parameters={"trained": trained, "all": every}, **session.outcome())
+    run.update_manifest(
+        notes=session.notes, parameters={"trained": trained, "all": every}, memory=memory, **session.outcome()
+    )
     trainer = session.trainer
     if trainer.tokens_seen:  # nothing is trained when a run resumes after its last step
         run.update_manifest(

@@ -1,0 +1,48 @@
+"""Print what steps were foreseen to need, and what the process grew by: grow.py BASE ROWS LENGTH POSITIONS."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+from peft import get_peft_model
+from torch.nn import functional as F
+
+from ift_peft.model.adapter import lora_config
+from ift_peft.model.base import load_base, quiet
+from ift_peft.model.memory import Batch, Meter, foresee
+from ift_peft.model.tokenizer import locate_base
+from ift_peft.sections import Adapter
+
+
+def main(base: str, rows: int, length: int, positions: int) -> None:
+    location, adapter = locate_base(base), Adapter()
+    needed = foresee(location, adapter, Batch(rows, length, positions), dtype=torch.float32)
+    with quiet():
+        bare = load_base(location, device="cpu").model
+        config = lora_config(adapter, bare, base_name=str(location.folder), revision=None)
+        model = get_peft_model(bare, config).train()
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad])
+
+    def step(length: int, positions: int) -> None:
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        mask = torch.ones_like(ids)
+        mask[0, -1] = 0  # padded, as batches are
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=positions).logits
+        loss = F.cross_entropy(logits.float().flatten(0, 1), torch.zeros(rows * positions, dtype=torch.long))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(8, 8)  # libraries, and the optimizer's moments
+    meter = Meter(torch.device("cpu"))
+    for _ in range(2):
+        step(length, positions)
+    found = meter.read()
+    grown = found["peak_rss_in_training_bytes"] - found["rss_before_training_bytes"]
+    print(json.dumps({"grown": grown, "activations": needed.activations, "logits": needed.logits}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:]))
