@@ -66,4 +66,4 @@ def foresee_memory(recipe: Recipe, prepared: Prepared, reporter: Reporter) -> di
 
 
 def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"
