@@ -178,7 +178,7 @@ def curves(falls: Falls, seed: int) -> list[dict[str, Any]]:
 def main(
     name: Annotated[str, typer.Argument(help="Name of the result.")],
     run: Annotated[Path, typer.Argument(help="A classification run.")],
-    rows: int = 50,
+    rows: int = 40,
     seed: int = 0,
 ) -> None:
     """Print the deletion curves and write them down."""

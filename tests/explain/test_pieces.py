@@ -49,6 +49,14 @@ def test_pieces_of_one_character_and_of_one_word_are_one() -> None:
     assert "!" in by_text
 
 
+def test_a_chinese_word_is_one_piece() -> None:
+    text = "这个产品很糟糕，我非常失望。"
+    _, pieces = prompt_pieces(renderer(), ask(text, instruction="请分类。", system=None), text)
+    own = [piece for piece in pieces if piece.kind == "text"]
+    assert [piece.text for piece in own] == ["这个", "产品", "很", "糟糕", "，", "我", "非常", "失望", "。"]
+    assert any(piece.end - piece.start > 1 for piece in own)
+
+
 def test_a_template_that_changes_what_it_is_given_is_refused() -> None:
     shouting = "{% for m in messages %}<|{{ m.role }}|>{{ m.content | upper }}<|end|>{% endfor %}"
     messages = ask("very good", instruction="Classify.", system=None)
