@@ -6,10 +6,10 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Self, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from ift_peft.errors import IftPeftError, RecipeError, first_line, raise_all
 from ift_peft.sections import DATA_SUFFIXES, Adapter, Base, Data, Evaluation, Loss, Section
@@ -33,10 +33,40 @@ class Recipe(Section):
     evaluation: Evaluation = Evaluation()
     tune: Tune | None = None
 
+    @property
+    def seed(self) -> int:
+        """That of the training; TRL's default is 42."""
+        return int(self.training.get("seed", 42))
+
     def with_seed(self, step: int) -> Recipe:
-        """This recipe with the seed of its training `step` further; TRL's default is 42."""
-        seed = int(self.training.get("seed", 42)) + step
-        return self.model_copy(update={"training": {**self.training, "seed": seed}})
+        """This recipe with the seed of its training `step` further."""
+        return self.model_copy(update={"training": {**self.training, "seed": self.seed + step}})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_forgetting(cls, values: Any) -> Any:
+        """A classifier has no language-model head whose loss on general text could be measured."""
+        base = values.get("base") if isinstance(values, dict) else None
+        if isinstance(base, dict) and base.get("head") == "sequence-classification":
+            evaluation = values.get("evaluation")
+            if evaluation is None or isinstance(evaluation, dict):
+                return {**values, "evaluation": {"forgetting": False, **(evaluation or {})}}
+        return values
+
+    @model_validator(mode="after")
+    def _fits_its_head(self) -> Self:
+        if self.base.head == "causal-lm":
+            return self
+        faults = []
+        if not self.data.label_words:
+            faults.append("data.labels to be set")
+        if self.loss.kind != "cross_entropy" or self.loss.kl_to_base or self.loss.chunk:
+            faults.append("of loss only label_smoothing to be set")
+        if self.evaluation.forgetting:
+            faults.append("no evaluation.forgetting, which needs a language-model head")
+        if faults:
+            raise ValueError(f"with base.head sequence-classification, {'; '.join(faults)}")
+        return self
 
     @field_validator("training", mode="before")
     @classmethod

@@ -11,6 +11,7 @@ Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", 
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 Language = Literal["zh", "en"]
 Action = Literal["off", "warn", "drop", "stop"]
+Head = Literal["causal-lm", "sequence-classification"]
 GenerationMetric = Literal["exact_match", "f1", "bleu", "chrf", "rouge", "pass_at_k"]
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -72,6 +73,9 @@ class Section(BaseModel):
 class Base(Section):
     model: str = "tiny"
     """`tiny`, a folder in Hugging Face format, or a Hub id."""
+    head: Head = "causal-lm"
+    """`sequence-classification`: a classifier's head on any base, BERT or GPT; it is trained and saved with the adapter
+    where the base brings none."""
     revision: str | None = None
     """Commit, tag or branch of a Hub id."""
     quantization: Quantization = "none"

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from ift_peft.data.fit import Fitted
 from ift_peft.data.render import Rendered
 from ift_peft.data.row import Row
 from ift_peft.errors import MergeError
 from ift_peft.evaluate.compare import predict_rows
-from ift_peft.infer.likelihood import pad, supervised_logits
+from ift_peft.infer.batches import pad
+from ift_peft.infer.classes import class_logits
+from ift_peft.infer.likelihood import supervised_logits
 from ift_peft.infer.load import Parts, held_out_rows, load_model
 from ift_peft.model.base import DTYPES, choose_device, quiet
 from ift_peft.reporter import Reporter
@@ -88,7 +90,7 @@ def _untie(model: Any) -> None:
     """Give the head weights of its own where it shares them with an embedding that the adapter changes."""
     base = model.get_base_model()
     head = base.get_output_embeddings()
-    if base.config.tie_word_embeddings:
+    if head is not None and base.config.tie_word_embeddings:
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
         base.config.tie_word_embeddings = False
 
@@ -108,7 +110,8 @@ def _verify(
     labels: list[int] | None,
 ) -> MergeResult:
     with quiet():
-        reloaded = AutoModelForCausalLM.from_pretrained(
+        kind = AutoModelForCausalLM if parts.recipe.base.head == "causal-lm" else AutoModelForSequenceClassification
+        reloaded = kind.from_pretrained(
             partial, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True
         ).to(choose_device(parts.recipe.base.device))
     found = _last_logits(reloaded, parts, held_out.rendered)
@@ -154,13 +157,14 @@ def _label_numbers(model: Any, parts: Parts, rows: Sequence[Row]) -> list[int] |
 
 @torch.no_grad()
 def _last_logits(model: Any, parts: Parts, rendered: Sequence[Rendered]) -> list[torch.Tensor]:
-    """Float32 logits of shape (supervised tokens, vocabulary) for each batch of rows, on CPU."""
+    """Float32 logits of shape (supervised tokens, vocabulary), or (rows, classes), for each batch of rows, on CPU."""
+    logits_of = supervised_logits if parts.recipe.base.head == "causal-lm" else class_logits
     model.eval()
     device = next(model.parameters()).device
     collected = []
     for start in range(0, len(rendered), _BATCH):
         batch = pad(rendered[start : start + _BATCH], parts.tokenizer.pad_token_id)
-        logits, _, _ = supervised_logits(model, {name: tensor.to(device) for name, tensor in batch.items()})
+        logits = logits_of(model, {name: tensor.to(device) for name, tensor in batch.items()})[0]
         collected.append(logits.float().cpu())
     return collected
 

@@ -15,7 +15,7 @@ from ift_peft.errors import DataError
 if TYPE_CHECKING:
     from ift_peft.data.fit import Fitted
     from ift_peft.data.quality import Finding
-    from ift_peft.data.render import Rendered, Renderer
+    from ift_peft.data.render import Rendered, TokenRenderer
     from ift_peft.data.row import Row
     from ift_peft.recipe import Recipe
 
@@ -77,11 +77,11 @@ def check(
         raise typer.Exit(DataError.exit_code)
 
 
-def _tokenizing(recipe: Recipe) -> tuple[Renderer, int | None]:
+def _tokenizing(recipe: Recipe) -> tuple[TokenRenderer, int | None]:
     """How the recipe's base renders rows, and how long they may be. Loads no weights."""
     from transformers import AutoConfig
 
-    from ift_peft.data.render import Renderer
+    from ift_peft.data.classify import make_renderer
     from ift_peft.model.base import quiet
     from ift_peft.model.tokenizer import ensure_pad_token, load_tokenizer, locate_base
     from ift_peft.train.arguments import choose_max_length
@@ -92,7 +92,8 @@ def _tokenizing(recipe: Recipe) -> tuple[Renderer, int | None]:
     with quiet():
         config = AutoConfig.from_pretrained(location.folder, trust_remote_code=False, local_files_only=True)
     positions = getattr(config, "max_position_embeddings", None)
-    return Renderer(tokenizer), choose_max_length(recipe.training, positions)
+    renderer = make_renderer(tokenizer, head=recipe.base.head, classes=recipe.data.label_words)
+    return renderer, choose_max_length(recipe.training, positions)
 
 
 def _find(
@@ -113,7 +114,7 @@ def _find(
     )
 
 
-def _fit(rows: Sequence[Row], renderer: Renderer, max_length: int | None, recipe: Recipe) -> Fitted:
+def _fit(rows: Sequence[Row], renderer: TokenRenderer, max_length: int | None, recipe: Recipe) -> Fitted:
     from ift_peft.data.fit import fit_rows
     from ift_peft.model.base import quiet
 
@@ -169,7 +170,7 @@ def _print_counts(parts: dict[str, Fitted], *, read: dict[str, int], max_length:
     out.print(table)
 
 
-def _print_mask(row: Row, ids: Rendered, renderer: Renderer) -> None:
+def _print_mask(row: Row, ids: Rendered, renderer: TokenRenderer) -> None:
     """The tokens of one row: learnt ones green, or in brackets where there are no colours; the others dim."""
     from rich.text import Text
 

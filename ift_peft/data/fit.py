@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Literal
 
-from ift_peft.data.render import Rendered, Renderer, without_labels
+from ift_peft.data.render import Rendered, TokenRenderer, without_labels
 from ift_peft.data.row import Row
 from ift_peft.data.rows import SHOWN_FAULTS, raise_faults
 from ift_peft.errors import DataError, IftPeftError
@@ -60,7 +60,7 @@ class Fitted:
 
 def fit_rows(
     rows: Sequence[Row],
-    renderer: Renderer,
+    renderer: TokenRenderer,
     *,
     max_length: int | None,
     overlong: Overlong,
@@ -94,7 +94,7 @@ def raise_unfit(fit: Fit, *, rows: int, kept: int, max_length: int | None) -> No
 
 
 def fit_batches(
-    rows: Iterable[Row], renderer: Renderer, fit: Fit, *, max_length: int | None, overlong: Overlong
+    rows: Iterable[Row], renderer: TokenRenderer, fit: Fit, *, max_length: int | None, overlong: Overlong
 ) -> Iterator[list[tuple[Row, Rendered] | None]]:
     """The rows with their rendering, batch by batch; None for a row that was left out or is at fault."""
     remaining = iter(rows)
@@ -106,7 +106,7 @@ def fit_batches(
 
 
 def _fitted(
-    row: Row, ids: Rendered, renderer: Renderer, fit: Fit, *, max_length: int | None, overlong: Overlong
+    row: Row, ids: Rendered, renderer: TokenRenderer, fit: Fit, *, max_length: int | None, overlong: Overlong
 ) -> tuple[Row, Rendered] | None:
     if max_length is not None and len(ids.input_ids) > max_length:
         if overlong == "drop":
@@ -124,7 +124,7 @@ def _fitted(
     return row, ids
 
 
-def _render(batch: Sequence[Row], renderer: Renderer, fit: Fit) -> list[tuple[Row, Rendered] | None]:
+def _render(batch: Sequence[Row], renderer: TokenRenderer, fit: Fit) -> list[tuple[Row, Rendered] | None]:
     """The rows with their ids; None for those that template or tokenizer refuse, whose faults name their origin."""
     try:
         return list(zip(batch, renderer.render([row.messages for row in batch]), strict=True))
@@ -147,7 +147,7 @@ def _too_long(row: Row, ids: Rendered, max_length: int, overlong: str) -> DataEr
     return DataError(expected=f"at most {max_length} tokens", found=f"{len(ids.input_ids)} at {row.where}", fix=fix)
 
 
-def shorten(row: Row, ids: Rendered, renderer: Renderer, *, max_length: int) -> tuple[Row, Rendered] | None:
+def shorten(row: Row, ids: Rendered, renderer: TokenRenderer, *, max_length: int) -> tuple[Row, Rendered] | None:
     """The row, rendered as `ids`, with the end of its text, or of its longest question, cut until it fits; None where
     none would.
     """

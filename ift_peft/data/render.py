@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -63,6 +63,22 @@ class Rendered:
     def prompt_length(self) -> int:
         """Tokens before the first supervised one."""
         return next((i for i, label in enumerate(self.labels) if label != IGNORE), len(self.labels))
+
+
+class TokenRenderer(Protocol):
+    """What makes tokens of conversations: `Renderer`, or `ClassRenderer` for a base with a classifier's head."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    origin: str
+    template_hash: str
+
+    def prompts(self, conversations: Sequence[Sequence[Message]]) -> list[list[int]]: ...
+
+    def render(self, conversations: Sequence[Sequence[Message]]) -> list[Rendered]: ...
+
+    @property
+    def generation_prompt(self) -> str: ...
 
 
 class Renderer:

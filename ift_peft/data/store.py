@@ -24,7 +24,7 @@ from datasets.arrow_writer import ArrowWriter
 from numpy.typing import NDArray
 
 from ift_peft.data.fit import Fit, Overlong, fit_batches, raise_unfit
-from ift_peft.data.render import Rendered, Renderer
+from ift_peft.data.render import Rendered, TokenRenderer
 from ift_peft.data.row import Row
 from ift_peft.errors import first_line
 from ift_peft.sections import Data
@@ -84,7 +84,7 @@ def cache_root() -> Path:
 
 
 def content_key(
-    data: Data, renderer: Renderer, *, max_length: int | None, variants: int, validation: Validation | None = None
+    data: Data, renderer: TokenRenderer, *, max_length: int | None, variants: int, validation: Validation | None = None
 ) -> str | None:
     """The sha256 of everything that decides the rendered rows: files, settings, tokenizer, template, code, versions.
 
@@ -144,7 +144,7 @@ def _version(package: str) -> str:
 
 def render_set(
     rows: Callable[[], Iterable[Row]],
-    renderer: Renderer,
+    renderer: TokenRenderer,
     *,
     key: str | None,
     variants: int,
@@ -201,7 +201,7 @@ def _open(folder: Path, *, reused: bool, notes: tuple[str, ...] = ()) -> Rendere
 
 def _write(
     rows: Iterable[Row],
-    renderer: Renderer,
+    renderer: TokenRenderer,
     folder: Path,
     *,
     variants: int,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ift_peft.data.render import Renderer
+from ift_peft.data.render import Renderer, TokenRenderer
 from ift_peft.data.row import Row
 from ift_peft.evaluate import metrics
 from ift_peft.evaluate.calibration import calibration_scores
@@ -18,8 +18,9 @@ from ift_peft.evaluate.intervals import Floats
 from ift_peft.evaluate.metrics import Resampling
 from ift_peft.evaluate.rowwise import compared, mean, with_ones
 from ift_peft.evaluate.text_metrics import text_scores
+from ift_peft.infer.batches import Progress
 from ift_peft.infer.generation import generate_all
-from ift_peft.infer.likelihood import Progress, answer_likelihoods, label_probabilities
+from ift_peft.infer.likelihood import answer_likelihoods, label_probabilities
 from ift_peft.sections import Evaluation
 
 
@@ -57,7 +58,7 @@ class Predictions:
 
 def predict_rows(
     model: Any,
-    renderer: Renderer,
+    renderer: TokenRenderer,
     rows: Sequence[Row],
     labels: Sequence[str],
     *,
@@ -89,7 +90,7 @@ def predict_rows(
 
 def answer_rows(
     model: Any,
-    renderer: Renderer,
+    renderer: TokenRenderer,
     rows: Sequence[Row],
     section: Evaluation,
     *,
@@ -97,6 +98,7 @@ def answer_rows(
     progress: Progress | None = None,
 ) -> Answers:
     """Answers that a PEFT model, with its adapter on or off, gives to the rows' questions."""
+    assert isinstance(renderer, Renderer)  # check_metrics refuses metrics of answers beside labels
     with nullcontext() if adapter else model.disable_adapter():
         texts = generate_all(
             model,

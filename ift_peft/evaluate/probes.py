@@ -12,7 +12,7 @@ import numpy as np
 from ift_peft.data.augment import perturbed
 from ift_peft.data.fit import fit_rows
 from ift_peft.data.instructions import Asker, for_text
-from ift_peft.data.render import Renderer
+from ift_peft.data.render import TokenRenderer
 from ift_peft.data.row import Row
 from ift_peft.errors import RecipeError
 from ift_peft.evaluate.compare import Predictions, prediction_lines
@@ -58,7 +58,7 @@ def make_probes(
     rows: Sequence[Row],
     by_source: Sequence[Asker],
     section: Evaluation,
-    renderer: Renderer,
+    renderer: TokenRenderer,
     *,
     unseen: Pool | None,
     protected: Collection[str],

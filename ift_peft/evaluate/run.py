@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ift_peft.data.instructions import unseen_pool
-from ift_peft.data.render import Renderer
+from ift_peft.data.render import TokenRenderer
 from ift_peft.data.row import Row
 from ift_peft.errors import RecipeError
 from ift_peft.evaluate.code_metric import code_of, run_all
@@ -29,7 +29,7 @@ from ift_peft.sections import Evaluation
 
 def measure(
     model: Any,
-    renderer: Renderer,
+    renderer: TokenRenderer,
     rows: Sequence[Row],
     labels: Sequence[str],
     section: Evaluation,
@@ -119,7 +119,7 @@ PROBE_NAMES = {"unseen": "unseen phrasings", "perturbed": "perturbed text"}
 
 def measure_probes(
     model: Any,
-    renderer: Renderer,
+    renderer: TokenRenderer,
     probes: Sequence[Probe],
     labels: Sequence[str],
     section: Evaluation,

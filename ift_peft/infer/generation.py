@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ift_peft.data.render import Renderer
 from ift_peft.data.row import Message
-from ift_peft.infer.likelihood import Progress
+from ift_peft.infer.batches import Progress
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from ift_peft.data.render import IGNORE, Rendered, Renderer
+from ift_peft.data.classify import ClassRenderer
+from ift_peft.data.render import IGNORE, Rendered, TokenRenderer
 from ift_peft.data.row import Message
-from ift_peft.errors import ModelError
+from ift_peft.infer.batches import Progress, by_length, pad, require_finite
+from ift_peft.infer.classes import all_class_logits
 from ift_peft.infer.shared_prompt import answer_log_likelihoods, keeps_prompts
-
-Progress = Callable[[int, int], None]  # rows done, rows in all
 
 
 @dataclass(frozen=True)
@@ -26,23 +26,6 @@ class Likelihood:
 
     log_probability: float
     tokens: int
-
-
-def pad(rendered: Sequence[Rendered], pad_token_id: int) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask` and `labels`, int64 of shape (rows, longest), padded on the right."""
-    longest = max(len(row.input_ids) for row in rendered)
-    shape = (len(rendered), longest)
-    batch = {
-        "input_ids": torch.full(shape, pad_token_id, dtype=torch.long),
-        "attention_mask": torch.zeros(shape, dtype=torch.long),
-        "labels": torch.full(shape, IGNORE, dtype=torch.long),
-    }
-    for index, row in enumerate(rendered):
-        length = len(row.input_ids)
-        batch["input_ids"][index, :length] = torch.tensor(row.input_ids)
-        batch["attention_mask"][index, :length] = 1
-        batch["labels"][index, :length] = torch.tensor(row.labels)
-    return batch
 
 
 def supervised_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,12 +63,12 @@ def answer_likelihoods(
     device = next(model.parameters()).device
     results: list[Likelihood | None] = [None] * len(rendered)
     done = 0
-    for indices in _by_length(rendered, batch_size):
+    for indices in by_length(rendered, batch_size):
         batch = {k: v.to(device) for k, v in pad([rendered[i] for i in indices], pad_token_id).items()}
         logits, targets, rows = supervised_logits(model, batch)
         log_probs = -F.cross_entropy(logits.float(), targets, reduction="none")
         sums = torch.zeros(len(indices), device=device).index_add_(0, rows, log_probs)
-        _require_finite(bool(torch.isfinite(sums).all()))
+        require_finite(bool(torch.isfinite(sums).all()))
         counts = torch.bincount(rows, minlength=len(indices))
         for index, total, count in zip(indices, sums.tolist(), counts.tolist(), strict=True):
             results[index] = Likelihood(total, count)
@@ -96,25 +79,9 @@ def answer_likelihoods(
     return [result for result in results if result is not None]
 
 
-def _require_finite(finite: bool) -> None:
-    if not finite:
-        raise ModelError(
-            expected="finite likelihoods",
-            found="NaN or infinity in the logits",
-            fix="use base.compute_dtype=float32, or bfloat16 on a GPU that has it",
-        )
-
-
-def _by_length(rendered: Sequence[Rendered], batch_size: int) -> Iterator[list[int]]:
-    """Row numbers in batches of like length, longest first, so that memory runs out at once if at all."""
-    order = sorted(range(len(rendered)), key=lambda i: -len(rendered[i].input_ids))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
-
-
 def label_probabilities(
     model: Any,
-    renderer: Renderer,
+    renderer: TokenRenderer,
     prompts: Sequence[Sequence[Message]],
     labels: Sequence[str],
     *,
@@ -124,20 +91,30 @@ def label_probabilities(
     """The probability of each label as the answer to each prompt, float64 of shape (prompts, labels).
 
     A label's likelihood is the product over all its tokens and the end token, which makes labels of different length,
-    and labels that begin alike, comparable; a row is normalised over the labels.
+    and labels that begin alike, comparable; a row is normalised over the labels. Of a classifier with a head it is the
+    softmax of the head's logits.
     """
+    if isinstance(renderer, ClassRenderer):
+        found = all_class_logits(
+            model,
+            renderer.prompts(prompts),
+            batch_size=batch_size,
+            pad_token_id=renderer.tokenizer.pad_token_id,
+            progress=progress,
+        )
+        return np.asarray(found.double().softmax(dim=-1))
     conversations = [(*prompt, {"role": "assistant", "content": label}) for prompt in prompts for label in labels]
     rendered = renderer.render(conversations)
     groups = [rendered[start : start + len(labels)] for start in range(0, len(rendered), len(labels))]
     pad_token_id = renderer.tokenizer.pad_token_id
-    found = _shared(model, groups, batch_size, pad_token_id, progress) if keeps_prompts(model) else None
-    if found is None:
+    logs = _shared(model, groups, batch_size, pad_token_id, progress) if keeps_prompts(model) else None
+    if logs is None:
         likelihoods = answer_likelihoods(
             model, rendered, batch_size=batch_size, pad_token_id=pad_token_id, progress=progress
         )
-        found = [one.log_probability for one in likelihoods]
-    logs = np.array(found, dtype=np.float64).reshape(len(prompts), len(labels))
-    shifted = np.exp(logs - logs.max(axis=1, keepdims=True))
+        logs = [one.log_probability for one in likelihoods]
+    table = np.array(logs, dtype=np.float64).reshape(len(prompts), len(labels))
+    shifted = np.exp(table - table.max(axis=1, keepdims=True))
     return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))
 
 
@@ -149,7 +126,7 @@ def _shared(
     model.eval()
     results: list[list[float]] = [[] for _ in groups]
     done = 0
-    for indices in _by_length([group[0] for group in groups], batch_size):
+    for indices in by_length([group[0] for group in groups], batch_size):
         found = answer_log_likelihoods(model, [groups[index] for index in indices], pad_token_id=pad_token_id)
         if found is None:
             model.train(was_training)
@@ -161,5 +138,5 @@ def _shared(
             progress(done, sum(map(len, groups)))
     model.train(was_training)
     flat = [log for logs in results for log in logs]
-    _require_finite(bool(np.isfinite(flat).all()))
+    require_finite(bool(np.isfinite(flat).all()))
     return flat

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from ift_peft.data.classify import make_renderer
 from ift_peft.data.fit import Fitted, fit_rows
 from ift_peft.data.instructions import Asker, ask_held_out, askers
-from ift_peft.data.render import Renderer
+from ift_peft.data.render import TokenRenderer
 from ift_peft.data.row import Message, Row
 from ift_peft.data.rows import from_saved, read_rows_of
 from ift_peft.errors import RunError, raise_all
-from ift_peft.model.base import load_section, quiet
+from ift_peft.model.base import ClassHead, load_section, quiet
 from ift_peft.model.tokenizer import BaseLocation, ensure_pad_token, load_tokenizer, locate_base
 from ift_peft.recipe import Recipe
 from ift_peft.run_dir import RunDir
@@ -39,7 +40,7 @@ class Parts:
     run: RunDir
     recipe: Recipe
     location: BaseLocation
-    renderer: Renderer
+    renderer: TokenRenderer
     max_length: int | None
 
     @property
@@ -84,7 +85,7 @@ def open_parts(run: RunDir) -> Parts:
     location = locate_base(recipe.base.model, revision=recipe.base.revision)
     tokenizer = load_tokenizer(location)
     ensure_pad_token(tokenizer)
-    renderer = Renderer(tokenizer)
+    renderer = make_renderer(tokenizer, head=recipe.base.head, classes=recipe.data.label_words)
     manifest, golden = run.read("manifest.json"), run.read("golden.json")
     (rendered,) = renderer.render([golden["messages"]])
     faults = [
@@ -105,6 +106,13 @@ def open_parts(run: RunDir) -> Parts:
     return Parts(run, recipe, location, renderer, manifest.get("max_length"))
 
 
+def class_head(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> ClassHead | None:
+    """The classifier's head that the recipe asks for, if any."""
+    if recipe.base.head == "causal-lm":
+        return None
+    return ClassHead(recipe.data.label_words, int(tokenizer.pad_token_id), recipe.seed)
+
+
 def load_model(
     parts: Parts, *, quantization: Quantization | None = None, compute_dtype: str | None = None
 ) -> tuple[Any, list[str]]:
@@ -115,7 +123,13 @@ def load_model(
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (parts.run.adapter / name).is_file():
             raise RunError(expected=f"adapter/{name}", found=f"none in {parts.run.path}", fix="train again")
-    base = load_section(parts.location, parts.recipe.base, quantization=quantization, compute_dtype=compute_dtype)
+    base = load_section(
+        parts.location,
+        parts.recipe.base,
+        quantization=quantization,
+        compute_dtype=compute_dtype,
+        head=class_head(parts.recipe, parts.tokenizer),
+    )
     with quiet():
         model = PeftModel.from_pretrained(base.model, parts.run.adapter)
     model.eval()

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TextStreamer
 
+from ift_peft.data.render import Renderer
 from ift_peft.data.row import Message
 from ift_peft.infer.generation import continue_all
 from ift_peft.infer.likelihood import label_probabilities
@@ -78,5 +79,6 @@ def generate(
 ) -> str:
     """The greedy answer to one prompt, up to the end token that training taught or `max_new_tokens`."""
     streamer = _CallbackStreamer(parts.tokenizer, on_text) if on_text is not None else None
+    assert isinstance(parts.renderer, Renderer)  # a classifier has labels and is not asked to write
     ids = parts.renderer.prompts([prompt])
     return continue_all(model, parts.renderer, ids, max_new_tokens=max_new_tokens, streamer=streamer)[0]

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from peft import LoraConfig, TaskType
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ift_peft.errors import ModelError
-from ift_peft.sections import Adapter
+from ift_peft.sections import Adapter, Head
 
 
-def lora_config(adapter: Adapter, model: PreTrainedModel, *, base_name: str, revision: str | None) -> LoraConfig:
-    """PEFT's configuration of the recipe's section `adapter` for `model` (LoRA, arXiv:2106.09685)."""
+def lora_config(
+    adapter: Adapter,
+    model: PreTrainedModel,
+    *,
+    base_name: str,
+    revision: str | None,
+    head: Head = "causal-lm",
+    made: Sequence[str] = (),
+) -> LoraConfig:
+    """PEFT's configuration of the recipe's section `adapter` for `model` (LoRA, arXiv:2106.09685).
+
+    Modules whose weights were `made` new, as a classifier's head, are trained whole and saved with the adapter.
+    """
     modules = adapter.target_modules
     if adapter.embeddings:
         names = [*matched_modules(model, modules), embedding_name(model)]
@@ -26,7 +39,8 @@ def lora_config(adapter: Adapter, model: PreTrainedModel, *, base_name: str, rev
         target_modules=modules if isinstance(modules, str) else list(modules),
         bias=adapter.bias,
         use_rslora=adapter.use_rslora,
-        task_type=TaskType.CAUSAL_LM,
+        task_type=TaskType.CAUSAL_LM if head == "causal-lm" else TaskType.SEQ_CLS,
+        modules_to_save=list(made) or None,
         base_model_name_or_path=base_name,
         revision=revision,
     )
@@ -37,11 +51,12 @@ def matched_modules(model: PreTrainedModel, target_modules: str | tuple[str, ...
 
     Raises `ModelError` where a listed name, or the pattern, selects none, or where it selects the language-model head.
     """
-    head = model.get_output_embeddings()
+    head_name = _head_name(model)
     linears = [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and not (head_name and f"{name}.".startswith(f"{head_name}."))
     ]
-    head_name = next((name for name, module in model.named_modules() if module is head), None)
     endings = sorted({_ending(name) for name in linears})
     hint = f"use all-linear, or a list of names out of {', '.join(endings)}"
     if target_modules == "all-linear":
@@ -55,8 +70,8 @@ def matched_modules(model: PreTrainedModel, target_modules: str | tuple[str, ...
         missing = [ending for ending in wanted if not any(_ends_with(name, ending) for name in linears)]
         if len(wanted) < len(target_modules):
             raise ModelError(
-                expected="target_modules without the language-model head",
-                found=f"{head_name!r} among them, which TRL's trainer refuses",
+                expected="target_modules without the head",
+                found=f"{head_name!r} among them, which no adapter goes on",
                 fix=f"remove it; {hint}",
             )
     if missing or not matched:
@@ -93,6 +108,15 @@ def embedding_name(model: PreTrainedModel) -> str:
     embedding = model.get_input_embeddings()
     name: str = next(name for name, module in model.named_modules() if module is embedding)
     return name
+
+
+def _head_name(model: PreTrainedModel) -> str | None:
+    """The language-model head, or the classifier's by the names that PEFT knows them by."""
+    head = model.get_output_embeddings()
+    if head is not None:
+        found: str = next(name for name, module in model.named_modules() if module is head)
+        return found
+    return next((name for name in SEQ_CLS_HEAD_NAMES if hasattr(model, name)), None)
 
 
 def _ending(name: str) -> str:

@@ -11,25 +11,64 @@ from typing import Any
 import psutil
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from ift_peft.errors import ModelError, first_line
 from ift_peft.model.tokenizer import BaseLocation
-from ift_peft.sections import Base, Quantization
+from ift_peft.sections import Base, Head, Quantization
 
+# Names of what transformers puts on top of a base to make a classifier of it.
+HEAD_NAMES = (
+    "score",
+    "classifier",
+    "pre_classifier",
+    "classification_head",
+    "pooler",
+    "sequence_summary",
+    "logits_proj",
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ClassHead:
+    """What a classifier's head is made with: its classes, the token that pads texts, and the seed of its weights."""
+
+    classes: tuple[str, ...]
+    pad_token_id: int
+    seed: int
+
+    def settings(self) -> dict[str, Any]:
+        """As transformers' configurations have it."""
+        return {
+            "num_labels": len(self.classes),
+            "id2label": dict(enumerate(self.classes)),
+            "label2id": {name: number for number, name in enumerate(self.classes)},
+            "pad_token_id": self.pad_token_id,
+        }
 
 
 @dataclass
 class LoadedBase:
-    """A base ready for an adapter. `notes` are the choices made for the user that the run must record."""
+    """A base ready for an adapter. `notes` are the choices made for the user that the run must record.
+
+    `made` are the modules that its weights do not have, as a new head: they are trained whole and saved with the
+    adapter.
+    """
 
     model: PreTrainedModel
     device: torch.device
     compute_dtype: torch.dtype
     quantization: Quantization
     notes: list[str] = field(default_factory=list)
+    made: tuple[str, ...] = ()
 
 
 def choose_device(device: str) -> torch.device:
@@ -57,8 +96,9 @@ def load_base(
     double_quantization: bool = True,
     compute_dtype: str = "auto",
     device: str = "auto",
+    head: ClassHead | None = None,
 ) -> LoadedBase:
-    """The base in evaluation mode.
+    """The base in evaluation mode, as a causal language model or with a classifier's `head`.
 
     On CPU, nf4 and fp4 weights are dequantised once and kept, memory permitting: the numbers are those of the
     quantised base, the speed that of the plain one. Raises `ModelError` for weights that cannot be loaded.
@@ -68,16 +108,19 @@ def load_base(
     notes: list[str] = []
     arguments: dict[str, Any] = {"dtype": dtype}
     if quantization != "none":
-        arguments["quantization_config"] = _quantization_config(quantization, double_quantization, dtype)
-        arguments["device_map"] = {"": str(place)}
+        settings = _quantization_config(quantization, double_quantization, dtype)
+        if head is not None:
+            settings.llm_int8_skip_modules = [*HEAD_NAMES]  # a head is trained whole, which packed weights cannot be
+        arguments |= {"quantization_config": settings, "device_map": {"": str(place)}}
+    made: tuple[str, ...] = ()
     with quiet():
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                location.folder, use_safetensors=True, trust_remote_code=False, local_files_only=True, **arguments
-            )
+            model, made = _from_weights(location, head, arguments)
+        except ModelError:
+            raise
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise ModelError(
-                expected=f"a causal language model in {location.folder}",
+                expected=f"a base for {'generation' if head is None else 'a classifier'} in {location.folder}",
                 found=first_line(error),
                 fix="check that its architecture is known to the installed transformers and its weights are complete",
             ) from error
@@ -87,11 +130,49 @@ def load_base(
         model.to(place)
     model.eval()
     model.name_or_path = str(location.folder)  # PEFT looks here, not on the Hub, for the base's vocabulary size
-    return LoadedBase(model, place, dtype, quantization, notes)
+    return LoadedBase(model, place, dtype, quantization, notes, made)
+
+
+def _from_weights(
+    location: BaseLocation, head: ClassHead | None, arguments: dict[str, Any]
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """The model, and the modules of its head that the weights do not have: drawn by the head's seed, always the same.
+
+    Raises `ModelError` where the weights lack anything else, which transformers would draw at random as well.
+    """
+    kind = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
+    with torch.random.fork_rng():
+        torch.manual_seed(0 if head is None else head.seed)
+        model, info = kind.from_pretrained(
+            location.folder,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            **({} if head is None else head.settings()),
+            **arguments,
+        )
+    lacking = [
+        name for name in sorted(info["missing_keys"]) if head is None or not set(HEAD_NAMES) & set(name.split("."))
+    ]
+    if lacking:
+        raise ModelError(
+            expected=f"all weights of {type(model).__name__} in {location.folder}",
+            found=f"{len(lacking)} missing, as {lacking[0]}",
+            fix="give a complete base of that architecture"
+            if head
+            else "for a BERT base: base.head=sequence-classification",
+        )
+    return model, tuple(sorted({name.rpartition(".")[0] for name in info["missing_keys"]}))
 
 
 def load_section(
-    location: BaseLocation, section: Base, *, quantization: Quantization | None = None, compute_dtype: str | None = None
+    location: BaseLocation,
+    section: Base,
+    *,
+    quantization: Quantization | None = None,
+    compute_dtype: str | None = None,
+    head: ClassHead | None = None,
 ) -> LoadedBase:
     """`load_base` as the recipe's section says; `quantization` and `compute_dtype` replace the section's."""
     return load_base(
@@ -100,6 +181,7 @@ def load_section(
         double_quantization=section.double_quantization,
         compute_dtype=compute_dtype or section.compute_dtype,
         device=section.device,
+        head=head,
     )
 
 
@@ -132,18 +214,19 @@ def _dequantize_once(model: PreTrainedModel, dtype: torch.dtype, quantization: s
     return f"{quantization} weights dequantised once to {name}: same numbers, no unpacking in every step"
 
 
-def skeleton(location: BaseLocation) -> PreTrainedModel:
+def skeleton(location: BaseLocation, head: Head = "causal-lm") -> PreTrainedModel:
     """The base's modules without weights (on the meta device): enough to check what an adapter would match."""
+    kind = AutoModelForCausalLM if head == "causal-lm" else AutoModelForSequenceClassification
     with quiet():
         try:
             config = AutoConfig.from_pretrained(location.folder, trust_remote_code=False, local_files_only=True)
             with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+                return kind.from_config(config, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(
-                expected=f"the config of a causal language model in {location.folder}",
+                expected=f"the config of a base for {head} in {location.folder}",
                 found=first_line(error),
-                fix="choose a base that transformers' AutoModelForCausalLM knows",
+                fix=f"choose a base that transformers' {kind.__name__} knows",
             ) from error
 
 

@@ -10,7 +10,7 @@ from ift_peft.recipe import Recipe
 _CARD = """---
 base_model: {base}
 library_name: peft
-pipeline_tag: text-generation
+pipeline_tag: {pipeline}
 tags: [lora, ift_peft]
 ---
 
@@ -32,9 +32,9 @@ A LoRA adapter for `{base}`, trained on {rows:,} rows over {quantization} weight
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {kind}, AutoTokenizer
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+model = PeftModel.from_pretrained({kind}.from_pretrained(base{classes}), folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```
 
@@ -57,7 +57,11 @@ def adapter_card(recipe: Recipe, *, base: str, scores: dict[str, Any], rows: int
         several = "in several phrasings, for example\n" if asker.section is not None else "as"
         asked = f"Texts were asked about {several}\n\n{shown}\n\n{labels.strip()}\n\n".replace("\n\n\n", "\n\n")
     quantization = "unquantised" if recipe.base.quantization == "none" else recipe.base.quantization
+    classifier = recipe.base.head == "sequence-classification"
     return _CARD.format(
+        pipeline="text-classification" if classifier else "text-generation",
+        kind="AutoModelForSequenceClassification" if classifier else "AutoModelForCausalLM",
+        classes=f", num_labels={len(data.label_words)}" if classifier else "",
         base=base,
         name=recipe.name,
         description=recipe.description,

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ift_peft.data.render import IGNORE
 from ift_peft.errors import ModelError, RecipeError
+from ift_peft.infer.classes import class_logits
 from ift_peft.infer.likelihood import supervised_logits
 from ift_peft.model.base import skeleton
 from ift_peft.model.tokenizer import BaseLocation, load_tokenizer, locate_base
@@ -201,6 +202,20 @@ class Objective:
                 other = reference.head(reference.states)
             terms.append(divergence(logits, other, direction=section.kl_direction, temperature=section.temperature))
         return torch.stack([*terms, (logits.argmax(-1) == ours.targets).sum().to(terms[0])])
+
+
+class ClassObjective:
+    """Cross-entropy of a classifier's head over rows, each of which holds the number of its class."""
+
+    def __init__(self, section: Loss) -> None:
+        self.section = section
+
+    def __call__(self, model: Any, batch: dict[str, Tensor], *, bare: Any) -> Sums:
+        """As `Objective`, with rows in the place of supervised tokens."""
+        logits, classes = class_logits(model, batch)
+        loss = cross_entropy(logits, classes, label_smoothing=self.section.label_smoothing)
+        correct = (logits.argmax(-1) == classes).sum().to(loss)
+        return Sums(loss, {"cross_entropy": loss.detach()}, correct.detach(), classes.numel())
 
 
 @contextmanager

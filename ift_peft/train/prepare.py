@@ -13,10 +13,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ift_peft.data.augment import augmented
+from ift_peft.data.classify import make_renderer
 from ift_peft.data.fit import Fitted, fit_rows
 from ift_peft.data.instructions import Asker, ask_held_out, asked_first, asked_in, askers, unseen_pool
 from ift_peft.data.quality import Cleaned, Finding, apply, find
-from ift_peft.data.render import Rendered, Renderer
+from ift_peft.data.render import Rendered, TokenRenderer
 from ift_peft.data.row import Row
 from ift_peft.data.rows import held_out_rows, read_rows, split_rows, stream_rows, to_saved
 from ift_peft.data.store import RenderedSet, content_key, render_set
@@ -58,7 +59,7 @@ class Prepared:
 
     location: BaseLocation
     tokenizer: PreTrainedTokenizerBase
-    renderer: Renderer
+    renderer: TokenRenderer
     train: RenderedSet
     epochs: Epochs
     test: Fitted
@@ -84,11 +85,11 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
     test_rows = ask_held_out(test_rows, by_source)
     location = locate_base(recipe.base.model, revision=recipe.base.revision)
     tokenizer = load_tokenizer(location)
-    renderer = Renderer(tokenizer)
     notes = [note for note in (ensure_pad_token(tokenizer), _unmeasured(data, test_rows)) if note]
+    renderer = make_renderer(tokenizer, head=recipe.base.head, classes=data.label_words)
     if renderer.origin.startswith("fallback"):
         notes.append("the tokenizer has no chat template; 'User: …\\nAssistant: …' is used, and saved with the adapter")
-    bare = skeleton(location)
+    bare = skeleton(location, recipe.base.head)
     matched_modules(bare, recipe.adapter.target_modules)
     max_length = choose_max_length(recipe.training, getattr(bare.config, "max_position_embeddings", None))
     checked = None
@@ -152,7 +153,7 @@ def _check(
     train: Sequence[Row],
     test: Sequence[Row],
     section: Quality,
-    renderer: Renderer,
+    renderer: TokenRenderer,
     by_source: Sequence[Asker],
     *,
     labels: Sequence[str],

@@ -19,6 +19,7 @@ from trl import SFTConfig
 from ift_peft.data.fit import Fitted
 from ift_peft.errors import RecipeError, TrainingError, first_line
 from ift_peft.evaluate.run import resampling
+from ift_peft.infer.load import class_head
 from ift_peft.model.adapter import lora_config
 from ift_peft.model.base import LoadedBase, load_section
 from ift_peft.recipe import Recipe
@@ -156,7 +157,7 @@ def open_session(
     The adapter begins with the weights of the one in the folder `start_from`, where that is given. `go_on` is the
     command to tell after a signal, by default the one that resumes `run`.
     """
-    base = load_section(prepared.location, recipe.base)
+    base = load_section(prepared.location, recipe.base, head=class_head(recipe, prepared.tokenizer))
     for note in (*prepared.notes, *base.notes):
         reporter.note(note)
     recorder = RunRecorder(run, reporter)
@@ -239,6 +240,8 @@ def _trainer(
             base.model,
             base_name=str(prepared.location.folder),
             revision=prepared.location.revision,
+            head=recipe.base.head,
+            made=base.made,
         ),
         callbacks=[recorder],
         epochs=prepared.epochs,
@@ -246,6 +249,7 @@ def _trainer(
         loss=recipe.loss,
         teacher=teacher,
         validate=validator,
+        head=recipe.base.head,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import GenerationConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTTrainer
 
@@ -19,9 +19,9 @@ from ift_peft.data.render import Rendered
 from ift_peft.errors import TrainingError
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir
-from ift_peft.sections import Loss
+from ift_peft.sections import Head, Loss
 from ift_peft.train.batching import Epochs, EpochSampler
-from ift_peft.train.losses import Objective
+from ift_peft.train.losses import ClassObjective, Objective
 
 Validate = Callable[[Any], dict[str, float]]  # from a PEFT model to its scores on validation rows
 
@@ -32,7 +32,7 @@ class SupervisedTrainer(SFTTrainer):
     The loss is TRL's (summed cross-entropy over supervised tokens divided by their number in the whole batch, over all
     accumulation steps) unless `loss` says otherwise; only the positions that predict a supervised token go through the
     language-model head. `teacher` is a model in evaluation mode on the same device; `validate` measures the model on
-    validation rows.
+    validation rows. With a classifier's `head`, rows take the place of supervised tokens.
     """
 
     def __init__(
@@ -42,12 +42,20 @@ class SupervisedTrainer(SFTTrainer):
         lengths: Sequence[int] = (),
         loss: Loss | None = None,
         teacher: Any | None = None,
+        head: Head = "causal-lm",
         validate: Validate | None = None,
         **kwargs: Any,
     ) -> None:
+        if head != "causal-lm":
+            kwargs["model"].generation_config = GenerationConfig()  # where TRL writes the pad token
         super().__init__(*args, **kwargs)
         self.validate = validate
-        self.objective = Objective(loss or Loss(), teacher=teacher, autocast=self.accelerator.autocast)
+        self.model_accepts_loss_kwargs = True  # our loss divides by the tokens of all accumulation steps
+        self.objective = (
+            Objective(loss or Loss(), teacher=teacher, autocast=self.accelerator.autocast)
+            if head == "causal-lm"
+            else ClassObjective(loss or Loss())
+        )
         self.epochs = Epochs(rows=len(self.train_dataset)) if epochs is None else epochs
         self.lengths = lengths if len(lengths) else [len(ids) for ids in self.train_dataset["input_ids"]]
         self.remove_callback(PrinterCallback)

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ift_peft.data.render import Renderer
+from ift_peft.data.render import TokenRenderer
 from ift_peft.data.row import Row
 from ift_peft.errors import RunError, TrainingError
 from ift_peft.evaluate.calibration import nll_rows
@@ -28,7 +28,7 @@ class Validator:
     `scores` are those of the last measurement, `seconds` what all of them took, `measured` how many there were.
     """
 
-    renderer: Renderer
+    renderer: TokenRenderer
     rows: Sequence[Row]
     labels: Sequence[str]
     batch_size: int
