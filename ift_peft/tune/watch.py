@@ -61,7 +61,8 @@ class TrialWatcher(TrainerCallback):
         self.trial.set_user_attr("measurements", number)
         if number not in self.trial.study.trials[self.trial.number].intermediate_values:
             self.trial.report(value, number)
-        if self.prune and self.ended is None and self.trial.should_prune():
+        more = self.ended is None and state.global_step < state.max_steps
+        if self.prune and more and self.trial.should_prune():
             self._end(state, control, "pruned")
 
     def _end(self, state: TrainerState, control: TrainerControl, why: str) -> None:
