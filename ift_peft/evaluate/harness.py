@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -228,7 +229,10 @@ def _bootstrapped(score: Any, samples: Sequence[Any], iters: int) -> float:
     """The harness's standard error of a score that is no mean, by its own resampling, in this process."""
     from lm_eval.api import metrics
 
-    return float(metrics.sample_stddev(metrics._bootstrap_internal(score, iters)((0, samples))))
+    with warnings.catch_warnings():
+        # Of classes that a resample happens not to have; what is said of the samples themselves still shows.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"sklearn\b")
+        return float(metrics.sample_stddev(metrics._bootstrap_internal(score, iters)((0, samples))))
 
 
 class _Collector(logging.Handler):
