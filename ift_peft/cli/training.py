@@ -58,6 +58,7 @@ def train(
         run = runs[-1]
         if seeds > 1:
             _print_pooled(runs, loaded)
+            raise_all([fault for one in runs for fault in missed(one.read("scores.json"))])
             return
     else:
         assert resume is not None
