@@ -85,6 +85,7 @@ def test_answers_stop_at_the_end_token_and_at_the_limit(model: torch.nn.Module, 
     assert all(bool((call["attention_mask"][:, -1] == 1).all()) for call in asked)  # padding on the left
 
 
+@pytest.mark.slow
 def test_draws_belong_to_the_prompt_and_not_to_the_batch(model: torch.nn.Module, renderer: Renderer) -> None:
     def draw(prompts: list[tuple[Message, ...]], *, batch_size: int, seed: int = 0) -> list[list[str]]:
         return generate_all(
