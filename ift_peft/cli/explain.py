@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SHOWN = 1 / 3  # pieces of at least this share of the strongest are marked
 STRONG = 2 / 3
-FAR_OFF = 0.05  # of the score's change, from which a sum of values is called wrong
+FAR_OFF = 0.01  # of the score's change, from which the sum of the values is worth another try
 # Blue and orange of Okabe and Ito's palette, which every kind of colour vision tells apart.
 FOR, AGAINST = ("#0072b2", "#56b4e9"), ("#e69f00", "#e69f00")
 
