@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
@@ -141,10 +140,9 @@ def _agreement(one: list[int] | None, other: list[int] | None) -> int | None:
 def _labels_of_run(parts: Parts) -> list[int] | None:
     if not parts.labels:
         return None
-    lines = (parts.run.path / "predictions.jsonl").read_text("utf-8").splitlines()
     chosen = []
-    for line in lines:
-        probabilities = json.loads(line)["adapter"]
+    for line in parts.run.read_lines("predictions.jsonl"):
+        probabilities = line["adapter"]
         chosen.append(parts.labels.index(max(parts.labels, key=lambda label: probabilities[label])))
     return chosen
 

@@ -171,7 +171,7 @@ def _same_row(one: dict[str, Any], other: dict[str, Any]) -> bool:
 def read_lines(run: RunDir, name: str) -> list[dict[str, Any]]:
     """The objects of one of the run's JSON-lines files. Raises `RunError` where it is missing or broken."""
     try:
-        return [json.loads(line) for line in (run.path / name).read_text("utf-8").splitlines()]
+        return run.read_lines(name)
     except (OSError, ValueError) as error:
         raise RunError(
             expected=f"{name} in {run.path}", found=str(error), fix="train again, or leave this run out"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -93,11 +92,7 @@ def _all_rows(parts: Parts) -> Iterator[Row]:
     if data.streaming:
         yield from stream_rows(data)
         return
-    if kept.is_file():
-        with kept.open(encoding="utf-8") as lines:
-            rows = [from_saved(json.loads(line)) for line in lines]
-    else:
-        rows = read_rows(data)[0]
+    rows = [from_saved(line) for line in parts.run.read_lines(kept.name)] if kept.is_file() else read_rows(data)[0]
     yield from set_aside(rows, parts.recipe.validation)[0]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -160,7 +159,7 @@ def load_model(
 def held_out_rows(parts: Parts, data_path: Path | None = None) -> Fitted:
     """The run's own held-out rows, or those of another file read by the run's recipe."""
     if data_path is None:
-        rows = [from_saved(json.loads(line)) for line in parts.run.test_rows.read_text("utf-8").splitlines()]
+        rows = [from_saved(line) for line in parts.run.read_lines("test.jsonl")]
     else:
         rows = read_rows_of(parts.recipe.data, str(data_path), like=parts.source)
         rows = ask_held_out(rows, parts.askers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -80,7 +79,7 @@ def _lines(run: RunDir, name: str) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        return run.read_lines(name)
     except ValueError as error:
         raise RunError(expected=f"one JSON object a line in {path}", found=str(error), fix="train again") from None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -132,8 +131,7 @@ def forget_steps_after(run: RunDir, step: int) -> None:
     """Take the lines of later steps out of metrics.jsonl: they are taken again, and logged again."""
     path = run.path / "metrics.jsonl"
     if path.is_file():
-        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        run.write_lines(path.name, [line for line in lines if line["step"] <= step])
+        run.write_lines(path.name, [line for line in run.read_lines(path.name) if line["step"] <= step])
 
 
 def _run(recipe: Recipe, prepared: Prepared, run: RunDir, reporter: Reporter, *, checkpoint: Path | None) -> RunDir:
