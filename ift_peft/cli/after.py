@@ -30,12 +30,15 @@ def evaluate(
     Example: ift evaluate runs/sentiment/latest --data more_reviews.jsonl
     """
     from ift_peft.console import ConsoleReporter, print_scores
+    from ift_peft.errors import raise_all
+    from ift_peft.evaluate.gates import missed
     from ift_peft.evaluate.run import evaluate_run
     from ift_peft.run_dir import open_run
 
     opened = open_run(run)
     scores = evaluate_run(opened, data=data, source=source, reporter=ConsoleReporter())
     print_scores(scores, title=f"{opened.recipe().name}: {scores['rows']} rows of {data or 'its held-out set'}")
+    raise_all(missed(scores))
 
 
 @app.command()

@@ -28,7 +28,9 @@ def predict(
         Path | None, typer.Option("--input", help='JSONL file of {"text": …} or {"messages": […]}.')
     ] = None,
     output_file: Annotated[Path | None, typer.Option("--output", help="Write JSONL here instead of printing.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest generated answer, in tokens.", min=1)] = 256,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Longest generated answer, in tokens; never beyond the base's last position.", min=1)
+    ] = 256,
     source: SourceOption = None,
 ) -> None:
     """Answer texts with a run: labels with probabilities for classification, generated text otherwise.
@@ -43,11 +45,7 @@ def predict(
     items = (
         iter(_items_of_file(input_file)) if input_file is not None else ({"text": text} for text in given_texts(texts))
     )
-    parts = open_parts(open_run(run))
-    if source is not None:
-        parts = parts.as_source(source)
-    elif parts.recipe.data.mixed:
-        _tell_how_a_mix_is_asked(parts)
+    parts = as_asked(open_parts(open_run(run)), source)
     model, _ = load_model(parts)
     as_json = input_file is not None or output_file is not None
     if output_file is None:
@@ -57,12 +55,18 @@ def predict(
     write_atomically(output_file, json_lines(list(_answers(model, parts, items, max_new_tokens, stream=False))))
 
 
-def _tell_how_a_mix_is_asked(parts: Parts) -> None:
+def as_asked(parts: Parts, source: str | None) -> Parts:
+    """The parts of a run for texts asked as `source` asks; for a mix without one it is told how they are asked."""
     from ift_peft.console import err
 
+    if source is not None:
+        return parts.as_source(source)
+    if not parts.recipe.data.mixed:
+        return parts
     names, (_, number) = parts.recipe.data.source_names, parts.recipe.data.for_new_texts
     asked = f"texts are asked as {names[number]} asks" if number < len(names) else "texts are asked as data says"
     err.print(f"{asked} and answered freely; --source {'|'.join(names)}", style="dim", markup=False)
+    return parts
 
 
 def given_texts(texts: list[str] | None) -> Iterator[str]:

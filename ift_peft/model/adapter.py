@@ -26,7 +26,8 @@ def lora_config(
 ) -> LoraConfig:
     """PEFT's configuration of the recipe's section `adapter` for `model` (LoRA, arXiv:2106.09685).
 
-    Modules whose weights were `made` new, as a classifier's head, are trained whole and saved with the adapter.
+    Modules whose weights were `made` new are trained whole and saved with the adapter; PEFT itself does so with what
+    is called as classifiers' heads are.
     """
     modules = adapter.target_modules
     if adapter.embeddings:
@@ -40,7 +41,7 @@ def lora_config(
         bias=adapter.bias,
         use_rslora=adapter.use_rslora,
         task_type=TaskType.CAUSAL_LM if head == "causal-lm" else TaskType.SEQ_CLS,
-        modules_to_save=list(made) or None,
+        modules_to_save=[name for name in made if name.partition(".")[0] not in SEQ_CLS_HEAD_NAMES] or None,
         base_model_name_or_path=base_name,
         revision=revision,
     )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -17,6 +18,8 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
     set_seed,
 )
 
@@ -24,7 +27,7 @@ from ift_peft.errors import ModelError, RecipeError
 from ift_peft.model.base import ClassHead, load_base
 from ift_peft.model.tokenizer import locate_base
 from ift_peft.recipe import load_recipe, recipes_root
-from ift_peft.run_dir import RunDir
+from ift_peft.run_dir import RunDir, open_run
 from tests.conftest import Ift
 
 FILMS = recipes_root() / "data" / "films"
@@ -203,6 +206,71 @@ def test_a_base_that_brings_a_head_keeps_it(bert: Path, tmp_path: Path) -> None:
     loaded = load_base(locate_base(str(tmp_path / "trained")), device="cpu", head=head)
     assert loaded.made == ()
     assert torch.equal(loaded.model.classifier.weight, trained.classifier.weight)
+
+    names = {"id2label": {0: "positive", 1: "negative"}, "label2id": {"positive": 0, "negative": 1}}
+    trained.config.update(names)
+    trained.save_pretrained(tmp_path / "named")
+    with pytest.raises(ModelError, match="positive, negative"):
+        load_base(locate_base(str(tmp_path / "named")), device="cpu", head=head)
+    three = ClassHead((*CLASSES, "mixed"), pad_token_id=0, seed=1)
+    with pytest.raises(ModelError, match="LABEL_0, LABEL_1"):
+        load_base(locate_base(str(tmp_path / "trained")), device="cpu", head=three)
+
+
+@pytest.mark.slow
+def test_a_roberta_opens_again_and_takes_as_many_tokens_as_it_can(bert: Path, tmp_path: Path, ift: Ift) -> None:
+    """Its head has parts of its own, and its positions begin after the padding token's number."""
+    tokenizer = AutoTokenizer.from_pretrained(bert)
+    set_seed(0)
+    config = RobertaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=34,
+        pad_token_id=1,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    RobertaForMaskedLM(config).save_pretrained(tmp_path / "roberta")
+    tokenizer.save_pretrained(tmp_path / "roberta")
+    overrides = (f"base.model={tmp_path}/roberta", *SHORT, "training.max_steps=3", "data.max_test_rows=8")
+    refused = ift("train", "sst2-classifier", *overrides, "training.max_length=34")
+    assert "training.max_length=32" in refused.stderr
+    trained = ift("train", "sst2-classifier", *overrides, "training.max_length=32")
+    assert trained.returncode == 0, trained.stderr
+    run = open_run(tmp_path / "runs/sst2-classifier/latest")
+    long = "a film " * 40
+    said = ift("predict", str(run.path), long, "fine", "--output", "said.jsonl")
+    assert said.returncode == 0, said.stderr
+    merged = ift("merge", str(run.path))
+    assert merged.returncode == 0, merged.stderr
+
+
+@pytest.mark.slow
+def test_a_head_over_a_16_bit_base_is_trained_and_kept_in_float32(bert: Path, tmp_path: Path) -> None:
+    from ift_peft.infer.likelihood import label_probabilities
+    from ift_peft.infer.load import held_out_rows, load_model, open_parts
+    from ift_peft.reporter import Silent
+    from ift_peft.train.run import train
+
+    overrides = [f"base.model={bert}", *SHORT, "base.compute_dtype=bfloat16", "training.max_length=64"]
+    recipe = load_recipe("sst2-classifier", [*overrides, "training.max_steps=4", "training.learning_rate=1e-5"])
+    run = train(recipe, root=tmp_path, reporter=Silent())
+    weights = load_file(run.adapter / "adapter_model.safetensors")
+    heads = {name: weight for name, weight in weights.items() if "lora" not in name}
+    assert heads
+    assert all(weight.dtype == torch.float32 for weight in heads.values())
+    parts = open_parts(run)
+    model, _ = load_model(parts)
+    fitted = held_out_rows(parts)
+    again = label_probabilities(model, parts.renderer, [r.prompt for r in fitted.rows], CLASSES, batch_size=32)
+    lines = run.read_lines("predictions.jsonl")
+    assert np.abs(again - np.array([[line["adapter"][name] for name in CLASSES] for line in lines])).max() < 1e-5
+    prompts = [row.prompt for row in fitted.rows]
+    swapped = label_probabilities(model, parts.renderer, prompts, CLASSES[::-1], batch_size=32)
+    assert np.abs(swapped[:, ::-1] - again).max() < 1e-6
 
 
 def test_the_new_head_is_drawn_by_its_seed_alone(bert: Path) -> None:
