@@ -12,12 +12,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 import transformers
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, TrainerState
 from trl import SFTConfig
 
 from ift_peft.data.fit import Fitted
-from ift_peft.errors import RecipeError, TrainingError, first_line
+from ift_peft.errors import IftPeftError, RecipeError, TrainingError, first_line
 from ift_peft.evaluate.measure import resampling
 from ift_peft.infer.load import class_head
 from ift_peft.model.adapter import lora_config
@@ -79,13 +80,12 @@ class Session:
 
         These are the last ones, or with validation those of the best checkpoint. Where training had ended in the
         checkpoint by early stopping, nothing more is trained. Raises `Interrupted` after a signal, and
-        `TrainingError` for weights that are not finite.
+        `TrainingError` for weights that are not finite and for what the trainer refuses or breaks off with.
         """
         if checkpoint is not None and _had_stopped(checkpoint):
             self.take(checkpoint)
             return
-        with stopping_on_signals(self.recorder):
-            self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        self._train(checkpoint)
         state = self.trainer.state
         if self.recorder.stop_requested and state.global_step < state.max_steps and not stopped_early(self.trainer):
             raise Interrupted(
@@ -94,6 +94,17 @@ class Session:
                 fix=f"go on with: {self.go_on}",
             )
         self._check_and_unwrap()
+
+    def _train(self, checkpoint: Path | None) -> None:
+        try:
+            with stopping_on_signals(self.recorder):
+                self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except (IftPeftError, torch.OutOfMemoryError):
+            raise
+        except (ValueError, RuntimeError, ImportError, TypeError) as error:  # settings are read as late as in there
+            raise TrainingError(
+                expected="a recipe that can be trained", found=first_line(error), fix="change the setting named there"
+            ) from error
 
     def take(self, checkpoint: Path) -> None:
         """Leave the model with the weights that training which ended in `checkpoint` kept, without a further step."""

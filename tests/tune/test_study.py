@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from ift_peft.cli import app
-from ift_peft.errors import Faults, RecipeError
+from ift_peft.errors import Faults, RecipeError, TrainingError
 from ift_peft.evaluate.run import evaluate_run
 from ift_peft.recipe import load_recipe
 from ift_peft.reporter import Silent
 from ift_peft.run_dir import RunDir, RunIsBusy, list_runs, open_run
 from ift_peft.train.prepare import prepare
+from ift_peft.train.run import train
 from ift_peft.train.session import open_session
 from ift_peft.tune.study import tune
 from tests.conftest import OFFLINE, ROOT
@@ -33,6 +34,7 @@ pytestmark = pytest.mark.slow
 SETTINGS = ("training.max_steps=4", "training.learning_rate=5e-4", "validation={every: 2, metric: loss}")
 CHECKPOINT = "runs/small/tune-*/trials/001/checkpoints/checkpoint-2/trainer_state.json"
 TARGET = "evaluation.target.accuracy=0.9999"  # beyond the interval of a handful of rows, all of them right
+TWO = ("tune.trials=2", "tune.continue_best=false", "training.max_steps=2")
 SEARCH = "tune.search={training.learning_rate: {low: 1e-4, high: 1e-2, log}, adapter.r: [2, 4, 8]}"
 
 
@@ -178,6 +180,19 @@ def test_a_trial_over_the_budget_stops_after_its_step_with_its_last_score(tmp_pa
     assert 1 < trial["steps"] < 10
     assert trial["measurements"] == trial["steps"] - 1  # none after the step that used it up
     assert 150 <= found["spent"]["tokens"] < 300
+
+
+def test_a_trial_that_the_trainer_refuses_has_failed_and_the_search_goes_on(tmp_path: Path) -> None:
+    schedules = "tune.search={training.lr_scheduler_type: [linear, cosine_with_min_lr]}"  # which needs a min_lr
+    found = search(tmp_path, schedules, *TWO)
+    first, second = found.read("study.json")["trials"]
+    assert (first["state"], first["settings"]) == ("complete", {"training.lr_scheduler_type": "linear"})
+    assert (second["state"], second["settings"]) == ("fail", {"training.lr_scheduler_type": "cosine_with_min_lr"})
+    assert "min_lr" in second["error"]
+    assert run_of(found).read("manifest.json")["tune"]["trial"] == 0
+    alone = small(tmp_path / "alone", "training.lr_scheduler_type=cosine_with_min_lr")
+    with pytest.raises(TrainingError, match="min_lr"):
+        train(alone, root=tmp_path / "alone", reporter=Silent())
 
 
 @pytest.mark.parametrize(
