@@ -24,6 +24,7 @@ from ift_peft.tune.table import best_of, finished, result
 from ift_peft.tune.trials import Trials
 
 MOST_REPEATS = 20  # draws in a row of settings that were tried before
+REPEATED = "whatever was drawn had been tried before"
 MEASURED = ("accuracy", "precision", "recall", "f1", "loss", "perplexity")
 
 
@@ -113,11 +114,17 @@ class _Study:
             )
 
     def search_all(self) -> None:
-        """Run trials until the target is met on validation rows or a limit is reached."""
+        """Run trials until the target is met on validation rows or a limit is reached.
+
+        None where measuring the best on held-out rows had begun: whatever the limits are now, that one is the result.
+        """
+        if "run" in self.study.user_attrs:
+            self.reporter.note(f"the search is over: {self.study.user_attrs['ended_by']}; its best was being measured")
+            return
         limits = ", ".join(f"{limit:g} {name}" for name, limit in self.budget.limits.items())
         self.reporter.note(f"searching {', '.join(self.search)} by validation {self.metric}, for {limits}")
-        repeats = 0
-        while (trial := self.asker.running()) is not None or self._over() is None:
+        repeats, why = 0, self._over()
+        while (trial := self.asker.running()) is not None or why is None:
             trial = trial or self.asker.next()
             same = self.asker.same_as(trial)
             repeats = repeats + 1 if same is not None else 0
@@ -126,14 +133,14 @@ class _Study:
             else:
                 self.trials.run(trial)
             self.folder.write("study.json", self._result())
-            if repeats == MOST_REPEATS:
-                break
-        why = self._over() or "whatever was drawn had been tried before"
+            why = self._over() or (REPEATED if repeats == MOST_REPEATS else None)
         self.study.set_user_attr("ended_by", why)
         self.reporter.note(f"the search is over: {why}")
 
     def _over(self) -> str | None:
         """Why no trial comes any more; None where one does."""
+        if self.study.user_attrs.get("ended_by") == REPEATED:
+            return REPEATED
         best = best_of(self.study)
         if best is not None and self.recipe.evaluation.target:
             scores = best.user_attrs["scores"]
@@ -145,7 +152,8 @@ class _Study:
     def measure_best(self) -> None:
         """Measure the best trial on the held-out rows, once, and write it as a run.
 
-        Raises `TrainingError` where no trial has a score.
+        Raises `TrainingError` where no trial has a score, and `RunError` where the run that was begun is of another
+        trial than the best.
         """
         best = best_of(self.study)
         if best is None:
@@ -160,6 +168,13 @@ class _Study:
         if run is not None and not run.read("manifest.json").get("training_ended"):
             shutil.rmtree(run.path)  # killed while it was set up
             run = None
+        measured = best.number if run is None else run.read("manifest.json")["tune"]["trial"]
+        if measured != best.number:
+            raise RunError(
+                expected=f"the run of trial {best.number}, the best",
+                found=f"that of trial {measured} in {self.study.user_attrs['run']}",
+                fix="search again: ift tune --fresh",
+            )
         if run is not None:  # killed while it was measured, or after
             run = run if run.status == "succeeded" else resume(run, reporter=self.reporter)
         else:

@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from ift_peft.cli import app
-from ift_peft.errors import Faults, RecipeError, TrainingError
+from ift_peft.errors import Faults, RecipeError, RunError, TrainingError
 from ift_peft.evaluate.run import evaluate_run
 from ift_peft.recipe import load_recipe
-from ift_peft.reporter import Silent
+from ift_peft.reporter import Reporter, Silent
 from ift_peft.run_dir import RunDir, RunIsBusy, list_runs, open_run
 from ift_peft.train.prepare import prepare
 from ift_peft.train.run import train
-from ift_peft.train.session import open_session
+from ift_peft.train.session import Interrupted, open_session
 from ift_peft.tune.study import tune
 from tests.conftest import OFFLINE, ROOT
 from tests.train.small import small, write_small
@@ -38,11 +38,24 @@ TWO = ("tune.trials=2", "tune.continue_best=false", "training.max_steps=2")
 SEARCH = "tune.search={training.learning_rate: {low: 1e-4, high: 1e-2, log}, adapter.r: [2, 4, 8]}"
 
 
-def search(folder: Path, *overrides: str, fresh: bool = False, write: bool = True) -> RunDir:
+def search(
+    folder: Path, *overrides: str, fresh: bool = False, write: bool = True, reporter: Reporter | None = None
+) -> RunDir:
     if write:
         write_small(folder)
     recipe = load_recipe(str(folder / "small.yaml"), [*SETTINGS, SEARCH, *overrides])
-    return tune(recipe, root=folder / "runs", fresh=fresh, reporter=Silent())
+    return tune(recipe, root=folder / "runs", fresh=fresh, reporter=reporter or Silent())
+
+
+class Leaving(Silent):
+    """Ends the process's work, as a second Ctrl-C does, at the first stage whose name has `words` in it."""
+
+    def __init__(self, words: str) -> None:
+        self.words = words
+
+    def stage(self, text: str, total: int) -> None:
+        if self.words in text:
+            raise KeyboardInterrupt
 
 
 def run_of(study: RunDir) -> RunDir:
@@ -142,6 +155,22 @@ def test_a_study_killed_within_its_second_trial_loses_and_repeats_nothing(study:
     assert found["spent"]["tokens"] >= spent["tokens"]
     assert run_of(again).read("scores.json") == run_of(study).read("scores.json")
     assert "optimistic" in finished.stdout
+
+
+def test_once_measuring_has_begun_no_limit_brings_another_trial(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        search(tmp_path, *TWO, reporter=Leaving("measuring"))
+    found = search(tmp_path, *TWO, "tune.trials=4", write=False)
+    content = found.read("study.json")
+    assert len(content["trials"]) == 2
+    assert content["ended_by"] == "the limit of 2 trials is reached"
+    run = run_of(found)
+    assert run.read("manifest.json")["tune"]["trial"] == content["best"]
+    assert [one.path for one in list_runs(tmp_path / "runs")] == [run.path]
+    (found.path / "study.json").unlink()
+    run.update_manifest(tune={"trial": 1 - content["best"]})
+    with pytest.raises(RunError, match="the best"):
+        search(tmp_path, *TWO, write=False)
 
 
 def test_a_target_that_can_be_met_ends_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
