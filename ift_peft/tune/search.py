@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from optuna.distributions import (
@@ -17,8 +18,10 @@ from optuna.trial import Trial
 from trl import SFTConfig
 
 from ift_peft.errors import Faults, IftPeftError, RecipeError, raise_all
+from ift_peft.model.base import choose_device, choose_dtype
 from ift_peft.recipe import Recipe, validate
 from ift_peft.selection import Setting, Span
+from ift_peft.train.arguments import CHECKPOINTING, CHECKPOINTING_NAMES, sft_config, validation_arguments
 from ift_peft.yaml_source import YamlSource
 
 Settings = dict[str, Any]
@@ -30,26 +33,45 @@ RANKS = (4, 8, 16, 32)
 
 def default_search(recipe: Recipe) -> dict[str, Setting]:
     """Learning rate from a tenth to ten times the recipe's own, r of the adapter, and epochs up to twice its own."""
-    rate = float(own_value(recipe, "training.learning_rate"))
+    own = own_settings(recipe, ("training.learning_rate", "training.num_train_epochs"))
+    rate = float(own["training.learning_rate"])
     search: dict[str, Setting] = {
         "training.learning_rate": Span(low=rate / 10, high=rate * 10, log=True),
         "adapter.r": tuple(sorted({*RANKS, recipe.adapter.r})),
     }
-    epochs = float(own_value(recipe, "training.num_train_epochs"))
+    epochs = float(own["training.num_train_epochs"])
     if int(recipe.training.get("max_steps", -1)) <= 0 and epochs.is_integer():
         search["training.num_train_epochs"] = Span(low=1, high=max(2, 2 * int(epochs)), integer=True)
     return search
 
 
-def own_value(recipe: Recipe, path: str) -> Any:
-    """The recipe's own value of a setting, or that of `SFTConfig` where it leaves it; None where it has none."""
-    value: Any = recipe.model_dump(mode="json")
+def own_settings(recipe: Recipe, paths: Sequence[str], *, max_length: int | None = None) -> Settings:
+    """The recipe's own value of each setting; None where it has none.
+
+    Where it leaves a field of `training` unset, that is what it would be trained with, by SFTConfig's defaults and
+    ours. `max_length` is what the base makes of that one. Raises `RecipeError` for values that SFTConfig refuses.
+    """
+    device = choose_device(recipe.base.device)
+    config = sft_config(
+        recipe.training,
+        output_dir=Path(),
+        device=device,
+        compute_dtype=choose_dtype(recipe.base.compute_dtype, device),
+        max_length=max_length,
+        validation=validation_arguments(recipe.validation, labels=bool(recipe.data.label_words)),
+    )
+    values = recipe.model_dump(mode="json")
+    return {path: _own_value(values, path, config) for path in paths}
+
+
+def _own_value(values: dict[str, Any], path: str, config: SFTConfig) -> Any:
+    value: Any = values
     for key in path.split("."):
         value = value.get(key) if isinstance(value, dict) else None
     section, _, name = path.partition(".")
-    if value is None and section == "training":
-        fields = {field.name: field.default for field in dataclasses.fields(SFTConfig)}
-        value = fields.get(name)
+    if section == "training" and name not in values[section]:
+        value = getattr(config, CHECKPOINTING if name in CHECKPOINTING_NAMES else name, None)
+        value = value.value if isinstance(value, Enum) else value
     return value
 
 

@@ -19,7 +19,8 @@ from ift_peft.selection import Tune, Validation
 from ift_peft.train.run import all_inputs, finish, resume
 from ift_peft.tune.asking import Asker, open_study
 from ift_peft.tune.budget import Budget
-from ift_peft.tune.search import Search, Settings, check_search, default_search, distributions, own_value, with_settings
+from ift_peft.tune.rows import TrialRows
+from ift_peft.tune.search import Search, check_search, default_search, distributions, own_settings, with_settings
 from ift_peft.tune.table import best_of, finished, result
 from ift_peft.tune.trials import Trials
 
@@ -92,16 +93,16 @@ class _Study:
         self.metric = recipe.validation.chosen_metric(labels=bool(recipe.data.label_words))
         self.budget = Budget(folder.path / "budget.json", recipe.tune.limits)
         self.study = open_study(folder.path, minimize=self.metric == "loss")
-        own: Settings = {path: own_value(recipe, path) for path in search}
-        self.asker = Asker(self.study, recipe.tune, distributions(search), own, self.budget, reporter.note)
-        self.trials = Trials(recipe, self.asker, folder=folder, reporter=reporter)
+        rows, plain = TrialRows(self.study, reporter), with_settings(recipe, {})
         write_atomically(folder.path / "recipe.yaml", dump_recipe(recipe))
-        self._check_inputs()
+        prepared = rows.prepared(plain, 0)
+        self._check_inputs(all_inputs(plain, prepared))
+        own = own_settings(recipe, list(search), max_length=prepared.max_length)
+        self.asker = Asker(self.study, recipe.tune, distributions(search), own, self.budget, reporter.note)
+        self.trials = Trials(recipe, self.asker, rows=rows, folder=folder, reporter=reporter)
 
-    def _check_inputs(self) -> None:
+    def _check_inputs(self, now: dict[str, Any]) -> None:
         """Raises `RunError` where rows, base or template are not those that the study began with."""
-        own = with_settings(self.recipe, {})
-        now = all_inputs(own, self.trials.prepared(own, 0))
         then = self.study.user_attrs.get("inputs")
         if then is None:
             self.study.set_user_attr("inputs", now)

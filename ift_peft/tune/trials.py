@@ -3,73 +3,32 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from ift_peft.errors import IftPeftError, RecipeError, RunError, TrainingError, first_line
+from ift_peft.errors import IftPeftError, RunError, TrainingError, first_line
 from ift_peft.recipe import Recipe, dump_recipe
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir, write_atomically
 from ift_peft.train.checkpoints import newest_complete
-from ift_peft.train.prepare import Prepared, prepare
 from ift_peft.train.run import forget_steps_after
 from ift_peft.train.session import Interrupted, Session, open_session
 from ift_peft.tune.asking import OVER, Asker
+from ift_peft.tune.rows import TrialRows
 from ift_peft.tune.search import Settings, with_settings
 from ift_peft.tune.table import best_of
 from ift_peft.tune.watch import TrialWatcher
-
-# What `prepare` takes of the section `training`.
-PREPARED_FROM = (
-    "max_length",
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-)
-
-
-@dataclass
-class _TrialReporter:
-    """Stages, and notes once it trains, under the trial's number; earlier notes are told once in all."""
-
-    reporter: Reporter
-    number: int
-    told: set[str]
-    training: bool = False
-
-    def note(self, text: str) -> None:
-        if self.training:
-            self.reporter.note(f"trial {self.number}: {text}")
-        elif text not in self.told:
-            self.told.add(text)
-            self.reporter.note(text)
-
-    def stage(self, text: str, total: int) -> None:
-        self.training = self.training or text == "training"
-        self.reporter.stage(f"trial {self.number}: {text}", total)
-
-    def advance(self, done: int, detail: str = "") -> None:
-        self.reporter.advance(done, detail)
-
-    def finish(self) -> None:
-        self.reporter.finish()
 
 
 class Trials:
     """Trains the trials of a study, below its folder."""
 
-    def __init__(self, recipe: Recipe, asker: Asker, *, folder: RunDir, reporter: Reporter) -> None:
-        self.recipe, self.asker, self.folder, self.reporter = recipe, asker, folder, reporter
+    def __init__(self, recipe: Recipe, asker: Asker, *, rows: TrialRows, folder: RunDir, reporter: Reporter) -> None:
+        self.recipe, self.asker, self.rows, self.folder, self.reporter = recipe, asker, rows, folder, reporter
         self.study, self.budget, self.section = asker.study, asker.budget, asker.section
-        self._told: set[str] = set()
-        self._last: tuple[str, Prepared] | None = None
 
     def run(self, trial: Trial) -> None:
         """Train a trial, from its newest checkpoint where it has one, and tell the study how it ended.
@@ -117,7 +76,7 @@ class Trials:
 
     def _train(self, trial: Trial) -> tuple[Session, TrialWatcher]:
         run, recipe, previous = self.folder_of(trial.number), self.recipe_of(trial), self.asker.ancestors(trial)[:1]
-        prepared = self.prepared(recipe, trial.number)
+        prepared = self.rows.prepared(recipe, trial.number)
         checkpoint, skipped = newest_complete(run.checkpoints)
         for line in skipped:
             self.reporter.note(f"trial {trial.number}: {line}")
@@ -137,7 +96,7 @@ class Trials:
             recipe,
             prepared,
             run,
-            _TrialReporter(self.reporter, trial.number, self._told),
+            self.rows.reporter(trial.number),
             callbacks=[watcher],
             start_from=self._best_checkpoint(previous[0]) if previous else None,
             go_on="the same command",
@@ -152,36 +111,13 @@ class Trials:
         return session, watcher
 
     def recipe_of(self, trial: Trial | FrozenTrial) -> Recipe:
-        """What a trial trains. One that continues another has a seed further on, to see the rows in another order."""
-        own = self.asker.own
-        settings = {path: value for path, value in trial.user_attrs["settings"].items() if value != own[path]}
-        return with_settings(self.recipe, settings).with_seed(len(self.asker.ancestors(trial)))
+        """What a trial trains: the recipe as it stands, or with every setting that was drawn, defaults or not.
 
-    def prepared(self, recipe: Recipe, number: int) -> Prepared:
-        """Rows and renderings, those of the trial before where nothing that they are made of differs.
-
-        Raises `RecipeError` where a trial's settings change which rows are validated on.
+        One that continues another has a seed further on, to see the rows in another order.
         """
-        values = recipe.model_dump(mode="json")
-        values["training"] = {name: values["training"].get(name) for name in PREPARED_FROM}
-        values["adapter"] = values["adapter"]["target_modules"]
-        key = json.dumps(values, sort_keys=True)
-        if self._last is None or self._last[0] != key:
-            self._last = key, prepare(recipe, _TrialReporter(self.reporter, number, self._told))
-        prepared = self._last[1]
-        assert prepared.validation is not None
-        places = sorted([row.where, row.answer] for row in prepared.validation.rows)
-        found = hashlib.sha256(json.dumps(places).encode()).hexdigest()
-        before = self.study.user_attrs.get("validation_rows")
-        if before is None:
-            self.study.set_user_attr("validation_rows", found)
-        elif before != found:
-            raise RecipeError(
-                expected="tune.search over settings that leave the validation rows as they are",
-                found=f"others in trial {number}",
-                fix="search no settings of data that add or remove rows",
-            )
-        return prepared
+        settings = trial.user_attrs["settings"]
+        settings = {} if settings == self.asker.own else settings
+        return with_settings(self.recipe, settings).with_seed(len(self.asker.ancestors(trial)))
 
     def folder_of(self, number: int) -> RunDir:
         run = RunDir(self.folder.path / "trials" / f"{number:03d}")

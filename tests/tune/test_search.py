@@ -10,7 +10,7 @@ import pytest
 from ift_peft.errors import Faults, RecipeError
 from ift_peft.recipe import Recipe, dump_recipe, load_recipe, validate
 from ift_peft.selection import Setting, Span
-from ift_peft.tune.search import check_search, default_search, distributions, own_value, with_settings, within
+from ift_peft.tune.search import check_search, default_search, distributions, own_settings, with_settings, within
 from ift_peft.yaml_source import YamlSource, parse_value
 from tests.train.small import small, write_small
 
@@ -74,7 +74,24 @@ def test_the_default_search_lies_around_the_recipe_and_holds_it(recipe: Recipe, 
     assert search["training.num_train_epochs"] == Span(low=1, high=6, integer=True)  # SFTConfig's 3 epochs
     assert search["adapter.r"] == (4, 6, 8, 16, 32)
     check_search(by_epochs, search)
-    assert within({path: own_value(by_epochs, path) for path in search}, distributions(search))
+    assert within(own_settings(by_epochs, list(search)), distributions(search))
+
+
+def test_own_settings_are_those_that_training_takes(recipe: Recipe) -> None:
+    """Where the recipe leaves them unset, SFTConfig's own defaults are not always those it is trained with."""
+    wanted = {
+        "training.train_sampling_strategy": "group_by_length",
+        "training.gradient_checkpointing": False,
+        "training.activation_checkpointing": False,
+        "training.max_length": 256,
+        "training.bf16": False,
+        "training.lr_scheduler_type": "linear",
+        "training.num_train_epochs": 3.0,
+        "training.learning_rate": 2e-3,
+        "adapter.r": 4,
+        "data.augment.synonyms": None,
+    }
+    assert own_settings(recipe, list(wanted), max_length=256) == wanted
 
 
 @pytest.mark.parametrize(

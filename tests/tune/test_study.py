@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -171,6 +172,17 @@ def test_once_measuring_has_begun_no_limit_brings_another_trial(tmp_path: Path) 
     run.update_manifest(tune={"trial": 1 - content["best"]})
     with pytest.raises(RunError, match="the best"):
         search(tmp_path, *TWO, write=False)
+
+
+def test_what_is_drawn_is_trained_also_where_our_default_is_another_than_that_of_sft_config(tmp_path: Path) -> None:
+    strategies = "tune.search={training.train_sampling_strategy: [random, group_by_length]}"
+    found = search(tmp_path, strategies, *TWO)
+    trained = [trial for trial in found.read("study.json")["trials"] if "same_as" not in trial]
+    kinds = [trial["settings"]["training.train_sampling_strategy"] for trial in trained]
+    assert kinds == ["group_by_length", "random"]  # the recipe as it stands, and the other
+    files = [found.path / "trials" / f"{trial['number']:03d}" / "recipe.yaml" for trial in trained]
+    sections = [yaml.safe_load(file.read_text("utf-8"))["training"] for file in files]
+    assert [section.get("train_sampling_strategy", "group_by_length") for section in sections] == kinds
 
 
 def test_a_target_that_can_be_met_ends_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
