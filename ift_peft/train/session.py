@@ -79,10 +79,10 @@ class Session:
         """Train from `checkpoint`, or from the start, and leave the model with the weights that are kept.
 
         These are the last ones, or with validation those of the best checkpoint. Where training had ended in the
-        checkpoint by early stopping, nothing more is trained. Raises `Interrupted` after a signal, and
-        `TrainingError` for weights that are not finite and for what the trainer refuses or breaks off with.
+        checkpoint, at its last step or by early stopping, nothing more is trained. Raises `Interrupted` after a
+        signal, and `TrainingError` for weights that are not finite and for what the trainer breaks off with.
         """
-        if checkpoint is not None and _had_stopped(checkpoint):
+        if checkpoint is not None and _had_ended(checkpoint):
             self.take(checkpoint)
             return
         self._train(checkpoint)
@@ -145,8 +145,10 @@ class Session:
         return stopped_early(self.trainer) or ran_out_of_patience(self.trainer.state)
 
 
-def _had_stopped(checkpoint: Path) -> bool:
-    return ran_out_of_patience(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")))
+def _had_ended(checkpoint: Path) -> bool:
+    """Whether training had ended in `checkpoint`: transformers takes a step before it looks at how many there are."""
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    return state.global_step >= state.max_steps or ran_out_of_patience(state)
 
 
 def resume_command(run: RunDir) -> str:

@@ -170,6 +170,31 @@ def test_measuring_more_often_leaves_the_training_curve_as_it_is(overshot: RunDi
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("validated", [True, False])
+def test_a_run_killed_after_its_last_step_within_an_epoch_takes_no_further_step(
+    overshot: RunDir, tmp_path: Path, validated: bool
+) -> None:
+    if validated:
+        run = RunDir(tmp_path / "run")
+        shutil.copytree(overshot.path, run.path)
+    else:
+        run = train(small(tmp_path, "training.max_steps=4"), root=tmp_path / "runs", reporter=Silent())
+    steps, ours, before, scores = (
+        run.recipe().training["max_steps"],
+        weights(run.adapter),
+        lines(run),
+        run.read("scores.json"),
+    )
+    run.update_manifest(status="running")  # as kill -9 leaves it while it is measured at the end
+    shutil.rmtree(run.adapter)
+    resume(run, reporter=Silent())
+    assert run.read("manifest.json")["steps"] == steps
+    assert lines(run) == before
+    assert equal(weights(run.adapter), ours)
+    assert run.read("scores.json") == scores
+
+
+@pytest.mark.slow
 def test_a_plateau_ends_after_patience_measurements_and_resuming_adds_none(tmp_path: Path) -> None:
     recipe = small(tmp_path, "validation={every: 2, patience: 2}", "training.learning_rate=0")
     run = train(recipe, root=tmp_path / "runs", reporter=Silent())
