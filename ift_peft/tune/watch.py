@@ -36,7 +36,7 @@ class TrialWatcher(TrainerCallback):
         if limit is not None and state.global_step < state.max_steps:
             self._end(state, control, limit)
             control.should_save = True
-            control.should_evaluate = False
+            control.should_evaluate = state.best_metric is None  # else it counts with its best score so far
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.ended is not None:

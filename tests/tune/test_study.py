@@ -236,6 +236,16 @@ def test_a_trial_that_the_trainer_refuses_has_failed_and_the_search_goes_on(tmp_
         train(alone, root=tmp_path / "alone", reporter=Silent())
 
 
+@pytest.mark.parametrize("every", ["epoch", "30"])
+def test_a_limit_before_the_first_measurement_brings_that_measurement(tmp_path: Path, every: str) -> None:
+    found = search(tmp_path, "tune.tokens=150", f"validation.every={every}", "training.max_steps=40")
+    (trial,) = found.read("study.json")["trials"]
+    assert (trial["state"], trial["stopped_by"], trial["measurements"]) == ("complete", "tokens", 1)
+    assert 1 < trial["steps"] == trial["best_step"] < 10
+    manifest = run_of(found).read("manifest.json")
+    assert manifest["best"] == {"step": trial["steps"], "metric": "loss", "value": trial["score"]["value"]}
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
