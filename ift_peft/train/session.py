@@ -27,6 +27,7 @@ from ift_peft.recipe import Recipe
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir
 from ift_peft.train.arguments import sft_config, validation_arguments
+from ift_peft.train.checkpoints import newest_complete
 from ift_peft.train.losses import find_teacher
 from ift_peft.train.prepare import Prepared
 from ift_peft.train.trainer import RunRecorder, SupervisedTrainer, non_finite, to_dataset
@@ -94,6 +95,17 @@ class Session:
                 fix=f"go on with: {self.go_on}",
             )
         self._check_and_unwrap()
+
+    def stop_before_measuring(self) -> None:
+        """Raises `Interrupted` where a signal came too late to end training early, and its end is in a checkpoint."""
+        step = self.trainer.state.global_step
+        newest, _ = newest_complete(self.run.checkpoints)
+        if self.recorder.stop_requested and newest is not None and newest.name == f"checkpoint-{step}":
+            raise Interrupted(
+                expected="base and adapter to be measured",
+                found=f"a signal after the last step, {step}; a checkpoint was saved",
+                fix=f"go on with: {self.go_on}",
+            )
 
     def _train(self, checkpoint: Path | None) -> None:
         try:

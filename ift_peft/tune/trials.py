@@ -34,14 +34,15 @@ class Trials:
         """Train a trial, from its newest checkpoint where it has one, and tell the study how it ended.
 
         A trial that cannot be trained has failed, and the search goes on. Raises what is wrong with the recipe's own
-        settings, `Interrupted` after a signal, and `RunError`.
+        settings, `RunError`, and `Interrupted` after a signal; where that came too late to stop it, the trial is over.
         """
         settings, previous = trial.user_attrs["settings"], trial.user_attrs.get("continued_from")
         kind = "" if previous is None else f" (trial {previous} continued)"
         self.reporter.note(f"trial {trial.number}: {shown(settings)}{kind}")
         seconds, tokens = self.budget.seconds, self.budget.tokens
+        stopped = False
         try:
-            session, watcher = self._train(trial)
+            stopped = self._train_and_tell(trial, seconds, tokens)
         except (Interrupted, KeyboardInterrupt):
             self._add_spent(trial, seconds, tokens)
             raise
@@ -54,19 +55,30 @@ class Trials:
             trial.set_user_attr("error", str(error)[:2000])
             self._add_spent(trial, seconds, tokens)
             self.study.tell(trial, state=TrialState.FAIL)
+        finally:
+            self._free()
+        if stopped:
+            raise Interrupted(
+                expected="a search that ends by itself",
+                found=f"a signal at the end of trial {trial.number}, which is over",
+                fix="go on with: the same command",
+            )
+
+    def _train_and_tell(self, trial: Trial, seconds: float, tokens: int) -> bool:
+        """Train a trial and tell the study how it ended. Whether a signal came that its end left no time to act on."""
+        session, watcher = self._train(trial)
+        outcome = session.outcome()
+        trial.set_user_attr("best_step", outcome["best"]["step"])
+        trial.set_user_attr("steps", outcome["steps"])
+        trial.set_user_attr("stopped_early", outcome["stopped_early"])
+        self._add_spent(trial, seconds, tokens)
+        if watcher.ended == "pruned":
+            self.study.tell(trial, state=TrialState.PRUNED)
         else:
-            outcome = session.outcome()
-            trial.set_user_attr("best_step", outcome["best"]["step"])
-            trial.set_user_attr("steps", outcome["steps"])
-            trial.set_user_attr("stopped_early", outcome["stopped_early"])
-            self._add_spent(trial, seconds, tokens)
-            if watcher.ended == "pruned":
-                self.study.tell(trial, state=TrialState.PRUNED)
-            else:
-                value = session.trainer.state.best_metric
-                assert value is not None  # the outcome has a best checkpoint
-                self.study.tell(trial, float(value))
-        self._free()
+            value = session.trainer.state.best_metric
+            assert value is not None  # the outcome has a best checkpoint
+            self.study.tell(trial, float(value))
+        return session.recorder.stop_requested
 
     def repeat(self, trial: Trial, other: FrozenTrial) -> None:
         """End a trial that would only repeat another. It counts for no limit."""
@@ -134,13 +146,18 @@ class Trials:
         self.budget.write()
 
     def _free(self) -> None:
-        """Keep the checkpoints of the best trial alone: no other is measured or continued any more."""
+        """Let go of the model that was trained, before the next is loaded, and of checkpoints but the best trial's.
+
+        No other trial is measured or continued any more. Nothing may hold the session here: it lies in cycles.
+        """
         best = best_of(self.study)
         for trial in self.study.get_trials(deepcopy=False, states=OVER):
             checkpoints = self.folder.path / "trials" / f"{trial.number:03d}" / "checkpoints"
             if best is None or trial.number != best.number:
                 shutil.rmtree(checkpoints, ignore_errors=True)
         gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def shown(settings: Settings) -> str:

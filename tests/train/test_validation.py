@@ -222,6 +222,19 @@ def test_a_resumed_run_goes_on_counting_its_patience(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_signal_in_the_last_step_stops_the_run_before_it_is_measured(tmp_path: Path) -> None:
+    recipe = small(tmp_path, "validation={every: 3, metric: loss}", "training.max_steps=3")
+    with pytest.raises(Interrupted, match="after the last step, 3"):
+        train(recipe, root=tmp_path / "runs", reporter=Stopping(3))
+    run = RunDir((tmp_path / "runs" / "small" / "latest").resolve())
+    assert not (run.path / "scores.json").exists()
+    assert [line["step"] for line in measurements(run)] == [3]
+    before = lines(run)
+    resume(run, reporter=Silent())
+    assert (run.read("manifest.json")["steps"], lines(run)) == (3, before)
+
+
+@pytest.mark.slow
 def test_a_run_stopped_within_an_epoch_and_moved_resumes_to_the_same_result(tmp_path: Path) -> None:
     settings = ("validation={metric: loss, patience: 2}", "training.max_steps=-1", "training.num_train_epochs=3")
     settings += ("training.per_device_train_batch_size=9", "training.learning_rate=0.05")

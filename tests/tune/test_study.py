@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,6 +59,32 @@ class Leaving(Silent):
     def stage(self, text: str, total: int) -> None:
         if self.words in text:
             raise KeyboardInterrupt
+
+
+class Stopping(Silent):
+    """Sends this process a real SIGINT when a training has done `after` steps; counts models that outlive theirs."""
+
+    def __init__(self, after: int = 0) -> None:
+        self.after, self.training = after, False
+        gc.collect()
+        self.before = models()
+        self.left: list[int] = []
+
+    def note(self, text: str) -> None:
+        if re.match(r"trial \d+: training\.learning_rate=", text):  # it begins
+            self.left.append(len(models() - self.before))
+
+    def stage(self, text: str, total: int) -> None:
+        self.training = text.endswith(": training")
+
+    def advance(self, done: int, detail: str = "") -> None:
+        if self.training and done == self.after:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def models() -> set[int]:
+    """The models with an adapter that are in memory."""
+    return {id(one) for one in gc.get_objects() if type(one).__name__ == "PeftModelForCausalLM"}
 
 
 def run_of(study: RunDir) -> RunDir:
@@ -183,6 +211,16 @@ def test_what_is_drawn_is_trained_also_where_our_default_is_another_than_that_of
     files = [found.path / "trials" / f"{trial['number']:03d}" / "recipe.yaml" for trial in trained]
     sections = [yaml.safe_load(file.read_text("utf-8"))["training"] for file in files]
     assert [section.get("train_sampling_strategy", "group_by_length") for section in sections] == kinds
+
+
+def test_a_signal_in_the_last_step_of_a_trial_ends_the_search_and_no_model_outlives_its_trial(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted, match="trial 0, which is over") as caught:
+        search(tmp_path, *TWO, reporter=Stopping(2))
+    assert caught.value.exit_code == 130
+    seen = Stopping()
+    found = search(tmp_path, *TWO, "tune.trials=3", reporter=seen, write=False)
+    assert [trial["state"] for trial in found.read("study.json")["trials"]] == ["complete"] * 3
+    assert seen.left == [0, 0]  # trial 0 was not begun again
 
 
 def test_a_target_that_can_be_met_ends_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
