@@ -28,6 +28,8 @@ Settings = dict[str, Any]
 Search = Mapping[str, Setting]
 # Trials are compared by the validation rows and how they are measured; these decide both.
 FIXED = ("name", "description", "validation", "evaluation", "tune")
+# Of data, what leaves it to the same rows to be learnt and validated on.
+SAME_ROWS = ("instruction", "instructions", "system", "augment")
 RANKS = (4, 8, 16, 32)
 
 
@@ -79,10 +81,11 @@ def check_search(recipe: Recipe, search: Search) -> None:
     """Raises `RecipeError`, or `Faults` holding one for each setting that a recipe does not have or does not take."""
     faults: list[IftPeftError] = []
     for path, setting in search.items():
-        if path.split(".")[0] in FIXED:
+        reason = _not_comparable(recipe, path)
+        if reason is not None:
             faults.append(
                 RecipeError(
-                    expected="tune.search over settings that leave the validation rows and their measuring alone",
+                    expected=f"tune.search over settings that leave {reason}",
                     found=path,
                     fix="remove it, and set it in the recipe",
                 )
@@ -98,6 +101,24 @@ def check_search(recipe: Recipe, search: Search) -> None:
                 told[str(error)] = error
         faults += told.values()
     raise_all(faults)
+
+
+def _not_comparable(recipe: Recipe, path: str) -> str | None:
+    """What a setting would change, so that scores of trials could not be compared; None where they can."""
+    section, _, rest = path.partition(".")
+    name = rest.split(".")[0]
+    if section in FIXED:
+        return "the validation rows and their measuring alone"
+    if section == "data" and name not in SAME_ROWS:
+        return f"the rows as they are: of data, {', '.join(SAME_ROWS)}"
+    if path == "training.max_length" and recipe.data.overlong == "drop":
+        return "the rows as they are: with data.overlong=drop it decides which are too long"
+    assert recipe.validation is not None
+    labels = bool(recipe.data.label_words)
+    by_tokens = recipe.validation.chosen_metric(labels=labels) == "loss" and not labels
+    if section == "base" and name in ("model", "revision") and by_tokens:
+        return "the tokens as they are: the loss is in nats for each, and another base has others"
+    return None
 
 
 def _ends(span: Span) -> tuple[float, float]:
