@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ift_peft.errors import RecipeError, RunError, TrainingError
+from ift_peft.evaluate.forgetting import general_texts
 from ift_peft.evaluate.gates import reached
 from ift_peft.evaluate.measure import check_metrics
+from ift_peft.evaluate.safety import safety_prompts
 from ift_peft.model.base import quiet
 from ift_peft.recipe import Recipe, dump_recipe
 from ift_peft.reporter import Reporter
@@ -26,6 +28,8 @@ from ift_peft.tune.trials import Trials
 
 MOST_REPEATS = 20  # draws in a row of settings that were tried before
 REPEATED = "whatever was drawn had been tried before"
+# What of the section evaluation decides the trials; the rest says how the best of them is measured at the end.
+DECIDING = {"target", "per_device_eval_batch_size", "bootstrap_samples", "confidence", "seed"}
 MEASURED = ("accuracy", "precision", "recall", "f1", "loss", "perplexity")
 
 
@@ -33,7 +37,7 @@ def tune(recipe: Recipe, *, root: Path, fresh: bool, reporter: Reporter) -> RunD
     """Search `recipe`'s settings and return the folder of the study, whose study.json names the run of the best.
 
     The same recipe goes on with its study where that was stopped, and is not searched again where it was finished,
-    unless `fresh`. Raises `RecipeError` before anything is trained for a search that cannot be.
+    unless `fresh`. Raises `RecipeError` or `DataError` before anything is trained for a search that cannot be.
     """
     recipe, search = _completed(recipe, reporter)
     folder = RunDir(root / recipe.name / f"tune-{_name(recipe, search)}")
@@ -44,6 +48,8 @@ def tune(recipe: Recipe, *, root: Path, fresh: bool, reporter: Reporter) -> RunD
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         if (folder.path / "study.json").is_file() and "run" in folder.read("study.json"):
             reporter.note("this study is finished, and its held-out rows were measured; --fresh starts over")
+            if folder.recipe().evaluation != recipe.evaluation:
+                reporter.note("they were measured as its recipe said then: evaluation has other settings now")
             return folder
         study = _Study(recipe, search, folder=folder, root=root, reporter=reporter)
         try:
@@ -59,6 +65,8 @@ def _completed(recipe: Recipe, reporter: Reporter) -> tuple[Recipe, Search]:
     if recipe.data.streaming:
         raise RecipeError(expected="rows that are read at once", found="data.streaming", fix="data.streaming=false")
     check_metrics(recipe.evaluation, recipe.data.label_words, [])
+    general_texts(recipe.evaluation)  # read again when the best is measured; what is wrong with them is told now
+    safety_prompts(recipe.evaluation)
     beyond = [metric for metric in recipe.evaluation.target if metric not in MEASURED]
     if beyond:
         raise RecipeError(
@@ -76,8 +84,9 @@ def _completed(recipe: Recipe, reporter: Reporter) -> tuple[Recipe, Search]:
 
 
 def _name(recipe: Recipe, search: Search) -> str:
-    """A hash of all that decides the trials; not of the limits, which may be raised while a study is under way."""
+    """A hash of all that decides the trials; not of the limits, nor of what is measured when they are over."""
     values = recipe.model_dump(mode="json")
+    values["evaluation"] = {name: values["evaluation"][name] for name in sorted(DECIDING)}
     values["tune"] = {name: values["tune"][name] for name in ("prune", "continue_best", "seed")}
     ways = {path: one if isinstance(one, tuple) else one.model_dump() for path, one in search.items()}
     content = json.dumps([values, ways], sort_keys=True, ensure_ascii=False)
@@ -176,6 +185,10 @@ class _Study:
                 found=f"that of trial {measured} in {self.study.user_attrs['run']}",
                 fix="search again: ift tune --fresh",
             )
+        if run is not None and run.status != "succeeded" and run.recipe() != self.trials.recipe_of(best):
+            self.reporter.note(f"{run.path} was measured as the recipe said before; it is measured anew")
+            shutil.rmtree(run.path)
+            run = None
         if run is not None:  # killed while it was measured, or after
             run = run if run.status == "succeeded" else resume(run, reporter=self.reporter)
         else:

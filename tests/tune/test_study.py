@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from ift_peft.cli import app
-from ift_peft.errors import Faults, RecipeError, RunError, TrainingError
+from ift_peft.errors import IftPeftError, RunError, TrainingError
 from ift_peft.evaluate.run import evaluate_run
 from ift_peft.recipe import load_recipe
 from ift_peft.reporter import Reporter, Silent
@@ -189,13 +189,14 @@ def test_a_study_killed_within_its_second_trial_loses_and_repeats_nothing(study:
 def test_once_measuring_has_begun_no_limit_brings_another_trial(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         search(tmp_path, *TWO, reporter=Leaving("measuring"))
-    found = search(tmp_path, *TWO, "tune.trials=4", write=False)
+    found = search(tmp_path, *TWO, "tune.trials=4", "evaluation.forgetting=true", write=False)
     content = found.read("study.json")
     assert len(content["trials"]) == 2
     assert content["ended_by"] == "the limit of 2 trials is reached"
     run = run_of(found)
     assert run.read("manifest.json")["tune"]["trial"] == content["best"]
     assert [one.path for one in list_runs(tmp_path / "runs")] == [run.path]
+    assert run.read("scores.json")["forgetting"]  # which decides no trial, so that the study is the same
     (found.path / "study.json").unlink()
     run.update_manifest(tune={"trial": 1 - content["best"]})
     with pytest.raises(RunError, match="the best"):
@@ -290,12 +291,14 @@ def test_a_limit_before_the_first_measurement_brings_that_measurement(tmp_path: 
         ("tune.search={adapter.rr: [4, 8]}", r"'rr' at tune\.search: adapter\.rr"),
         ("evaluation.target={accuracy: 0.5, bleu: 0.5}", "bleu"),
         ("data.streaming=true", "streaming"),
+        ("evaluation={forgetting: true, general_text: none.txt}", "none.txt"),
+        ("evaluation.safety={harmful: none.txt}", "none.txt"),
     ],
 )
 def test_a_search_that_cannot_be_is_refused_before_anything_is_made(
     tmp_path: Path, override: str, message: str
 ) -> None:
-    with pytest.raises((RecipeError, Faults), match=message) as caught:
+    with pytest.raises(IftPeftError, match=message) as caught:
         tune(small(tmp_path, override), root=tmp_path / "runs", fresh=False, reporter=Silent())
-    assert caught.value.exit_code == 2
+    assert caught.value.exit_code == (3 if "none.txt" in override else 2)
     assert not (tmp_path / "runs").exists()
