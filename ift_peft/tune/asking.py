@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,6 @@ class Asker:
         found = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         if not found:
             return None
-        self._seed(found[0].number)
         trial = Trial(self.study, found[0]._trial_id)
         self._settle(trial)
         return trial
@@ -68,17 +68,11 @@ class Asker:
     def next(self) -> Trial:
         """A new trial."""
         number = len(self.study.get_trials(deepcopy=False, states=(*OVER, TrialState.RUNNING)))
-        self._seed(number)
         waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         if not number and not waiting and within(self.own, self.space):
             self.study.enqueue_trial(self.own)
-        continued = self._to_continue() if self.section.continue_best else None
         trial = self.study.ask()
-        if continued is not None:
-            trial.set_user_attr("continued_from", continued.number)
-            trial.set_user_attr("settings", continued.user_attrs["settings"])
-        else:
-            self._settle(trial)
+        self._settle(trial)
         return trial
 
     def same_as(self, trial: Trial) -> FrozenTrial | None:
@@ -101,19 +95,34 @@ class Asker:
         return found
 
     def _settle(self, trial: Trial) -> None:
-        """Give the trial its settings, unless it has them."""
+        """Give the trial its settings, unless it has them.
+
+        They are written last, all at once: wherever this is killed, the same follows from what was written before.
+        """
         if "settings" in trial.user_attrs:
+            return
+        previous = trial.user_attrs.get("continued_from")
+        if previous is None and self.section.continue_best and not trial.params:  # nothing was drawn for it
+            best = self._to_continue()
+            if best is not None:
+                previous = best.number
+                trial.set_user_attr("continued_from", previous)
+        if previous is not None:
+            trial.set_user_attr("settings", self.study.trials[previous].user_attrs["settings"])
             return
         own = trial.number == 0 and not within(self.own, self.space)
         if own:
             self.note("the recipe's own settings are not all among those searched; trial 0 takes them all the same")
-        trial.set_user_attr("settings", self.own if own else suggested(trial, self.space))
+        trial.set_user_attr("settings", self.own if own else self._drawn(trial))
 
-    def _seed(self, number: int) -> None:
-        """What is drawn for a trial depends on the study's seed, its number and the trials before it alone."""
-        self.study.sampler = optuna.samplers.TPESampler(
-            n_startup_trials=STARTUP, seed=self.section.seed * 1_000_003 + number
-        )
+    def _drawn(self, trial: Trial) -> Settings:
+        """What is drawn depends on the study's seed, the trial's number, the path and the trials before it alone."""
+        values: Settings = {}
+        for path, one in self.space.items():
+            seed = random.Random(f"{self.section.seed} {trial.number} {path}").getrandbits(32)
+            self.study.sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP, seed=seed)
+            values[path] = suggested(trial, path, one)
+        return values
 
     def _to_continue(self) -> FrozenTrial | None:
         """The best trial, where its last measurement was its best, half of a limit is spent, and none continues it."""

@@ -177,14 +177,11 @@ def _among(value: Any, distribution: BaseDistribution) -> bool:
     return whole and distribution.low <= value <= distribution.high
 
 
-def suggested(trial: Trial, space: Mapping[str, BaseDistribution]) -> Settings:
-    """The trial's value of every setting; those it has from before a restart stay."""
-    values: Settings = {}
-    for path, one in space.items():
-        if isinstance(one, CategoricalDistribution):
-            values[path] = trial.suggest_categorical(path, one.choices)
-        elif isinstance(one, IntDistribution):
-            values[path] = trial.suggest_int(path, one.low, one.high, log=one.log)
-        elif isinstance(one, FloatDistribution):
-            values[path] = trial.suggest_float(path, one.low, one.high, log=one.log)
-    return values
+def suggested(trial: Trial, path: str, one: BaseDistribution) -> Any:
+    """The trial's value of a setting; one that it has from before a restart stays."""
+    if isinstance(one, CategoricalDistribution):
+        return trial.suggest_categorical(path, one.choices)
+    if isinstance(one, IntDistribution):
+        return trial.suggest_int(path, one.low, one.high, log=one.log)
+    assert isinstance(one, FloatDistribution)
+    return trial.suggest_float(path, one.low, one.high, log=one.log)

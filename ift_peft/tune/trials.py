@@ -115,10 +115,12 @@ class Trials:
         )
         watcher.session = session
         ended = trial.user_attrs.get("ended")
-        if checkpoint is not None and ended is not None and step >= ended["step"]:
+        if checkpoint is not None and ended is not None and step == ended["step"]:
             watcher.ended = ended["why"]
             session.take(checkpoint)
         else:
+            if ended is not None:  # killed before that step's checkpoint was written
+                trial.set_user_attr("ended", None)
             session.fit(checkpoint)
         return session, watcher
 

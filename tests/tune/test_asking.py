@@ -61,6 +61,30 @@ def test_a_trial_that_was_running_is_gone_on_with_also_where_it_was_being_drawn(
     assert asker(tmp_path / "c").running() is None
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_trial_is_asked_for_as_it_would_have_been_wherever_that_was_killed(tmp_path: Path, number: int) -> None:
+    """Every beginning of the journal of asking for a drawn trial, and for one that continues the best."""
+
+    def journal() -> list[str]:
+        return (tmp_path / "whole" / "journal.log").read_text("utf-8").splitlines(keepends=True)
+
+    one = asker(tmp_path / "whole", trials=3)
+    for _ in range(number):
+        settle(one, 0.5, improving=True)
+    before = len(journal())
+    trial = one.next()
+    after = len(journal())
+    assert after > before + 2
+    assert ("continued_from" in trial.user_attrs) == (number == 2)
+    for kept in range(before + 1, after + 1):
+        folder = tmp_path / str(kept)
+        folder.mkdir()
+        (folder / "journal.log").write_text("".join(journal()[:kept]), "utf-8")
+        again = asker(folder, trials=3).running()
+        assert again is not None
+        assert (again.number, again.user_attrs, again.params) == (number, trial.user_attrs, trial.params)
+
+
 def test_a_journal_cut_within_a_line_and_its_stale_lock_are_mended(tmp_path: Path) -> None:
     settle(asker(tmp_path), 0.5)
     with (tmp_path / "journal.log").open("a") as file:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from optuna.trial import Trial
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -28,6 +29,7 @@ from ift_peft.run_dir import RunDir, RunIsBusy, list_runs, open_run
 from ift_peft.train.prepare import prepare
 from ift_peft.train.run import train
 from ift_peft.train.session import Interrupted, open_session
+from ift_peft.tune.asking import open_study
 from ift_peft.tune.study import tune
 from tests.conftest import OFFLINE, ROOT
 from tests.train.small import small, write_small
@@ -222,6 +224,19 @@ def test_a_signal_in_the_last_step_of_a_trial_ends_the_search_and_no_model_outli
     found = search(tmp_path, *TWO, "tune.trials=3", reporter=seen, write=False)
     assert [trial["state"] for trial in found.read("study.json")["trials"]] == ["complete"] * 3
     assert seen.left == [0, 0]  # trial 0 was not begun again
+
+
+def test_a_limit_whose_checkpoint_was_never_written_is_forgotten_when_training_goes_on(tmp_path: Path) -> None:
+    settings = (*TWO, "tune.trials=1", "training.max_steps=4")
+    with pytest.raises(Interrupted, match="after step 2"):
+        search(tmp_path, *settings, reporter=Stopping(2))
+    (folder,) = tmp_path.glob("runs/small/tune-*")
+    study = open_study(folder, minimize=True)
+    trial = Trial(study, study.trials[0]._trial_id)
+    trial.set_user_attr("ended", {"why": "tokens", "step": 1})  # as if killed there, and gone on under other limits
+    (found,) = search(tmp_path, *settings, write=False).read("study.json")["trials"]
+    assert found["steps"] == 4
+    assert "stopped_by" not in found
 
 
 def test_a_target_that_can_be_met_ends_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
