@@ -51,12 +51,12 @@ def tune(recipe: Recipe, *, root: Path, fresh: bool, reporter: Reporter) -> RunD
             if folder.recipe().evaluation != recipe.evaluation:
                 reporter.note("they were measured as its recipe said then: evaluation has other settings now")
             return folder
-        study = _Study(recipe, search, folder=folder, root=root, reporter=reporter)
-        try:
+        assert recipe.tune is not None
+        budget = Budget(folder.path / "budget.json", recipe.tune.limits)
+        with budget.kept():
+            study = _Study(recipe, search, budget, folder=folder, root=root, reporter=reporter)
             study.search_all()
             study.measure_best()
-        finally:
-            study.budget.write()
     return folder
 
 
@@ -96,11 +96,13 @@ def _name(recipe: Recipe, search: Search) -> str:
 class _Study:
     """A study under way, in its folder, which this process holds."""
 
-    def __init__(self, recipe: Recipe, search: Search, *, folder: RunDir, root: Path, reporter: Reporter) -> None:
+    def __init__(
+        self, recipe: Recipe, search: Search, budget: Budget, *, folder: RunDir, root: Path, reporter: Reporter
+    ) -> None:
         assert recipe.tune is not None and recipe.validation is not None
         self.recipe, self.search, self.folder, self.root, self.reporter = recipe, search, folder, root, reporter
         self.metric = recipe.validation.chosen_metric(labels=bool(recipe.data.label_words))
-        self.budget = Budget(folder.path / "budget.json", recipe.tune.limits)
+        self.budget = budget
         self.study = open_study(folder.path, minimize=self.metric == "loss")
         rows, plain = TrialRows(self.study, reporter), with_settings(recipe, {})
         write_atomically(folder.path / "recipe.yaml", dump_recipe(recipe))

@@ -39,21 +39,20 @@ class Trials:
         settings, previous = trial.user_attrs["settings"], trial.user_attrs.get("continued_from")
         kind = "" if previous is None else f" (trial {previous} continued)"
         self.reporter.note(f"trial {trial.number}: {shown(settings)}{kind}")
-        seconds, tokens = self.budget.seconds, self.budget.tokens
+        if "began" not in trial.user_attrs:
+            self.budget.write()  # so that a kill cannot take the study back to before this
+            trial.set_user_attr("began", {"seconds": self.budget.seconds, "tokens": self.budget.tokens})
         stopped = False
         try:
-            stopped = self._train_and_tell(trial, seconds, tokens)
-        except (Interrupted, KeyboardInterrupt):
-            self._add_spent(trial, seconds, tokens)
-            raise
-        except RunError:
+            stopped = self._train_and_tell(trial)
+        except (Interrupted, RunError):
             raise
         except (IftPeftError, torch.OutOfMemoryError) as error:
             if trial.number == 0 and not isinstance(error, TrainingError | torch.OutOfMemoryError):
                 raise
             self.reporter.note(f"trial {trial.number} failed: {first_line(error)}")
             trial.set_user_attr("error", str(error)[:2000])
-            self._add_spent(trial, seconds, tokens)
+            self._write_spent(trial)
             self.study.tell(trial, state=TrialState.FAIL)
         finally:
             self._free()
@@ -64,14 +63,14 @@ class Trials:
                 fix="go on with: the same command",
             )
 
-    def _train_and_tell(self, trial: Trial, seconds: float, tokens: int) -> bool:
+    def _train_and_tell(self, trial: Trial) -> bool:
         """Train a trial and tell the study how it ended. Whether a signal came that its end left no time to act on."""
         session, watcher = self._train(trial)
         outcome = session.outcome()
         trial.set_user_attr("best_step", outcome["best"]["step"])
         trial.set_user_attr("steps", outcome["steps"])
         trial.set_user_attr("stopped_early", outcome["stopped_early"])
-        self._add_spent(trial, seconds, tokens)
+        self._write_spent(trial)
         if watcher.ended == "pruned":
             self.study.tell(trial, state=TrialState.PRUNED)
         else:
@@ -141,10 +140,11 @@ class Trials:
     def _best_checkpoint(self, number: int) -> Path:
         return self.folder_of(number).checkpoints / f"checkpoint-{self.study.trials[number].user_attrs['best_step']}"
 
-    def _add_spent(self, trial: Trial, seconds: float, tokens: int) -> None:
-        before = trial.user_attrs.get("spent", {"seconds": 0.0, "tokens": 0})
-        spent = {"seconds": self.budget.seconds - seconds, "tokens": self.budget.tokens - tokens}
-        trial.set_user_attr("spent", {name: round(before[name] + spent[name], 1) for name in before})
+    def _write_spent(self, trial: Trial) -> None:
+        """What the study has spent since the trial began, over all sessions: nothing else was trained meanwhile."""
+        began = trial.user_attrs["began"]
+        now = {"seconds": self.budget.seconds, "tokens": self.budget.tokens}
+        trial.set_user_attr("spent", {name: round(now[name] - began[name], 1) for name in now})
         self.budget.write()
 
     def _free(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +158,20 @@ def test_a_budget_adds_up_over_sessions_and_holds_back_what_the_end_takes(tmp_pa
     path.write_text("{", "utf-8")
     with pytest.raises(RunError, match="--fresh"):
         Budget(path, {})
+
+
+def test_what_is_spent_is_written_down_whatever_the_process_is_at(tmp_path: Path) -> None:
+    path = tmp_path / "budget.json"
+    budget = Budget(path, {})
+    with budget.kept():
+        budget.spend(7)
+        while not path.is_file():  # nothing here writes
+            time.sleep(0.05)
+        first = json.loads(path.read_text("utf-8"))
+        assert first["tokens"] == 7
+        while json.loads(path.read_text("utf-8")) == first:
+            time.sleep(0.05)
+    assert Budget(path, {}).seconds >= first["seconds"]
 
 
 def test_a_trial_that_repeats_another_counts_for_no_limit(tmp_path: Path) -> None:

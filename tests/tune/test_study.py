@@ -184,6 +184,8 @@ def test_a_study_killed_within_its_second_trial_loses_and_repeats_nothing(study:
     found = again.read("study.json")
     assert found["spent"]["trials"] == 3
     assert found["spent"]["tokens"] >= spent["tokens"]
+    assert sum(trial["tokens"] for trial in found["trials"]) == found["spent"]["tokens"]
+    assert all(one["tokens"] >= other["tokens"] for one, other in zip(outcomes(again), outcomes(study), strict=True))
     assert run_of(again).read("scores.json") == run_of(study).read("scores.json")
     assert "optimistic" in finished.stdout
 
