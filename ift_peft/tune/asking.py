@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,11 +115,15 @@ class Asker:
         trial.set_user_attr("settings", self.own if own else self._drawn(trial))
 
     def _drawn(self, trial: Trial) -> Settings:
-        """What is drawn depends on the study's seed, the trial's number, the path and the trials before it alone."""
+        """What is drawn depends on the study's seed, the trial's number and the trials before it alone."""
+        self.study.sampler = optuna.samplers.TPESampler(
+            n_startup_trials=STARTUP, seed=self.section.seed * 1_000_003 + trial.number
+        )
         values: Settings = {}
         for path, one in self.space.items():
-            seed = random.Random(f"{self.section.seed} {trial.number} {path}").getrandbits(32)
-            self.study.sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP, seed=seed)
+            if path in trial.params:  # from before a kill: drawn again for the generator to be where it was
+                frozen = self.study.trials[trial.number]
+                self.study.sampler.sample_independent(self.study, frozen, path, one)
             values[path] = suggested(trial, path, one)
         return values
 

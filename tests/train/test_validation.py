@@ -86,7 +86,15 @@ def test_rows_are_set_aside_from_training_by_label_and_source(tmp_path: Path) ->
     again = prepare(recipe, Silent()).validation
     assert again is not None
     assert [row.where for row in again.rows] == [row.where for row in aside]
-    assert not {row.where for row in aside} & {row.where for row in prepared.test.rows}
+    held_out = {row.text for row in prepared.test.rows}  # of a file of their own: their places tell nothing
+    assert held_out
+    assert not held_out & {row.text for row in aside}
+    split = prepare(load_recipe(str(tmp_path / "small.yaml"), ["data.test=null", "validation={size: 0.2}"]), Silent())
+    assert split.validation is not None
+    parts = [{row.where for row in part.rows} for part in (split.validation, split.test)]
+    assert not parts[0] & parts[1]
+    assert [len(part) for part in parts] == [10, 12]  # of 48 rows that are left, and of 60
+    assert split.train.rows == 38
     whole = prepare(recipe.model_copy(update={"validation": None}), Silent())
     assert whole.train.rows == 81  # not those that the cache has of the same files with rows set aside
 

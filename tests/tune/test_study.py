@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,10 +152,11 @@ def test_the_search_never_looks_at_the_held_out_rows(study: RunDir, tmp_path: Pa
     other = search(tmp_path, "tune.trials=3", TARGET, write=False)
     assert outcomes(other) == outcomes(study)
     assert run_of(other).read("scores.json")["rows"] == 8
-    held_out = {json.loads(line)["where"] for line in run_of(other).test_rows.read_text("utf-8").splitlines()}
+    held_out = {json.loads(line)["text"] for line in run_of(other).test_rows.read_text("utf-8").splitlines()}
     chosen_by = (run_of(other).path / "validation.jsonl").read_text("utf-8").splitlines()
+    assert held_out == {row["text"] for row in rows}
     assert len(chosen_by) == 6
-    assert not held_out & {json.loads(line)["where"] for line in chosen_by}
+    assert not held_out & {json.loads(line)["text"] for line in chosen_by}
 
 
 def test_a_study_killed_within_its_second_trial_loses_and_repeats_nothing(study: RunDir, tmp_path: Path) -> None:
@@ -290,6 +292,38 @@ def test_a_trial_that_the_trainer_refuses_has_failed_and_the_search_goes_on(tmp_
     alone = small(tmp_path / "alone", "training.lr_scheduler_type=cosine_with_min_lr")
     with pytest.raises(TrainingError, match="min_lr"):
         train(alone, root=tmp_path / "alone", reporter=Silent())
+
+
+ANSWERS = ("data.labels=null", "data.columns={text: text, answer: label}", "validation={every: 2}")
+MIX = (
+    "data={sources: [{train: rows.jsonl, test: test.jsonl, name: reviews, labels: [负面, 正面]}, {train: more.jsonl, "
+    "test: more-test.jsonl, name: answers, columns: {text: text, answer: label}}], instruction: 正面还是负面？}",
+    "validation={every: 2}",
+)
+CLASSIFIER = ("base.head=sequence-classification", "adapter.embeddings=false", "validation={every: 2}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "metric"),
+    [(ANSWERS, "loss"), (MIX, "loss"), (CLASSIFIER, "accuracy")],
+    ids=["answers", "mix", "head"],
+)
+def test_answers_mixes_and_classifiers_are_searched_by_what_their_validation_measures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], metric: str
+) -> None:
+    write_small(tmp_path)
+    for name, other in (("rows", "more"), ("test", "more-test")):
+        shutil.copy(tmp_path / f"{name}.jsonl", tmp_path / f"{other}.jsonl")
+    monkeypatch.chdir(tmp_path)  # the paths of overrides
+    found = search(tmp_path, *TWO, *overrides, write=False)
+    content = found.read("study.json")
+    values = [trial["score"]["value"] for trial in content["trials"]]
+    assert content["metric"] == metric
+    assert content["best"] == values.index((min if metric == "loss" else max)(values))
+    run = run_of(found)
+    best = run.read("manifest.json")["best"]
+    assert (best["metric"], best["value"]) == (metric, pytest.approx(values[content["best"]], abs=1e-6))
+    assert metric in run.read("scores.json")["adapter"]
 
 
 @pytest.mark.parametrize("every", ["epoch", "30"])
