@@ -113,10 +113,7 @@ def _not_comparable(recipe: Recipe, path: str) -> str | None:
         return f"the rows as they are: of data, {', '.join(SAME_ROWS)}"
     if path == "training.max_length" and recipe.data.overlong == "drop":
         return "the rows as they are: with data.overlong=drop it decides which are too long"
-    assert recipe.validation is not None
-    labels = bool(recipe.data.label_words)
-    by_tokens = recipe.validation.chosen_metric(labels=labels) == "loss" and not labels
-    if section == "base" and name in ("model", "revision") and by_tokens:
+    if section == "base" and name in ("model", "revision") and not recipe.data.label_words:
         return "the tokens as they are: the loss is in nats for each, and another base has others"
     return None
 
