@@ -16,9 +16,8 @@ from ift_peft.training_fields import training_fields
 
 DEFAULT_MAX_LENGTH = 1024
 # transformers renamed it and warns of the old name, which TRL still documents; a recipe may use either.
-_CHECKPOINTING = (
-    "activation_checkpointing" if "activation_checkpointing" in training_fields() else "gradient_checkpointing"
-)
+CHECKPOINTING_NAMES = ("activation_checkpointing", "gradient_checkpointing")
+CHECKPOINTING = next(name for name in CHECKPOINTING_NAMES if name in training_fields())
 
 
 def choose_max_length(recipe: Recipe, max_positions: int | None) -> int | None:
@@ -96,7 +95,7 @@ def sft_config(
         "fp16": on_gpu and compute_dtype == torch.float16,
         "dataloader_pin_memory": on_gpu,
         **{key: value for key, value in training.items() if key != "gradient_checkpointing"},
-        _CHECKPOINTING: training.get(_CHECKPOINTING, training.get("gradient_checkpointing", on_gpu)),
+        CHECKPOINTING: training.get(CHECKPOINTING, training.get("gradient_checkpointing", on_gpu)),
         "max_length": max_length,
         "output_dir": str(output_dir),
         "use_cpu": not on_gpu,

@@ -169,6 +169,7 @@ def _train_and_measure(
         session.take(checkpoint)
     else:
         session.fit(checkpoint)
+        session.stop_before_measuring()
     memory = foreseen | meter.read()
     scores = measuring.scores(before, measuring.of(adapter=True), run=run)
     run.write("scores.json", scores)
