@@ -163,7 +163,12 @@ def test_the_built_in_llama_learns_to_classify(tmp_path: Path) -> None:
     for method in ("occlusion", "integrated-gradients"):
         found = explain(model, parts, "film film wonderful film", method=method)  # type: ignore[arg-type]
         assert found.answer == "positive"
-        assert found.pieces[found.strongest[0]].text.strip() == "wonderful"
+        if method == "occlusion":  # which measures what taking a word out does; the other need not rank by that
+            assert found.pieces[found.strongest[0]].text.strip() == "wonderful"
+        else:
+            assert found.adapter.baseline is not None
+            assert found.adapter.delta is not None
+            assert abs(found.adapter.delta) < 0.02 * abs(found.adapter.score - found.adapter.baseline) + 0.01
         (said,) = answer_all(model, parts, [parts.ask("film film wonderful film")], max_new_tokens=8)
         assert said.probabilities is not None
         assert found.probabilities is not None
