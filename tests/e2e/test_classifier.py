@@ -161,7 +161,7 @@ def test_the_built_in_llama_learns_to_classify(tmp_path: Path) -> None:
         (alone,) = answer_all(model, parts, [question], max_new_tokens=8)
         assert alone.probabilities == pytest.approx(answer.probabilities, abs=1e-5)
     for method in ("occlusion", "integrated-gradients"):
-        found = explain(model, parts, "film film wonderful film", method=method)  # type: ignore[arg-type]
+        found = explain(model, parts, "wonderful film film film", method=method)  # type: ignore[arg-type]
         assert found.answer == "positive"
         if method == "occlusion":  # which measures what taking a word out does; the other need not rank by that
             assert found.pieces[found.strongest[0]].text.strip() == "wonderful"
@@ -169,7 +169,7 @@ def test_the_built_in_llama_learns_to_classify(tmp_path: Path) -> None:
             assert found.adapter.baseline is not None
             assert found.adapter.delta is not None
             assert abs(found.adapter.delta) < 0.02 * abs(found.adapter.score - found.adapter.baseline) + 0.01
-        (said,) = answer_all(model, parts, [parts.ask("film film wonderful film")], max_new_tokens=8)
+        (said,) = answer_all(model, parts, [parts.ask("wonderful film film film")], max_new_tokens=8)
         assert said.probabilities is not None
         assert found.probabilities is not None
         assert found.probabilities[0] == pytest.approx(said.probabilities["positive"], abs=1e-5)
