@@ -27,7 +27,7 @@ from ift_peft.errors import ModelError, RecipeError
 from ift_peft.model.base import ClassHead, load_base
 from ift_peft.model.tokenizer import locate_base
 from ift_peft.recipe import load_recipe, recipes_root
-from ift_peft.run_dir import RunDir, open_run
+from ift_peft.run_dir import RunDir
 from tests.conftest import Ift
 
 FILMS = recipes_root() / "data" / "films"
@@ -223,8 +223,14 @@ def test_a_base_that_brings_a_head_keeps_it(bert: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_roberta_opens_again_and_takes_as_many_tokens_as_it_can(bert: Path, tmp_path: Path, ift: Ift) -> None:
+def test_a_roberta_opens_again_and_takes_as_many_tokens_as_it_can(bert: Path, tmp_path: Path) -> None:
     """Its head has parts of its own, and its positions begin after the padding token's number."""
+    from ift_peft.adapters.merge import merge
+    from ift_peft.infer.load import load_model, open_parts
+    from ift_peft.infer.predict import answer_all
+    from ift_peft.reporter import Silent
+    from ift_peft.train.run import train
+
     tokenizer = AutoTokenizer.from_pretrained(bert)
     set_seed(0)
     config = RobertaConfig(
@@ -240,17 +246,17 @@ def test_a_roberta_opens_again_and_takes_as_many_tokens_as_it_can(bert: Path, tm
     )
     RobertaForMaskedLM(config).save_pretrained(tmp_path / "roberta")
     tokenizer.save_pretrained(tmp_path / "roberta")
-    overrides = (f"base.model={tmp_path}/roberta", *SHORT, "training.max_steps=3", "data.max_test_rows=8")
-    refused = ift("train", "sst2-classifier", *overrides, "training.max_length=34")
-    assert "training.max_length=32" in refused.stderr
-    trained = ift("train", "sst2-classifier", *overrides, "training.max_length=32")
-    assert trained.returncode == 0, trained.stderr
-    run = open_run(tmp_path / "runs/sst2-classifier/latest")
-    long = "a film " * 40
-    said = ift("predict", str(run.path), long, "fine", "--output", "said.jsonl")
-    assert said.returncode == 0, said.stderr
-    merged = ift("merge", str(run.path))
-    assert merged.returncode == 0, merged.stderr
+    overrides = [f"base.model={tmp_path}/roberta", *SHORT, "training.max_steps=3", "data.max_test_rows=8"]
+    with pytest.raises(RecipeError, match=r"training\.max_length=32"):
+        train(load_recipe("sst2-classifier", [*overrides, "training.max_length=34"]), root=tmp_path, reporter=Silent())
+    recipe = load_recipe("sst2-classifier", [*overrides, "training.max_length=32"])
+    run = train(recipe, root=tmp_path, reporter=Silent())
+    parts = open_parts(run)
+    model, _ = load_model(parts)
+    (answer,) = answer_all(model, parts, [parts.ask("a film " * 40)], max_new_tokens=8)
+    assert answer.truncated
+    found = merge(parts, output=tmp_path / "merged", dtype="float32", reporter=Silent())
+    assert found.max_logit_difference < 1e-4
 
 
 @pytest.mark.slow
