@@ -73,9 +73,7 @@ def _not_plain(parts: Parts) -> list[RunError]:
             if key not in FREE and value != plain.get(key) and value not in (None, False, [], {})
         ]
     return [
-        RunError(
-            expected="plain LoRA, whose deltas add up", found=f"{one} in {short(parts.run)}", fix="leave it out"
-        )
+        RunError(expected="plain LoRA, whose deltas add up", found=f"{one} in {short(parts.run)}", fix="leave it out")
         for one in found
     ]
 
