@@ -4,8 +4,8 @@
 
 The reviews that come along, Chinese and English apart, and an adapter trained on both together. Each adapter, each
 combination and each ensemble is measured on the held-out rows of both languages; searched combinations are chosen by
-training rows. Beside the methods of `ift combine`, what PEFT's `add_weighted_adapter` makes of A and B apart. Written to
-benchmarks/results/adapter_merging_NAME.json.
+training rows. Beside the methods of `ift combine`, what PEFT's `add_weighted_adapter` makes of A and B apart. Written
+to benchmarks/results/adapter_merging_NAME.json.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from ift_peft.recipe import load_recipe, recipes_root
 from ift_peft.train.run import train
 
 LANGUAGES = ("zh", "en")
+SEARCHED: tuple[Method, ...] = ("linear", "ties")
 RANK = 32  # of every combination: the sum of the two
 SAME = (
     "evaluation.forgetting=false",
@@ -128,7 +129,7 @@ def main(
         how = Combination(method, own_weights(method, 2), 0.5 if method in PRUNING else None, RANK)
         facts["left_out_by_rank"][method] = round(add_combined(model, of, how, name=method), 6)
         arms[method] = probabilities(method)
-    for method in ("linear", "ties"):
+    for method in SEARCHED:
         how = Combination(method, own_weights(method, 2), 0.5 if method in PRUNING else None, RANK)
         tried = search(
             model, of, recipe, renderer, chosen_by.rows, start=how, trials=trials, reporter=ConsoleReporter()

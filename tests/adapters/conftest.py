@@ -40,7 +40,7 @@ def two(runs_root: Path) -> RunDir:
 
 @pytest.fixture(scope="session")
 def other(runs_root: Path) -> RunDir:
-    """Another task, with rows of its own, that are long enough for validation."""
+    """Another task, with rows of its own, that are split."""
     rows = [{"text": f"{word} {number}", "label": label} for label, word in LABELLED for number in range(12)]
     path = runs_root.parent / "more.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
@@ -61,3 +61,10 @@ def elsewhere(runs_root: Path) -> RunDir:
     content["model.norm.weight"] = content["model.norm.weight"] * 1.01
     save_file(content, weights, metadata={"format": "pt"})
     return trained(runs_root, f"base.model={base}")
+
+
+@pytest.fixture(scope="session")
+def classifier(runs_root: Path) -> RunDir:
+    """The task of `one` by a classifier's head."""
+    head = ("base.head=sequence-classification", "data.instruction=null", "data.labels=[正面, 负面]")
+    return trained(runs_root, "name=classifier", *head)
