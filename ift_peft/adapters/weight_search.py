@@ -113,9 +113,11 @@ def search(
     reporter.stage("searching weights", trials)
     for number in range(trials):
         trial = study.ask()
-        weights = tuple(trial.suggest_float(f"weight {at}", 0.0, MOST, step=STEP) for at in range(len(names)))
-        density = trial.suggest_float("density", 0.1, 1.0, step=0.1) if start.method in PRUNING else start.density
-        how = replace(start, weights=weights, density=density)
+        drawn = (trial.suggest_float(f"weight {at}", 0.0, MOST, step=STEP) for at in range(len(names)))
+        density = start.density
+        if start.method in PRUNING:
+            density = round(trial.suggest_float("density", 0.1, 1.0, step=0.1), 2)
+        how = replace(start, weights=tuple(round(weight, 2) for weight in drawn), density=density)
         add_combined(model, names, how, name="candidate")
         one = Tried(how, _losses(model, renderer, rows, parts, recipe))
         model.set_adapter(names[0], inference_mode=True)
