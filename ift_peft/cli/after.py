@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from ift_peft.cli.app import RunArgument, SourceOption, app, errors_to_exit_codes
+from ift_peft.cli.app import EnsembleOption, RunArgument, SourceOption, app, errors_to_exit_codes
+from ift_peft.errors import RunError
 
 
 class Dtype(StrEnum):
@@ -21,23 +22,35 @@ class Dtype(StrEnum):
 @app.command()
 @errors_to_exit_codes
 def evaluate(
-    run: RunArgument,
+    runs: Annotated[list[Path], typer.Argument(help="A run folder; with --ensemble several.")],
     data: Annotated[Path | None, typer.Option(help="Other rows, in the form that the run's recipe reads.")] = None,
     source: SourceOption = None,
+    ensemble: EnsembleOption = None,
 ) -> None:
-    """Measure base and adapter of a run again, on its own held-out rows or on others.
+    """Measure base and adapter of a run again, on its own held-out rows or on others; or several runs as one.
 
     Example: ift evaluate runs/sentiment/latest --data more_reviews.jsonl
     """
     from ift_peft.console import ConsoleReporter, print_scores
     from ift_peft.errors import raise_all
-    from ift_peft.evaluate.gates import missed
-    from ift_peft.evaluate.run import evaluate_run
     from ift_peft.run_dir import open_run
 
-    opened = open_run(run)
-    scores = evaluate_run(opened, data=data, source=source, reporter=ConsoleReporter())
-    print_scores(scores, title=f"{opened.recipe().name}: {scores['rows']} rows of {data or 'its held-out set'}")
+    opened = [open_run(run) for run in runs]
+    if ensemble is not None:
+        from ift_peft.cli.tables import print_ensemble
+        from ift_peft.evaluate.ensemble import evaluate_ensemble
+
+        print_ensemble(evaluate_ensemble(opened, ensemble.value, data=data, source=source, reporter=ConsoleReporter()))
+        return
+    if len(opened) > 1:
+        raise RunError(
+            expected="one run, or --ensemble", found=f"{len(opened)} runs", fix="set runs side by side: ift compare"
+        )
+    from ift_peft.evaluate.gates import missed
+    from ift_peft.evaluate.run import evaluate_run
+
+    scores = evaluate_run(opened[0], data=data, source=source, reporter=ConsoleReporter())
+    print_scores(scores, title=f"{opened[0].recipe().name}: {scores['rows']} rows of {data or 'its held-out set'}")
     raise_all(missed(scores))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -52,6 +52,29 @@ def _differences(probe: Probe) -> Table:
         cells = [f"{escape(one.second)} - {escape(one.first)}", cell(one.estimate, signed=True), f"{one.p:.3f}"]
         table.add_row(*cells, *([f"{one.adjusted_p:.3f}"] if several else []))
     return table
+
+
+def print_ensemble(scores: dict[str, Any]) -> None:
+    """Each member, the ensemble, and what it changes from each, by accuracy, F1, calibration error and log loss."""
+    names = ("accuracy", "f1", "ece", "nll")
+    title = f"ensemble by {scores['kind']} on {scores['rows']:,} rows"
+    whole = {**scores["members"], "ensemble": scores["ensemble"]}
+    changes = {f"ensemble - {name}": change for name, change in scores["change"].items()}
+    for heading, lines, signed in ((title, whole, False), ("differences, paired", changes, True)):
+        table = Table(title=heading, title_justify="left", box=None, padding=(0, 2, 0, 0))
+        table.add_column("")
+        for name in names:
+            table.add_column(name, justify="right")
+        for who, one in lines.items():
+            table.add_row(escape(who), *(_told(one[name], signed=signed) for name in names))
+        out.print(table)
+        out.print()
+    out.print(f"{scores['intervals']}\n{scores['verdict']}", markup=False)
+
+
+def _told(part: dict[str, float], *, signed: bool) -> str:
+    sign = "+" if signed else ""
+    return f"{part['value']:{sign}.3f} [{part['low']:{sign}.3f}, {part['high']:{sign}.3f}]"
 
 
 def cell(estimate: Estimate, *, signed: bool = False) -> str:

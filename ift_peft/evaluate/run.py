@@ -88,11 +88,13 @@ class Measuring:
         return {**scores, "gates": all_gates(section, scores)}
 
 
-def evaluate_run(run: RunDir, *, data: Path | None, reporter: Reporter, source: str | None = None) -> dict[str, Any]:
+def evaluate_run(
+    run: RunDir, *, data: Path | None, reporter: Reporter, source: str | None = None, keep: bool = False
+) -> dict[str, Any]:
     """The scores of base and adapter on the run's held-out rows, or on those of `data`, in the form of scores.json.
 
-    Rows of `data` are read, asked and, in a mix, measured as those of `source`. Raises `RunError` where there is none
-    of that name.
+    Rows of `data` are read, asked and, in a mix, measured as those of `source`. With `keep`, what was predicted goes
+    into the run's folder. Raises `RunError` where there is none of that name.
     """
     parts = open_parts(run)
     if source is not None and data is None:
@@ -115,4 +117,4 @@ def evaluate_run(run: RunDir, *, data: Path | None, reporter: Reporter, source: 
     for note in (*fitted.fit.notes("held-out rows", parts.max_length), *cut, *notes):
         reporter.note(note)
     measuring = Measuring(model, parts.renderer, recipe, rows, probes, reporter)
-    return measuring.scores(measuring.of(adapter=False), measuring.of(adapter=True))
+    return measuring.scores(measuring.of(adapter=False), measuring.of(adapter=True), run=run if keep else None)

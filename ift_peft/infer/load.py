@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from ift_peft.data.fit import Fitted, fit_rows
 from ift_peft.data.instructions import Asker, ask_held_out, askers
 from ift_peft.data.render import TokenRenderer
 from ift_peft.data.row import Message, Row
-from ift_peft.data.rows import from_saved, read_rows_of
+from ift_peft.data.rows import from_saved, read_rows, read_rows_of, set_aside, stream_rows
 from ift_peft.errors import RunError, raise_all
 from ift_peft.model.base import ClassHead, load_section, quiet
 from ift_peft.model.tokenizer import BaseLocation, ensure_pad_token, load_tokenizer, locate_base
@@ -156,6 +156,20 @@ def load_model(
     return model, base.notes
 
 
+def load_members(members: Sequence[Parts]) -> tuple[Any, list[str], list[str]]:
+    """The base of the first of `members`, loaded once, with the adapters of all on it; their names, and notes.
+
+    The first is the active one. All must be of one base, which is for the caller to see to.
+    """
+    model, notes = load_model(members[0])
+    names = ["default", *(f"member{number}" for number in range(1, len(members)))]
+    with quiet():
+        for name, parts in zip(names[1:], members[1:], strict=True):
+            model.load_adapter(str(parts.run.adapter), name)
+    model.eval()
+    return model, names, notes
+
+
 def held_out_rows(parts: Parts, data_path: Path | None = None) -> Fitted:
     """The run's own held-out rows, or those of another file read by the run's recipe."""
     if data_path is None:
@@ -164,3 +178,17 @@ def held_out_rows(parts: Parts, data_path: Path | None = None) -> Fitted:
         rows = read_rows_of(parts.recipe.data, str(data_path), like=parts.source)
         rows = ask_held_out(rows, parts.askers)
     return fit_rows(rows, parts.renderer, max_length=parts.max_length, overlong=parts.recipe.data.overlong)
+
+
+def rows_trained_on(parts: Parts) -> Iterator[Row]:
+    """The rows that the run was trained on, before they were asked: those it kept, else those its recipe names.
+
+    Raises `Faults` where they can no longer be read.
+    """
+    kept, data = parts.run.path / "train.jsonl", parts.recipe.data
+    if kept.is_file():  # as data.quality, and the section validation, left them
+        yield from (from_saved(line) for line in parts.run.read_lines(kept.name))
+    elif data.streaming:
+        yield from stream_rows(data)
+    else:
+        yield from set_aside(read_rows(data)[0], parts.recipe.validation)[0]

@@ -174,6 +174,12 @@ def _trained(recipe: Recipe, manifest: Mapping[str, Any]) -> Facts:
         ("loss", recipe.loss.kind.replace("_", " ")),
         *((str(key), _said(place_free(value))) for key, value in recipe.training.items()),
     ]
+    for number, one in enumerate(manifest.get("combined_from") or ()):
+        weight = manifest["combined"]["weights"][number]
+        facts.append(("combined of", f"{weight:g} x {one['run']} (adapter {one['adapter_sha256'][:12]})"))
+    if manifest.get("combined"):
+        left_out = 100 * manifest["combined"]["left_out_by_rank"]
+        facts.append(("combined by", f"{manifest['combined']['method']}; its rank leaves out {left_out:.1f} %"))
     parameters, rows = manifest.get("parameters"), manifest.get("rows") or {}
     if parameters:
         share = 100 * parameters["trained"] / parameters["all"]

@@ -16,11 +16,11 @@ from ift_peft.evaluate.safety import safety_prompts
 from ift_peft.model.base import choose_device, choose_dtype, quiet
 from ift_peft.model.memory import Meter
 from ift_peft.recipe import Recipe
+from ift_peft.report.card import adapter_card
 from ift_peft.report.write import write_report
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir, RunIsBusy, create_run
 from ift_peft.train.arguments import sft_config, validation_arguments
-from ift_peft.train.card import adapter_card
 from ift_peft.train.checkpoints import newest_complete
 from ift_peft.train.losses import find_teacher
 from ift_peft.train.memory import foresee_memory

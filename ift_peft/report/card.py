@@ -19,7 +19,7 @@ tags: [lora, ift_peft]
 
 {description}
 
-A LoRA adapter for `{base}`, trained on {rows:,} rows over {quantization} weights with TRL's `SFTTrainer` through PEFT.
+A LoRA adapter for `{base}`, {origin}.
 
 ## Measured on {test_rows:,} held-out rows
 
@@ -46,8 +46,11 @@ It was measured on the rows above and on nothing else. Other domains, languages 
 """
 
 
-def adapter_card(recipe: Recipe, *, base: str, scores: dict[str, Any], rows: int) -> str:
-    """The text of README.md: what it is, what it scored, how it is asked. Holds no path of the machine."""
+def adapter_card(recipe: Recipe, *, base: str, scores: dict[str, Any], rows: int, combined: str | None = None) -> str:
+    """The text of README.md: what it is, what it scored, how it is asked. Holds no path of the machine.
+
+    `combined` says what an adapter that was not trained itself was made of.
+    """
     data = recipe.data
     if data.mixed:
         parts = (part for part, _ in data.by_source())
@@ -55,6 +58,7 @@ def adapter_card(recipe: Recipe, *, base: str, scores: dict[str, Any], rows: int
     else:
         asked = _asked(data.for_new_texts[0], "Texts")
     quantization = "unquantised" if recipe.base.quantization == "none" else recipe.base.quantization
+    trained = f"trained on {rows:,} rows over {quantization} weights with TRL's `SFTTrainer` through PEFT"
     classifier = recipe.base.head == "sequence-classification"
     return _CARD.format(
         pipeline="text-classification" if classifier else "text-generation",
@@ -63,8 +67,7 @@ def adapter_card(recipe: Recipe, *, base: str, scores: dict[str, Any], rows: int
         base=base,
         name=recipe.name,
         description=recipe.description,
-        rows=rows,
-        quantization=quantization,
+        origin=combined or trained,
         test_rows=scores["rows"],
         table="\n".join(score_rows(scores)),
         intervals=scores["intervals"],
