@@ -97,11 +97,12 @@ def load_base(
     compute_dtype: str = "auto",
     device: str = "auto",
     head: ClassHead | None = None,
+    packed: bool = False,
 ) -> LoadedBase:
     """The base in evaluation mode, as a causal language model or with a classifier's `head`.
 
     On CPU, nf4 and fp4 weights are dequantised once and kept, memory permitting: the numbers are those of the
-    quantised base, the speed that of the plain one. Raises `ModelError` for weights that cannot be loaded.
+    quantised base, the speed that of the plain one. Not so where they are to stay `packed`. Raises `ModelError` for weights that cannot be loaded.
     """
     place = choose_device(device)
     dtype = choose_dtype(compute_dtype, place)
@@ -124,7 +125,7 @@ def load_base(
                 found=first_line(error),
                 fix="check that its architecture is known to the installed transformers and its weights are complete",
             ) from error
-        if place.type == "cpu" and quantization in ("nf4", "fp4"):
+        if place.type == "cpu" and quantization in ("nf4", "fp4") and not packed:
             notes.append(_dequantize_once(model, dtype, quantization))
     if quantization == "none":
         model.to(place)
@@ -214,12 +215,33 @@ def _dequantize_once(model: PreTrainedModel, dtype: torch.dtype, quantization: s
     return f"{quantization} weights dequantised once to {name}: same numbers, no unpacking in every step"
 
 
-def skeleton(location: BaseLocation, head: Head = "causal-lm") -> PreTrainedModel:
-    """The base's modules without weights (on the meta device): enough to check what an adapter would match."""
+def dequantize(loaded: LoadedBase) -> PreTrainedModel:
+    """The weights of a quantised base as plain float32, unpacked by bitsandbytes, on any device."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    model = loaded.model
+    with quiet():
+        if any(isinstance(module, Linear4bit | Linear8bitLt) for module in model.modules()):
+            model.dequantize(dtype=torch.float32)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.float()
+    model.config.dtype = torch.float32
+    return model
+
+
+def skeleton(
+    location: BaseLocation, head: Head = "causal-lm", *, settings: dict[str, Any] | None = None
+) -> PreTrainedModel:
+    """The base's modules without weights (on the meta device): enough to check what an adapter would match.
+
+    `settings` replace those of its configuration, as those of a `ClassHead`.
+    """
     kind = AutoModelForCausalLM if head == "causal-lm" else AutoModelForSequenceClassification
     with quiet():
         try:
-            config = AutoConfig.from_pretrained(location.folder, trust_remote_code=False, local_files_only=True)
+            config = AutoConfig.from_pretrained(
+                location.folder, trust_remote_code=False, local_files_only=True, **(settings or {})
+            )
             with torch.device("meta"):
                 return kind.from_config(config, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
