@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -116,10 +118,34 @@ def write_shards(
         dict(empty), filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
     for name, keys in split.filename_to_tensors.items():
-        save_file({key: tensor_of(key).contiguous() for key in keys}, folder / name, metadata={"format": "pt"})
+        shard = _room_for({key: empty[key] for key in keys})
+        for key, place in shard.items():
+            place.copy_(tensor_of(key))
+            _give_back()
+        save_file(shard, folder / name, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def _room_for(empty: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of these shapes and types, side by side in one piece of memory, without holes between them."""
+    starts, end = {}, 0
+    for key, tensor in empty.items():
+        starts[key] = end
+        end += -(-tensor.nbytes // 16) * 16  # any type may begin at a multiple of 16 bytes
+    piece = torch.empty(end, dtype=torch.uint8)
+    return {
+        key: piece[starts[key] : starts[key] + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for key, tensor in empty.items()
+    }
+
+
+def _give_back() -> None:
+    """Free memory back to the system, where glibc would keep it: the process would grow to the size of the model."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def recast(source: Path, target: Path, *, dtype: torch.dtype) -> None:

@@ -23,7 +23,7 @@ from ift_peft.data.fit import Fitted
 from ift_peft.errors import MergeError, ModelError
 from ift_peft.evaluate.intervals import Estimate
 from ift_peft.infer.load import Parts, class_head, held_out_rows, load_model
-from ift_peft.model.base import DTYPES, dequantize, load_base, load_section, quiet
+from ift_peft.model.base import DTYPES, ClassHead, LoadedBase, dequantize, load_base, load_section, quiet
 from ift_peft.model.tokenizer import BaseLocation
 from ift_peft.reporter import Reporter
 from ift_peft.sections import Quantization
@@ -189,14 +189,13 @@ class _Merging:
         """The merged model in `source` packed by bitsandbytes; it must come back from disk as it was in memory."""
         location = BaseLocation(self.parts.location.name, source, None)
         target = self.scratch / onto / "nf4"
+        packed = self._load(location, "nf4", packed=True)
         with quiet():
-            packed = self._load(location, "nf4", packed=True)
-            packed.save_pretrained(target, max_shard_size=self.max_shard_size)
-            del packed
-        before = self._answer(self._load(location, "nf4"), f"{NAMES[onto]}, merged, quantised to nf4 in memory")
-        after = self._answer(
-            self._load(replace(location, folder=target), "nf4"), f"{NAMES[onto]}, merged, quantised to nf4, reloaded"
-        )
+            packed.model.save_pretrained(target, max_shard_size=self.max_shard_size)
+        before = self._answer(dequantize(packed), f"{NAMES[onto]}, merged, quantised to nf4 in memory")
+        del packed
+        reloaded = self._load(replace(location, folder=target), "nf4", packed=True)
+        after = self._answer(dequantize(reloaded), f"{NAMES[onto]}, merged, quantised to nf4, reloaded")
         difference = diverge(before, after).max_logit_difference
         _check_bound(difference, BOUND["float32"], "the nf4 model", len(after.tokens))
         return self._candidate(onto, "nf4", target, after, run, difference, BOUND["float32"])
@@ -257,9 +256,9 @@ class _Merging:
 
     def _reloaded(self, folder: Path, who: str) -> Answered:
         """What the model in `folder`, as stock transformers loads it, makes of the held-out rows, in float32."""
-        return self._answer(self._load(BaseLocation(self.parts.location.name, folder, None), "none"), who)
+        return self._answer(self._load(BaseLocation(self.parts.location.name, folder, None), "none").model, who)
 
-    def _load(self, location: BaseLocation, quantization: Quantization, *, packed: bool = False) -> Any:
+    def _load(self, location: BaseLocation, quantization: Quantization, *, packed: bool = False) -> LoadedBase:
         section = self.parts.recipe.base
         try:
             loaded = load_base(
@@ -279,10 +278,10 @@ class _Merging:
                 found=f"none for {', '.join(loaded.made)}",
                 fix="train again; nothing was written",
             )
-        return loaded.model
+        return loaded
 
     @property
-    def _head(self) -> Any:
+    def _head(self) -> ClassHead | None:
         return class_head(self.parts.recipe, self.parts.tokenizer)
 
     def _answer(self, model: Any, who: str) -> Answered:

@@ -81,8 +81,8 @@ def why_in_memory(location: BaseLocation, adapter: Path, *, head: ClassHead | No
         return f"{type(bare).__name__} is stored in another form than it is run in"
     model = _with_adapter(bare, config)
     kinds = {type(module) for module in model.modules() if isinstance(module, BaseTunerLayer)}
-    others = tuple(sorted(kind.__name__ for kind in kinds if kind not in (Linear, Embedding)))
-    return f"the adapter is on modules that PEFT wraps as {', '.join(others)}" if others else None
+    unknown = tuple(sorted(kind.__name__ for kind in kinds if kind not in (Linear, Embedding)))
+    return f"the adapter is on modules that PEFT wraps as {', '.join(unknown)}" if unknown else None
 
 
 def plan_merge(location: BaseLocation, adapter: Path, *, head: ClassHead | None) -> Plan:
@@ -109,8 +109,8 @@ def plan_merge(location: BaseLocation, adapter: Path, *, head: ClassHead | None)
         for name in ignored
     ]
     raise_all(faults)
-    ordered = sorted(weights.values(), key=lambda one: (one.stored is None, one.stored.file if one.stored else Path()))
-    return Plan(model, tuple(ordered), untied, tuple(left_out))
+    ordered = tuple(weights[name] for name in expected if name in weights)  # as save_pretrained has them
+    return Plan(model, ordered, untied, tuple(left_out))
 
 
 def _skeleton(location: BaseLocation, head: ClassHead | None) -> PreTrainedModel:

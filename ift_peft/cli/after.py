@@ -85,7 +85,7 @@ def merge(
         dtype=dtype.value,
         reporter=ConsoleReporter(),
         prefer=prefer.value,
-        quantize=None if quantize is None else quantize.value,
+        quantize=None if quantize is None else "nf4",
         max_shard_size=max_shard_size,
     )
     print_merge(result, quantization=parts.recipe.base.quantization)

@@ -66,29 +66,25 @@ def cell(estimate: Estimate, *, signed: bool = False) -> str:
 def print_merge(result: MergeResult, *, quantization: str) -> None:
     """What was written, and how it and the other candidates compare with the run on its held-out rows."""
     written = result.written
-    out.print(f"merged   {os.path.relpath(result.folder)} ({_candidate(written, quantization)})", markup=False)
-    from_what = "as quantised, before writing" if written.quantization == "nf4" else "over these weights"
-    of_what = "" if written.quantization == "nf4" else "the adapter's "
-    out.print(
-        f"logits   at most {written.max_logit_difference:.2e} from {of_what}{from_what}, on {result.rows} held-out rows",
-        markup=False,
-    )
+    onto = f"{quantization} weights, dequantised" if written.onto == "dequantized" else "the unquantised base"
+    packed = ", quantised to nf4" if written.quantization == "nf4" else ""
+    out.print(f"merged   {os.path.relpath(result.folder)} (into {onto}; {result.dtype}{packed})", markup=False)
+    origin = "those before writing" if packed else "the adapter's over these weights"
+    logits = f"at most {written.max_logit_difference:.2e} from {origin}, on {result.rows} held-out rows"
+    out.print(f"logits   {logits}", markup=False)
     if written.same_labels is not None:
         out.print(f"labels   {written.same_labels} of {result.rows} as in the run", markup=False)
     table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("")
-    for heading in ("KL to the run", "max", result.metric, "labels as in the run"):
-        table.add_column(heading, justify="right")
-    table.add_row("run" if quantization == "none" else f"run, over {quantization}", "", "", cell(result.run_metric), "")
+    for heading in ("", "KL to run", "max", result.metric, "labels"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    table.add_row("run" if quantization == "none" else f"run over {quantization}", "", "", cell(result.run_metric), "")
     for one in result.candidates:
         kl = (f"{one.from_run.kl_mean:.1e}", f"{one.from_run.kl_max:.1e}")
-        same = "" if one.same_labels is None else f"{one.same_labels} of {result.rows}"
-        mark = "*" if one is written and len(result.candidates) > 1 else ""
-        table.add_row(f"{mark}{_candidate(one, quantization)}", *kl, cell(one.metric), same)
+        again = " to nf4" if one.quantization == "nf4" else ""
+        name = f"{'*' if one is written else ' '}{NAMES[one.onto]}{again}"
+        table.add_row(name, *kl, cell(one.metric), "" if one.same_labels is None else str(one.same_labels))
     out.print(table)
 
 
-def _candidate(one: Candidate, quantization: str) -> str:
-    onto = f"{quantization} weights dequantised" if one.onto == "dequantized" else "unquantised weights"
-    packed = ", quantised to nf4" if one.quantization == "nf4" else ""
-    return f"into {onto}, {one.dtype}{packed}"
+# What was merged into, as tables have it.
+NAMES = {"unquantized": "unquantised", "dequantized": "dequantised"}

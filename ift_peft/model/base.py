@@ -102,7 +102,8 @@ def load_base(
     """The base in evaluation mode, as a causal language model or with a classifier's `head`.
 
     On CPU, nf4 and fp4 weights are dequantised once and kept, memory permitting: the numbers are those of the
-    quantised base, the speed that of the plain one. Not so where they are to stay `packed`. Raises `ModelError` for weights that cannot be loaded.
+    quantised base, the speed that of the plain one. Not so where they are to stay `packed`. Raises `ModelError` for
+    weights that cannot be loaded.
     """
     place = choose_device(device)
     dtype = choose_dtype(compute_dtype, place)
@@ -265,6 +266,8 @@ def quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", message="Setting `save_embedding_layers` to `True`")
             # An adapter on a tied embedding: merging unties it (adapters/merge.py).
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True` and a tied layer")
+            # A merged model quantised again says how; load_base says the same.
+            warnings.filterwarnings("ignore", message="You passed `quantization_config` or equivalent")
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
