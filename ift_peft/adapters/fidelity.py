@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -82,7 +81,7 @@ def answer(model: Any, parts: Parts, held_out: Fitted, folder: Path, *, who: str
     labels = None
     if parts.labels:
         labels = predict_rows(model, parts.renderer, rows, parts.labels, batch_size=_BATCH, adapter=True).chosen
-    return Answered(tuple(files), labels, np.array(torch.cat(sums).double()), np.array(torch.cat(counts).double()))
+    return Answered(tuple(files), labels, torch.cat(sums).double().numpy(), torch.cat(counts).double().numpy())
 
 
 def _logits(model: Any, batch: dict[str, Tensor], *, of_head: bool) -> tuple[Tensor, Tensor, Tensor]:

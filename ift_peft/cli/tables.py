@@ -11,7 +11,6 @@ from rich.table import Table
 from ift_peft.console import out
 
 if TYPE_CHECKING:
-    from ift_peft.adapters.certificate import Candidate
     from ift_peft.adapters.merge import MergeResult
     from ift_peft.evaluate.contrast import Contrast, Probe
     from ift_peft.evaluate.intervals import Estimate
