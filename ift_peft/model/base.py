@@ -114,11 +114,13 @@ def load_base(
     compute_dtype: str = "auto",
     device: str = "auto",
     head: ClassHead | None = None,
+    packed: bool = False,
 ) -> LoadedBase:
     """The base in evaluation mode, as a causal language model or with a classifier's `head`.
 
     On CPU, nf4 and fp4 weights are dequantised once and kept, memory permitting: the numbers are those of the
-    quantised base, the speed that of the plain one. Raises `ModelError` for weights that cannot be loaded.
+    quantised base, the speed that of the plain one. Not so where they are to stay `packed`. Raises `ModelError` for
+    weights that cannot be loaded.
     """
     place = choose_device(device)
     dtype = choose_dtype(compute_dtype, place)
@@ -141,7 +143,7 @@ def load_base(
                 found=first_line(error),
                 fix="check that its architecture is known to the installed transformers and its weights are complete",
             ) from error
-        if place.type == "cpu" and quantization in ("nf4", "fp4"):
+        if place.type == "cpu" and quantization in ("nf4", "fp4") and not packed:
             notes.append(_dequantize_once(model, dtype, quantization))
     if quantization == "none":
         model.to(place)
@@ -276,12 +278,33 @@ def positions(config: Any) -> int | None:
     return int(table) - (int(config.pad_token_id) + 1 if config.model_type in COUNTED_FROM_PADDING else 0)
 
 
-def skeleton(location: BaseLocation, head: Head = "causal-lm") -> PreTrainedModel:
-    """The base's modules without weights (on the meta device): enough to check what an adapter would match."""
+def dequantize(loaded: LoadedBase) -> PreTrainedModel:
+    """The weights of a quantised base as plain float32, unpacked by bitsandbytes, on any device."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    model = loaded.model
+    with quiet():
+        if any(isinstance(module, Linear4bit | Linear8bitLt) for module in model.modules()):
+            model.dequantize(dtype=torch.float32)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.float()
+    model.config.dtype = torch.float32
+    return model
+
+
+def skeleton(
+    location: BaseLocation, head: Head = "causal-lm", *, settings: dict[str, Any] | None = None
+) -> PreTrainedModel:
+    """The base's modules without weights (on the meta device): enough to check what an adapter would match.
+
+    `settings` replace those of its configuration, as those of a `ClassHead`.
+    """
     kind = AutoModelForCausalLM if head == "causal-lm" else AutoModelForSequenceClassification
     with quiet():
         try:
-            config = AutoConfig.from_pretrained(location.folder, trust_remote_code=False, local_files_only=True)
+            config = AutoConfig.from_pretrained(
+                location.folder, trust_remote_code=False, local_files_only=True, **(settings or {})
+            )
             with torch.device("meta"):
                 return kind.from_config(config, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
@@ -305,6 +328,8 @@ def quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", message="Setting `save_embedding_layers` to `True`")
             # An adapter on a tied embedding: merging unties it (adapters/merge.py).
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True` and a tied layer")
+            # A merged model quantised again says how; load_base says the same.
+            warnings.filterwarnings("ignore", message="You passed `quantization_config` or equivalent")
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
