@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from benchmarks.record import write_result
+from ift_peft.cli.pipeline import print_pipeline
 from ift_peft.console import print_scores
 from ift_peft.run_dir import open_run
 
@@ -29,6 +30,7 @@ KEPT = (
     "git",
     "inputs",
 )
+KEPT_OF_A_PIPELINE = ("seconds", "git")
 
 
 def public(argument: str) -> str:
@@ -42,14 +44,15 @@ def main(
     run: Annotated[Path, typer.Argument(help="A finished run.")],
 ) -> None:
     """Write down a run's scores, time and throughput."""
-    opened = open_run(run)
+    opened = open_run(run, pipeline=True)
     scores, manifest = opened.read("scores.json"), opened.read("manifest.json")
     result = {
         "command": " ".join(map(public, manifest["command"])),
         "scores": scores,
-        **{key: manifest[key] for key in KEPT},
+        **{key: manifest[key] for key in (KEPT_OF_A_PIPELINE if opened.is_pipeline else KEPT)},
     }
-    print_scores(scores, title=f"{name}: {scores['rows']} held-out rows, {manifest['seconds'] / 60:.1f} minutes")
+    tell = print_pipeline if opened.is_pipeline else print_scores
+    tell(scores, title=f"{name}: {scores['rows']} held-out rows, {manifest['seconds'] / 60:.1f} minutes")
     typer.echo(f"written to {write_result(f'recipe_{name}', result)}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Any
@@ -12,7 +13,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-out = Console(soft_wrap=True, highlight=False)
+_WIDTH = None if "COLUMNS" in os.environ or sys.stdout.isatty() else 120  # rich wraps tables in a pipe at 80
+out = Console(soft_wrap=True, highlight=False, width=_WIDTH)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 PLAIN_EVERY_SECONDS = 10.0
 
@@ -79,11 +81,11 @@ def print_scores(scores: dict[str, Any], *, title: str) -> None:
     table = _score_table(title)
     for name in scores["adapter"]:
         table.add_row(
-            name, *(_cell(scores[who].get(name), signed=who == "change") for who in ("base", "adapter", "change"))
+            name, *(cell(scores[who].get(name), signed=who == "change") for who in ("base", "adapter", "change"))
         )
     calibration = scores.get("calibration", {})
     for name in calibration.get("adapter", ()):
-        cells = (_cell(calibration[who][name], signed=who == "change") for who in ("base", "adapter", "change"))
+        cells = (cell(calibration[who][name], signed=who == "change") for who in ("base", "adapter", "change"))
         table.add_row(name, *cells)
     out.print(table)
     out.print(f"\n{scores['intervals']};\nthe change is paired: both on the same resampled rows\n", markup=False)
@@ -113,7 +115,7 @@ def _print_by_source(scores: dict[str, Any]) -> None:
     for name, own in scores["by_source"].items():
         metric = main_metric(own)
         values = (f"{own[who][metric]['value']:.3f}" for who in ("base", "adapter"))
-        table.add_row(escape(name), str(own["rows"]), metric, *values, _cell(own["change"][metric], signed=True))
+        table.add_row(escape(name), str(own["rows"]), metric, *values, cell(own["change"][metric], signed=True))
     out.print(table)
     out.print()
 
@@ -129,7 +131,7 @@ def _print_probes(scores: dict[str, Any]) -> None:
         table = _score_table(title)
         (metric,) = probe["adapter"]
         table.add_row(
-            metric, *(_cell(probe[who].get(metric), signed=who == "change") for who in ("base", "adapter", "change"))
+            metric, *(cell(probe[who].get(metric), signed=who == "change") for who in ("base", "adapter", "change"))
         )
         if "spread" in probe:
             table.add_row("spread", *(f"{probe['spread'][who]:.3f} best - worst" for who in ("base", "adapter")), "")
@@ -143,7 +145,7 @@ def _print_forgetting(scores: dict[str, Any]) -> None:
         return
     measured = scores["forgetting"]
     table = _score_table(f"forgetting: {measured['texts']} general texts ({escape(measured['text'])})")
-    cells = (_cell(measured[who]["loss"], signed=who == "change") for who in ("base", "adapter", "change"))
+    cells = (cell(measured[who]["loss"], signed=who == "change") for who in ("base", "adapter", "change"))
     table.add_row("loss", *cells)
     out.print(table)
     out.print()
@@ -157,7 +159,7 @@ def _print_safety(scores: dict[str, Any]) -> None:
         measured = scores["safety"][of]
         table = _score_table(f"safety: {measured['rows']} {of} prompts ({escape(measured['source'])})")
         for name in measured["adapter"]:
-            cells = (_cell(measured[who][name], signed=who == "change") for who in ("base", "adapter", "change"))
+            cells = (cell(measured[who][name], signed=who == "change") for who in ("base", "adapter", "change"))
             table.add_row(name.replace("_", " "), *cells)
         out.print(table)
     out.print(f"\n{scores['safety']['intervals']};\nrefusals are told by their first words\n", markup=False)
@@ -170,7 +172,8 @@ def _score_table(title: str) -> Table:
     return table
 
 
-def _cell(part: dict[str, float] | None, *, signed: bool) -> str:
+def cell(part: dict[str, float] | None, *, signed: bool) -> str:
+    """A score with its interval, as in scores.json; nothing for None."""
     if part is None:
         return ""
     sign = "+" if signed else ""

@@ -32,6 +32,12 @@ def raise_all(faults: Sequence[IftPeftError]) -> None:
         raise Faults(faults) if len(faults) > 1 else faults[0]
 
 
+def faults_of(what: str, error: IftPeftError) -> list[IftPeftError]:
+    """An error, or each fault of several, as one of the part `what` of a whole."""
+    faults = error.faults if isinstance(error, Faults) else (error,)
+    return [type(one)(expected=f"{what}: {one.expected}", found=one.found, fix=one.fix) for one in faults]
+
+
 def first_line(error: BaseException) -> str:
     """Type and first line of another library's error, to be told inside one of ours."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

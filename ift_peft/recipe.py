@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from ift_peft.errors import IftPeftError, RecipeError, first_line, raise_all
-from ift_peft.sections import DATA_SUFFIXES, Adapter, Base, Data, Evaluation, Loss, Section
+from ift_peft.errors import Faults, IftPeftError, RecipeError, raise_all
+from ift_peft.recipe_files import YAML_SUFFIXES, anchor_paths, read_pools
+from ift_peft.sections import Adapter, Base, Data, Evaluation, Loss, Section
 from ift_peft.selection import Tune, Validation
+from ift_peft.stages import AT_ONCE, OF_ALL, Pipeline, fields_of, holes, in_order
 from ift_peft.training_fields import RESERVED, fits, training_fields
-from ift_peft.yaml_source import Location, YamlSource, read_yaml
-
-YAML_SUFFIXES = (".yaml", ".yml")
+from ift_peft.yaml_source import Location, YamlSource, laid_over, read_yaml
 
 
 class Recipe(Section):
@@ -32,6 +32,8 @@ class Recipe(Section):
     validation: Validation | None = None
     evaluation: Evaluation = Evaluation()
     tune: Tune | None = None
+    pipeline: Pipeline | None = None
+    """Stages with an adapter each, over what the other sections say."""
 
     @property
     def seed(self) -> int:
@@ -115,15 +117,15 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     source.values.setdefault("name", path.stem)
     for override in overrides:
         source.override(override)
-    _anchor_paths(source.values, Path.cwd(), in_file=False)
-    _read_pools(source.values, source)
+    anchor_paths(source.values, Path.cwd(), in_file=False)
+    read_pools(source.values, source)
     return validate(source)
 
 
 def _read(path: Path, *, extended: tuple[Path, ...]) -> YamlSource:
     """The YAML of `path` laid over the recipe that it `extends`, if any, with paths made absolute."""
     source = read_yaml(path)
-    _anchor_paths(source.values, path.resolve().parent, in_file=True)
+    anchor_paths(source.values, path.resolve().parent, in_file=True)
     parent = source.values.pop("extends", None)
     if parent is None:
         return source
@@ -135,80 +137,6 @@ def _read(path: Path, *, extended: tuple[Path, ...]) -> YamlSource:
             expected="recipes that end in one that extends none", found=f"{parent!r} at {path} again", fix="break it"
         )
     return source.over(_read(below, extended=chain))
-
-
-def _anchor_paths(values: dict[str, Any], folder: Path, *, in_file: bool) -> None:
-    """Make relative paths absolute. Names of files in a recipe are always meant relative to it; what else does not
-    exist, and may be a Hub id, is left for the reader to name.
-    """
-    for entries, key in _paths(values):
-        value = entries[key]
-        if value in ("tiny", "builtin"):
-            continue
-        path = folder / Path(value).expanduser()
-        is_file_name = path.suffix.lower() in (*DATA_SUFFIXES, *YAML_SUFFIXES)
-        names_file = in_file and key not in ("model", "teacher") and is_file_name
-        if path.exists() or names_file:
-            entries[key] = str(path.resolve())
-
-
-def _paths(values: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
-    """Container and key of every entry that may name a file."""
-    base, data, evaluation = (_section(values, name) for name in ("base", "data", "evaluation"))
-    sources = [source for source in data.get("sources") or () if isinstance(source, dict)]
-    perturbations = [_section(data, "augment"), _section(evaluation, "perturbation")]
-    places: list[tuple[Any, Any]] = [(base, "model"), (data, "train"), (data, "test")]
-    places += [(_section(values, "loss"), "teacher"), (evaluation, "general_text")]
-    places += [(source, key) for source in sources for key in ("train", "test")]
-    places += [(_section(evaluation, "safety"), key) for key in ("harmful", "harmless")]
-    places += _pools(values)
-    for section in perturbations:
-        if isinstance(section.get("lexicons"), list):
-            places += [(section["lexicons"], index) for index in range(len(section["lexicons"]))]
-    for entries, key in places:
-        if isinstance(entries.get(key) if isinstance(entries, dict) else entries[key], str):
-            yield entries, key
-
-
-def _pools(values: dict[str, Any]) -> list[tuple[Any, Any]]:
-    data, evaluation = _section(values, "data"), _section(values, "evaluation")
-    places: list[tuple[Any, Any]] = [(evaluation, "unseen_instructions")]
-    places.append((_section(evaluation, "safety"), "refusal_phrases"))
-    for entries in [data, *(source for source in data.get("sources") or () if isinstance(source, dict))]:
-        places += [(entries, "instructions"), (_section(entries, "instructions"), "pool")]
-    return places
-
-
-def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
-    section = values.get(name)
-    return section if isinstance(section, dict) else {}
-
-
-def _read_pools(values: dict[str, Any], source: YamlSource) -> None:
-    """Put the phrasings of a file in the place of its name, so that a run records them.
-
-    Raises `Faults` holding a `RecipeError` for every file that cannot be read.
-    """
-    faults: list[IftPeftError] = []
-    for entries, key in _pools(values):
-        name = entries.get(key)
-        if not isinstance(name, str):
-            continue
-        try:
-            text = Path(name).read_text("utf-8-sig")
-            is_yaml = Path(name).suffix.lower() in YAML_SUFFIXES
-            entries[key] = (
-                (yaml.safe_load(text) or []) if is_yaml else [line.strip() for line in text.split("\n") if line.strip()]
-            )
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            faults.append(
-                RecipeError(
-                    expected=f"{key} to be a list, or a file of one phrasing a line or of YAML",
-                    found=f"{first_line(error)} ({name}, in {source.name})",
-                    fix="check the path; a recipe's is relative to its file, an override's to the working directory",
-                )
-            )
-    raise_all(faults)
 
 
 def validate(source: YamlSource) -> Recipe:
@@ -226,9 +154,96 @@ def validate(source: YamlSource) -> Recipe:
         faults.append(_base_is_lost(recipe, source))
     if recipe is not None and recipe.validation is not None:
         faults.extend(_validation_faults(recipe, recipe.validation, source))
+    if recipe is not None and recipe.pipeline is not None and not faults:
+        faults.extend(_pipeline_faults(recipe, recipe.pipeline, source))
     raise_all(faults)
     assert recipe is not None
     return recipe
+
+
+def stage_recipes(recipe: Recipe, source: YamlSource | None = None) -> dict[str, Recipe]:
+    """The recipe of each stage of a pipeline, in an order in which they can run, and last that of `at_once`, if any.
+
+    Each is the pipeline's own with what the stage has of its own over it, called <pipeline>.<stage>. `source` is where
+    the recipe was written. Raises `RecipeError` or `Faults`.
+    """
+    assert recipe.pipeline is not None
+    pipeline, faults, found = recipe.pipeline, list[IftPeftError](), dict[str, Recipe]()
+    parts = {**pipeline.stages, **({} if pipeline.at_once is None else {AT_ONCE: pipeline.at_once})}
+    for name, part in parts.items():
+        answer = name if name in pipeline.stages else pipeline.document
+        place = ("pipeline", *(("stages", name) if name in pipeline.stages else (AT_ONCE,)))
+        try:
+            found[name] = validate(_stage_source(recipe, source, name, part, answer=answer, place=place))
+        except Faults as error:
+            faults.extend(error.faults)
+        except RecipeError as error:
+            faults.append(error)
+    raise_all(faults)
+    order = in_order({name: str(found[name].data.columns.text) for name in pipeline.stages})
+    return {name: found[name] for name in (*order, *([AT_ONCE] if AT_ONCE in parts else []))}
+
+
+def _stage_source(
+    recipe: Recipe, source: YamlSource | None, name: str, part: dict[str, Any], *, answer: str, place: Location
+) -> YamlSource:
+    common = recipe.model_dump(mode="json", exclude={*OF_ALL, "description"} - {"base"})
+    data, own = common["data"], part.get("data")
+    own = own if isinstance(own, dict) else {}
+    if own.keys() & {"instruction", "instructions"}:
+        data.pop("instruction", None), data.pop("instructions", None)
+    if own.keys() & {"train", "sources"}:
+        data.pop("train", None), data.pop("sources", None)
+    values = laid_over(common, part)
+    columns = values["data"].get("columns") if isinstance(values.get("data"), dict) else None
+    if isinstance(columns, dict) and columns.get("answer") is None and columns.get("label") is None:
+        columns["answer"] = answer
+    lines = {} if source is None else dict(source.lines)
+    lines |= {at[len(place) :]: line for at, line in lines.items() if at[: len(place)] == place and at != place}
+    where = recipe.name if source is None else source.name
+    return YamlSource(where, {**values, "name": f"{recipe.name}.{name}"}, lines)
+
+
+def _pipeline_faults(recipe: Recipe, pipeline: Pipeline, source: YamlSource) -> Iterable[IftPeftError]:
+    """What is wrong with a pipeline's stages, each by itself and together."""
+    where = source.where(("pipeline",))
+    if recipe.tune is not None:
+        yield RecipeError(
+            expected="tune in the recipe of one task", found=f"it beside pipeline at {where}", fix="remove one of them"
+        )
+    if recipe.data.test is None or recipe.data.sources:
+        yield RecipeError(
+            expected="data.train and data.test as files beside pipeline: its held-out rows must be those of all stages",
+            found="data.sources" if recipe.data.sources else "no data.test",
+            fix="set data.test, and sources within the stages",
+        )
+    try:
+        found = stage_recipes(recipe, source)
+    except Faults as error:
+        yield from error.faults
+        return
+    except RecipeError as error:
+        yield error
+        return
+    except ValueError as error:  # stages in a ring
+        yield RecipeError(expected=f"pipeline.stages to be {error}", found=f"them at {where}", fix="take one link out")
+        return
+    texts = {name: str(found[name].data.columns.text) for name in found}
+    asked = fields_of((texts[name] for name in pipeline.stages), pipeline.stages)
+    known = {*pipeline.stages, *asked}
+    unknown = [hole for hole in holes(pipeline.document) if hole not in known]
+    if unknown:
+        yield RecipeError(
+            expected=f"names in pipeline.document of stages, or of what stages take ({', '.join(sorted(known))})",
+            found=f"{', '.join(unknown)} at {source.where(('pipeline', 'document'))}",
+            fix="name the answer of a stage",
+        )
+    if AT_ONCE in texts and not set(holes(texts[AT_ONCE])) <= set(asked):
+        yield RecipeError(
+            expected=f"pipeline.{AT_ONCE} to be asked what the stages are asked: {', '.join(asked)}",
+            found=f"{texts[AT_ONCE]!r} as its data.columns.text",
+            fix="set it to the fields of the request, as {" + (asked or ("request",))[0] + "}",
+        )
 
 
 def _base_is_lost(recipe: Recipe, source: YamlSource) -> RecipeError:
@@ -311,7 +326,7 @@ def _explain(error: Any, source: YamlSource) -> RecipeError:
         return RecipeError(expected=f"{dotted} to be set", found=f"nothing in {source.name}", fix=f"add {dotted}")
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     return RecipeError(
-        expected=f"{dotted} to be {message}", found=f"{error['input']!r} at {where}", fix=f"change {dotted}"
+        expected=f"{dotted} to be {message}", found=f"{error['input']!r:.200} at {where}", fix=f"change {dotted}"
     )
 
 

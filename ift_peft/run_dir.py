@@ -115,6 +115,11 @@ class RunDir:
             yield
 
     @property
+    def is_pipeline(self) -> bool:
+        """Whether the run is that of a pipeline, whose stages have runs and adapters of their own."""
+        return "stages" in self.read("manifest.json")
+
+    @property
     def status(self) -> str:
         return str(self.read("manifest.json").get("status", "unknown"))
 
@@ -149,10 +154,11 @@ def point_latest(run: RunDir) -> None:
     os.replace(temporary, link)
 
 
-def open_run(path: str | Path, *, finished: bool = True) -> RunDir:
+def open_run(path: str | Path, *, finished: bool = True, pipeline: bool = False) -> RunDir:
     """The run at `path`: a run folder, its `latest` link, or a recipe's folder of runs.
 
-    Raises `RunError` where there is none or, with `finished`, where it did not end as succeeded.
+    Raises `RunError` where there is none; with `finished`, where it did not end as succeeded; and without `pipeline`,
+    where it is that of a pipeline, which has no adapter of its own.
     """
     folder = Path(path)
     if not (folder / "manifest.json").is_file() and (folder / "latest" / "manifest.json").is_file():
@@ -167,6 +173,13 @@ def open_run(path: str | Path, *, finished: bool = True) -> RunDir:
     if finished and run.status != "succeeded":
         fix = f"finish it with: ift train --resume {run.path}" if run.status in UNFINISHED else "train again"
         raise RunError(expected="a run that succeeded", found=f"status {run.status!r} in {run.path}", fix=fix)
+    if run.is_pipeline and not pipeline:
+        stages = [os.path.normpath(run.path / path) for path in run.read("manifest.json")["stages"].values()]
+        raise RunError(
+            expected="a run of one adapter",
+            found=f"that of a pipeline: {run.path}",
+            fix=f"ask it with ift pipeline, or name a stage: {', '.join(stages)}",
+        )
     return run
 
 

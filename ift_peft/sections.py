@@ -117,7 +117,7 @@ class Adapter(Section):
 class Columns(Section):
     """Which columns of a table hold what: by name, by number (from 0) in files without a header, or `answers.0.text`.
 
-    `text` may be made of several: `"{context}\\n问题：{question}"`.
+    `text` and `answer` may be made of several: `"{context}\\n问题：{question}"`.
     """
 
     text: str | int = "text"

@@ -49,7 +49,7 @@ class YamlSource:
     def over(self, below: YamlSource) -> YamlSource:
         """This document laid over another: mappings are merged, everything else replaces; names come from this one."""
         lines = dict(below.lines)
-        merged = _merge(below.values, self.values)
+        merged = laid_over(below.values, self.values)
         merged["name"] = self.values.get("name", Path(self.name).stem)
         return YamlSource(self.name, merged, {**lines, **self.lines})
 
@@ -83,11 +83,12 @@ class YamlSource:
         self.lines[keys] = f"override {assignment!r}"
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`below` with `above` over it: mappings are merged, everything else replaces."""
     merged = dict(below)
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = laid_over(merged[key], value) if both else value
     return merged
 
 

@@ -121,5 +121,5 @@ def report(
     from ift_peft.report.write import write_report
     from ift_peft.run_dir import open_run
 
-    path = write_report(open_run(run, finished=False), output)
+    path = write_report(open_run(run, finished=False, pipeline=True), output)
     out.print(f"report   {os.path.relpath(path)}", markup=False)

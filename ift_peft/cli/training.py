@@ -42,6 +42,10 @@ def train(
     if resume is not None and seeds > 1:
         raise RecipeError(expected="--seeds or --resume", found="both", fix="resume one run at a time")
     loaded = load_recipe(recipe, overrides or ()) if recipe is not None else None
+    unfinished = None if resume is None else open_run(resume, finished=False, pipeline=True)
+    if unfinished.is_pipeline if unfinished is not None else loaded is not None and loaded.pipeline is not None:
+        _train_pipeline(loaded, unfinished, seeds=seeds, root=runs_dir)
+        return
     err.print("loading torch, transformers, peft, trl …", style="dim")
     from ift_peft.train import run as training
 
@@ -61,8 +65,8 @@ def train(
             raise_all([fault for one in runs for fault in missed(one.read("scores.json"))])
             return
     else:
-        assert resume is not None
-        run = training.resume(open_run(resume, finished=False), reporter=reporter)
+        assert unfinished is not None
+        run = training.resume(unfinished, reporter=reporter)
     name, scores = run.recipe().name, run.read("scores.json")
     print_scores(scores, title=f"{name}: {scores['rows']} held-out rows")
     folder = os.path.relpath(run.path.parent / "latest" if resume is None else run.path)
@@ -72,6 +76,34 @@ def train(
         markup=False,
     )
     raise_all(missed(scores))
+
+
+def _train_pipeline(recipe: Recipe | None, unfinished: RunDir | None, *, seeds: int, root: Path) -> None:
+    from ift_peft.cli.pipeline import print_pipeline
+    from ift_peft.console import ConsoleReporter, err, out
+    from ift_peft.errors import raise_all
+
+    if seeds > 1:
+        raise RecipeError(expected="--seeds with the recipe of one task", found="a pipeline", fix="train its stages")
+    err.print("loading torch, transformers, peft, trl …", style="dim")
+    from ift_peft.train.pipeline import missed_stages, resume_pipeline, train_pipeline
+
+    reporter = ConsoleReporter()
+    if unfinished is not None:
+        run = resume_pipeline(unfinished, reporter=reporter)
+    else:
+        assert recipe is not None
+        run = train_pipeline(recipe, root=root, reporter=reporter)
+    print_pipeline(run.read("scores.json"), title=f"{run.recipe().name}: {run.read('scores.json')['rows']} requests")
+    folder = os.path.relpath(run.path.parent / "latest" if unfinished is None else run.path)
+    for name, path in run.read("manifest.json")["stages"].items():
+        out.print(f"stage    {name}: {os.path.relpath((run.path / path).resolve())}", markup=False)
+    out.print(
+        f"run      {os.path.relpath(run.path)}\nreport   {os.path.relpath(run.path / 'report.html')}\n"
+        f"pipeline ift pipeline {folder} TEXT",
+        markup=False,
+    )
+    raise_all(missed_stages(run))
 
 
 def _print_pooled(runs: list[RunDir], recipe: Recipe) -> None:
@@ -119,6 +151,8 @@ def runs(runs_dir: RunsDir = RUNS) -> None:
     for run in list_runs(runs_dir):
         manifest = run.read("manifest.json")
         scores = run.read("scores.json") if (run.path / "scores.json").is_file() else {}
+        if run.is_pipeline:
+            scores = {"rows": scores.get("rows", "")}
         metric = next(iter(scores.get("adapter", {})), "")
         cells = [f"{scores[who][metric]['value']:.3f}" if metric else "" for who in ("base", "adapter")]
         base = manifest.get("base", {}).get("name", "")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ift_peft.data.sources import Record
 from ift_peft.errors import DataError, IftPeftError
-
-_HOLE = re.compile(r"\{([^{}]+)\}")
+from ift_peft.stages import HOLE
 
 
 class RecordFault(Exception):
@@ -81,7 +79,7 @@ def text_of(values: dict[str, Any], column: str | int) -> str:
     Braces inside the values stay as they are. Raises `RecordFault` for what is missing, no text, or empty.
     """
     key = str(column)
-    names = [] if key in values else _HOLE.findall(key)
+    names = [] if key in values else HOLE.findall(key)
     if not names:
         value = cell(values, column)
         if not isinstance(value, str):
@@ -92,14 +90,14 @@ def text_of(values: dict[str, Any], column: str | int) -> str:
     filled = {name: _filled(values, name) for name in names}
     if not any(value.strip() for value in filled.values()):
         raise RecordFault(f"text under {' or '.join(map(repr, filled))}", "empty cells", "fill or remove the row")
-    return _HOLE.sub(lambda hole: filled[hole[1]], key)
+    return HOLE.sub(lambda hole: filled[hole[1]], key)
 
 
 def _filled(values: dict[str, Any], name: str) -> str:
     value = cell(values, name)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise RecordFault(
-            f"text or a number under {name!r}, for the template in data.columns.text",
+            f"text or a number under {name!r}, for the template in data.columns",
             kind(value),
             "fill or remove the row" if value is None else "name a field that holds text",
         )

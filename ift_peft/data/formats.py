@@ -12,6 +12,7 @@ from ift_peft.data.row import Message, Row, ask
 from ift_peft.data.sources import Record
 from ift_peft.errors import DataError, IftPeftError
 from ift_peft.sections import Columns, Data
+from ift_peft.stages import HOLE
 
 ROLES = ("system", "user", "assistant")
 _SHAREGPT_ROLES = {
@@ -30,14 +31,15 @@ def to_rows(records: Iterable[Record], data: Data, faults: list[IftPeftError]) -
     rows = []
     for record in records if data.records is None else unfold(records, data.records, faults):
         try:
-            rows.append(_to_row(record, data))
+            rows.append(to_row(record, data))
         except RecordFault as fault:
             expected, found, fix = fault.args
             faults.append(DataError(expected=expected, found=f"{found} at {record.where}", fix=fix))
     return rows
 
 
-def _to_row(record: Record, data: Data) -> Row:
+def to_row(record: Record, data: Data) -> Row:
+    """The row of one record. Raises `RecordFault` where it cannot be used."""
     form = data.format if data.format != "auto" else _detect(record.values, data)
     if form in ("messages", "sharegpt") and (data.instruction is not None or data.instructions is not None):
         raise RecordFault(
@@ -171,7 +173,8 @@ def _from_columns(record: Record, data: Data) -> Row:
         label = _label(cell(record.values, "label" if columns.label is None else columns.label), data)
         return Row((*prompt, {"role": "assistant", "content": label}), record.where, label, text)
     column = columns.answer if columns.answer is not None else "answer" if columns.label is None else columns.label
-    value = cell(record.values, column)
+    template = str(column) not in record.values and HOLE.search(str(column))
+    value = text_of(record.values, column) if template else cell(record.values, column)
     if isinstance(value, dict | list):
         inner = "0" if isinstance(value, list) else next(iter(value), "…")
         raise RecordFault(

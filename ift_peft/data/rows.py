@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from ift_peft.data.formats import to_rows
 from ift_peft.data.row import Row
@@ -16,6 +16,7 @@ from ift_peft.errors import DataError, IftPeftError, raise_all
 from ift_peft.sections import Data
 from ift_peft.selection import Validation
 
+T = TypeVar("T")
 SHOWN_FAULTS = 20
 MOST_FAULTS = 1000  # a stream is not read to its end with more than these
 PIECE = 1000  # records of a stream that are read together
@@ -43,7 +44,7 @@ def read_rows(data: Data) -> tuple[list[Row], list[Row]]:
     raise_faults(faults)
     if test is None:
         train, test = split_rows(train, test_size=data.test_size, seed=data.seed)
-    return _sample(train, data.max_train_rows, data.seed), _sample(test, data.max_test_rows, data.seed)
+    return sampled(train, data.max_train_rows, data.seed), sampled(test, data.max_test_rows, data.seed)
 
 
 def read_rows_of(data: Data, source: str | None = None, *, like: int | None = None) -> list[Row]:
@@ -92,7 +93,7 @@ def held_out_rows(data: Data) -> list[Row]:
     if not faults and not rows:
         faults.append(_nothing("held-out", data.test))
     raise_faults(faults)
-    return _sample(rows, data.max_test_rows, data.seed)
+    return sampled(rows, data.max_test_rows, data.seed)
 
 
 def _held_out(data: Data, faults: list[IftPeftError]) -> list[list[Row]]:
@@ -211,11 +212,12 @@ def split_rows(
     return train, test
 
 
-def _sample(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
+def sampled(rows: list[T], limit: int | None, seed: int) -> list[T]:
+    """At most `limit` of `rows`, in their order; a smaller sample is part of a larger one."""
     if limit is None or limit >= len(rows):
         return rows
     order = random.Random(seed).sample(range(len(rows)), len(rows))
-    kept = sorted(order[:limit])  # so that a smaller sample is part of a larger one
+    kept = sorted(order[:limit])
     return [rows[index] for index in kept]
 
 

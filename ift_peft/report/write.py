@@ -8,6 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ift_peft.report.collect import view
 from ift_peft.report.examples import Text
+from ift_peft.report.pipeline import pipeline_view
 from ift_peft.run_dir import RunDir, write_atomically
 
 NAME = "report.html"
@@ -28,5 +29,6 @@ def write_report(run: RunDir, output: Path | None = None) -> Path:
     )
     environment.globals["as_text"] = Text
     path = output or run.path / NAME
-    write_atomically(path, environment.get_template("report.html.j2").render(**view(run)))
+    name, values = ("pipeline.html.j2", pipeline_view(run)) if run.is_pipeline else ("report.html.j2", view(run))
+    write_atomically(path, environment.get_template(name).render(**values))
     return path

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ift_peft.errors import RunError
+from ift_peft.errors import RecipeError, RunError
 from ift_peft.evaluate.forgetting import general_texts
 from ift_peft.evaluate.run import Measuring
 from ift_peft.evaluate.safety import safety_prompts
@@ -34,6 +34,10 @@ def train(recipe: Recipe, *, root: Path, reporter: Reporter) -> RunDir:
     Raises `RecipeError`, `DataError` or `ModelError` before a run folder exists, `TrainingError` for a run that could
     not finish, and `Interrupted` after a signal.
     """
+    if recipe.pipeline is not None:
+        raise RecipeError(
+            expected="the recipe of one task", found="one with pipeline", fix="train it by train_pipeline, or ift train"
+        )
     prepared = prepare(recipe, reporter)
     device = choose_device(recipe.base.device)
     dtype = choose_dtype(recipe.base.compute_dtype, device)

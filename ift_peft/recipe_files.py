@@ -1,0 +1,100 @@
+"""The files that a recipe names: found from the recipe's own place, and read where their content belongs in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ift_peft.errors import IftPeftError, RecipeError, first_line, raise_all
+from ift_peft.sections import DATA_SUFFIXES
+from ift_peft.stages import AT_ONCE
+from ift_peft.yaml_source import YamlSource
+
+YAML_SUFFIXES = (".yaml", ".yml")
+
+
+def anchor_paths(values: dict[str, Any], folder: Path, *, in_file: bool) -> None:
+    """Make relative paths absolute. Names of files in a recipe are always meant relative to it; what else does not
+    exist, and may be a Hub id, is left for the reader to name.
+    """
+    for entries, key in _paths(values):
+        value = entries[key]
+        if value in ("tiny", "builtin"):
+            continue
+        path = folder / Path(value).expanduser()
+        is_file_name = path.suffix.lower() in (*DATA_SUFFIXES, *YAML_SUFFIXES)
+        names_file = in_file and key not in ("model", "teacher") and is_file_name
+        if path.exists() or names_file:
+            entries[key] = str(path.resolve())
+
+
+def _paths(values: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """Container and key of every entry that may name a file, those of stages among them."""
+    for part in _parts(values):
+        yield from _paths(part)
+    base, data, evaluation = (_section(values, name) for name in ("base", "data", "evaluation"))
+    sources = [source for source in data.get("sources") or () if isinstance(source, dict)]
+    perturbations = [_section(data, "augment"), _section(evaluation, "perturbation")]
+    places: list[tuple[Any, Any]] = [(base, "model"), (data, "train"), (data, "test")]
+    places += [(_section(values, "loss"), "teacher"), (evaluation, "general_text")]
+    places += [(source, key) for source in sources for key in ("train", "test")]
+    places += [(_section(evaluation, "safety"), key) for key in ("harmful", "harmless")]
+    places += _pools(values)
+    for section in perturbations:
+        if isinstance(section.get("lexicons"), list):
+            places += [(section["lexicons"], index) for index in range(len(section["lexicons"]))]
+    for entries, key in places:
+        if isinstance(entries.get(key) if isinstance(entries, dict) else entries[key], str):
+            yield entries, key
+
+
+def _parts(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the stages of a pipeline have of their own."""
+    pipeline = _section(values, "pipeline")
+    stages = _section(pipeline, "stages")
+    parts = [_section(stages, name) for name in stages] + [_section(pipeline, AT_ONCE)]
+    return [{key: part[key] for key in part if key != "pipeline"} for part in parts if part]
+
+
+def _pools(values: dict[str, Any]) -> list[tuple[Any, Any]]:
+    data, evaluation = _section(values, "data"), _section(values, "evaluation")
+    places: list[tuple[Any, Any]] = [(evaluation, "unseen_instructions")]
+    places.append((_section(evaluation, "safety"), "refusal_phrases"))
+    for entries in [data, *(source for source in data.get("sources") or () if isinstance(source, dict))]:
+        places += [(entries, "instructions"), (_section(entries, "instructions"), "pool")]
+    return places
+
+
+def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    section = values.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def read_pools(values: dict[str, Any], source: YamlSource) -> None:
+    """Put the phrasings of a file in the place of its name, so that a run records them.
+
+    Raises `Faults` holding a `RecipeError` for every file that cannot be read.
+    """
+    faults: list[IftPeftError] = []
+    for entries, key in [pool for part in (values, *_parts(values)) for pool in _pools(part)]:
+        name = entries.get(key)
+        if not isinstance(name, str):
+            continue
+        try:
+            text = Path(name).read_text("utf-8-sig")
+            is_yaml = Path(name).suffix.lower() in YAML_SUFFIXES
+            entries[key] = (
+                (yaml.safe_load(text) or []) if is_yaml else [line.strip() for line in text.split("\n") if line.strip()]
+            )
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            faults.append(
+                RecipeError(
+                    expected=f"{key} to be a list, or a file of one phrasing a line or of YAML",
+                    found=f"{first_line(error)} ({name}, in {source.name})",
+                    fix="check the path; a recipe's is relative to its file, an override's to the working directory",
+                )
+            )
+    raise_all(faults)
