@@ -14,9 +14,10 @@ from typing import Annotated
 import typer
 
 from benchmarks.record import write_result
+from ift_peft.cli.merging import print_merging
 from ift_peft.cli.pipeline import print_pipeline
 from ift_peft.console import print_scores
-from ift_peft.run_dir import open_run
+from ift_peft.run_dir import ANY, open_run
 
 KEPT = (
     "base",
@@ -30,7 +31,7 @@ KEPT = (
     "git",
     "inputs",
 )
-KEPT_OF_A_PIPELINE = ("seconds", "git")
+KEPT_OF_PARTS = ("seconds", "git")
 
 
 def public(argument: str) -> str:
@@ -44,14 +45,14 @@ def main(
     run: Annotated[Path, typer.Argument(help="A finished run.")],
 ) -> None:
     """Write down a run's scores, time and throughput."""
-    opened = open_run(run, pipeline=True)
+    opened = open_run(run, kinds=ANY)
     scores, manifest = opened.read("scores.json"), opened.read("manifest.json")
     result = {
         "command": " ".join(map(public, manifest["command"])),
         "scores": scores,
-        **{key: manifest[key] for key in (KEPT_OF_A_PIPELINE if opened.is_pipeline else KEPT)},
+        **{key: manifest[key] for key in (KEPT if opened.kind == "adapter" else KEPT_OF_PARTS)},
     }
-    tell = print_pipeline if opened.is_pipeline else print_scores
+    tell = {"adapter": print_scores, "pipeline": print_pipeline, "merging": print_merging}[opened.kind]
     tell(scores, title=f"{name}: {scores['rows']} held-out rows, {manifest['seconds'] / 60:.1f} minutes")
     typer.echo(f"written to {write_result(f'recipe_{name}', result)}")
 

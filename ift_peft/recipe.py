@@ -15,7 +15,7 @@ from ift_peft.errors import Faults, IftPeftError, RecipeError, raise_all
 from ift_peft.recipe_files import YAML_SUFFIXES, anchor_paths, read_pools
 from ift_peft.sections import Adapter, Base, Data, Evaluation, Loss, Section
 from ift_peft.selection import Tune, Validation
-from ift_peft.stages import AT_ONCE, OF_ALL, Pipeline, fields_of, holes, in_order
+from ift_peft.stages import AT_ONCE, OF_ALL, Merging, Pipeline, fields_of, holes, in_order
 from ift_peft.training_fields import RESERVED, fits, training_fields
 from ift_peft.yaml_source import Location, YamlSource, laid_over, read_yaml
 
@@ -34,6 +34,8 @@ class Recipe(Section):
     tune: Tune | None = None
     pipeline: Pipeline | None = None
     """Stages with an adapter each, over what the other sections say."""
+    merging: Merging | None = None
+    """Several adapters that are combined, likewise."""
 
     @property
     def seed(self) -> int:
@@ -154,8 +156,8 @@ def validate(source: YamlSource) -> Recipe:
         faults.append(_base_is_lost(recipe, source))
     if recipe is not None and recipe.validation is not None:
         faults.extend(_validation_faults(recipe, recipe.validation, source))
-    if recipe is not None and recipe.pipeline is not None and not faults:
-        faults.extend(_pipeline_faults(recipe, recipe.pipeline, source))
+    if recipe is not None and not faults:
+        faults.extend(_faults_of_parts(recipe, source))
     raise_all(faults)
     assert recipe is not None
     return recipe
@@ -165,52 +167,83 @@ def stage_recipes(recipe: Recipe, source: YamlSource | None = None) -> dict[str,
     """The recipe of each stage of a pipeline, in an order in which they can run, and last that of `at_once`, if any.
 
     Each is the pipeline's own with what the stage has of its own over it, called <pipeline>.<stage>. `source` is where
-    the recipe was written. Raises `RecipeError` or `Faults`.
+    the recipe was written. Raises `RecipeError` or `Faults`, and `ValueError` where stages wait for each other.
     """
     assert recipe.pipeline is not None
-    pipeline, faults, found = recipe.pipeline, list[IftPeftError](), dict[str, Recipe]()
+    pipeline = recipe.pipeline
     parts = {**pipeline.stages, **({} if pipeline.at_once is None else {AT_ONCE: pipeline.at_once})}
+    sources = {}
     for name, part in parts.items():
-        answer = name if name in pipeline.stages else pipeline.document
         place = ("pipeline", *(("stages", name) if name in pipeline.stages else (AT_ONCE,)))
-        try:
-            found[name] = validate(_stage_source(recipe, source, name, part, answer=answer, place=place))
-        except Faults as error:
-            faults.extend(error.faults)
-        except RecipeError as error:
-            faults.append(error)
-    raise_all(faults)
+        own = _part_source(recipe, source, name, part, place=place)
+        columns = own.values["data"].get("columns") if isinstance(own.values.get("data"), dict) else None
+        if isinstance(columns, dict) and columns.get("answer") is None and columns.get("label") is None:
+            columns["answer"] = name if name in pipeline.stages else pipeline.document
+        sources[name] = own
+    found = _validate_all(sources)
     order = in_order({name: str(found[name].data.columns.text) for name in pipeline.stages})
     return {name: found[name] for name in (*order, *([AT_ONCE] if AT_ONCE in parts else []))}
 
 
-def _stage_source(
-    recipe: Recipe, source: YamlSource | None, name: str, part: dict[str, Any], *, answer: str, place: Location
+def parent_recipes(recipe: Recipe, source: YamlSource | None = None) -> dict[str, Recipe]:
+    """The recipe of each parent in `merging`, as those of stages are made. Raises `RecipeError` or `Faults`."""
+    assert recipe.merging is not None
+    parents = recipe.merging.parents
+    return _validate_all(
+        {
+            name: _part_source(recipe, source, name, part, place=("merging", "parents", name))
+            for name, part in parents.items()
+        }
+    )
+
+
+def _validate_all(sources: dict[str, YamlSource]) -> dict[str, Recipe]:
+    faults, found = list[IftPeftError](), dict[str, Recipe]()
+    for name, source in sources.items():
+        try:
+            found[name] = validate(source)
+        except IftPeftError as error:
+            faults += error.faults if isinstance(error, Faults) else [error]
+    raise_all(faults)
+    return found
+
+
+def _part_source(
+    recipe: Recipe, source: YamlSource | None, name: str, part: dict[str, Any], *, place: Location
 ) -> YamlSource:
+    """The recipe with `part`, which stands at `place` in its source, over it."""
     common = recipe.model_dump(mode="json", exclude={*OF_ALL, "description"} - {"base"})
     data, own = common["data"], part.get("data")
-    own = own if isinstance(own, dict) else {}
-    if own.keys() & {"instruction", "instructions"}:
-        data.pop("instruction", None), data.pop("instructions", None)
-    if own.keys() & {"train", "sources"}:
-        data.pop("train", None), data.pop("sources", None)
-    values = laid_over(common, part)
-    columns = values["data"].get("columns") if isinstance(values.get("data"), dict) else None
-    if isinstance(columns, dict) and columns.get("answer") is None and columns.get("label") is None:
-        columns["answer"] = answer
+    for either in (("instruction", "instructions"), ("train", "sources")):
+        if isinstance(own, dict) and any(key in own for key in either):
+            for key in either:
+                data.pop(key, None)
     lines = {} if source is None else dict(source.lines)
     lines |= {at[len(place) :]: line for at, line in lines.items() if at[: len(place)] == place and at != place}
     where = recipe.name if source is None else source.name
-    return YamlSource(where, {**values, "name": f"{recipe.name}.{name}"}, lines)
+    return YamlSource(where, {**laid_over(common, part), "name": f"{recipe.name}.{name}"}, lines)
+
+
+def _faults_of_parts(recipe: Recipe, source: YamlSource) -> Iterable[IftPeftError]:
+    """What is wrong with the stages of a pipeline, or the parents of `merging`."""
+    several = [name for name in ("tune", "pipeline", "merging") if getattr(recipe, name) is not None]
+    if len(several) > 1:
+        yield RecipeError(
+            expected="one of tune, pipeline and merging in a recipe",
+            found=f"{' and '.join(several)} at {source.where((several[-1],))}",
+            fix="remove one of them",
+        )
+    try:
+        if recipe.pipeline is not None:
+            yield from _pipeline_faults(recipe, recipe.pipeline, source)
+        if recipe.merging is not None:
+            parent_recipes(recipe, source)
+    except IftPeftError as error:
+        yield from error.faults if isinstance(error, Faults) else (error,)
 
 
 def _pipeline_faults(recipe: Recipe, pipeline: Pipeline, source: YamlSource) -> Iterable[IftPeftError]:
-    """What is wrong with a pipeline's stages, each by itself and together."""
-    where = source.where(("pipeline",))
-    if recipe.tune is not None:
-        yield RecipeError(
-            expected="tune in the recipe of one task", found=f"it beside pipeline at {where}", fix="remove one of them"
-        )
+    """What is wrong with a pipeline's stages together. Raises what is wrong with each by itself."""
     if recipe.data.test is None or recipe.data.sources:
         yield RecipeError(
             expected="data.train and data.test as files beside pipeline: its held-out rows must be those of all stages",
@@ -219,13 +252,10 @@ def _pipeline_faults(recipe: Recipe, pipeline: Pipeline, source: YamlSource) -> 
         )
     try:
         found = stage_recipes(recipe, source)
-    except Faults as error:
-        yield from error.faults
-        return
-    except RecipeError as error:
-        yield error
-        return
-    except ValueError as error:  # stages in a ring
+    except IftPeftError:
+        raise
+    except ValueError as error:
+        where = source.where(("pipeline",))
         yield RecipeError(expected=f"pipeline.stages to be {error}", found=f"them at {where}", fix="take one link out")
         return
     texts = {name: str(found[name].data.columns.text) for name in found}

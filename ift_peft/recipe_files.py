@@ -10,7 +10,7 @@ import yaml
 
 from ift_peft.errors import IftPeftError, RecipeError, first_line, raise_all
 from ift_peft.sections import DATA_SUFFIXES
-from ift_peft.stages import AT_ONCE
+from ift_peft.stages import AT_ONCE, OF_ALL, TOGETHER
 from ift_peft.yaml_source import YamlSource
 
 YAML_SUFFIXES = (".yaml", ".yml")
@@ -52,11 +52,14 @@ def _paths(values: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
 
 
 def _parts(values: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the stages of a pipeline have of their own."""
+    """What the stages of a pipeline, or the parents of `merging`, have of their own."""
     pipeline = _section(values, "pipeline")
     stages = _section(pipeline, "stages")
-    parts = [_section(stages, name) for name in stages] + [_section(pipeline, AT_ONCE)]
-    return [{key: part[key] for key in part if key != "pipeline"} for part in parts if part]
+    merging = _section(values, "merging")
+    parents = _section(merging, "parents")
+    parts = [_section(section, name) for section in (stages, parents) for name in section]
+    parts += [_section(pipeline, AT_ONCE), _section(merging, TOGETHER)]
+    return [{key: part[key] for key in part if key not in OF_ALL} for part in parts if part]
 
 
 def _pools(values: dict[str, Any]) -> list[tuple[Any, Any]]:

@@ -10,13 +10,13 @@ import secrets
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ift_peft.errors import RunError
 from ift_peft.recipe import Recipe, dump_recipe, validate
@@ -24,6 +24,11 @@ from ift_peft.yaml_source import read_yaml
 
 PACKAGES = ("ift_peft", "torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "tokenizers")
 UNFINISHED = ("running", "interrupted", "failed")
+Kind = Literal["adapter", "pipeline", "merging"]
+MADE: dict[Kind, str] = {"adapter": "one adapter", "pipeline": "a pipeline", "merging": "several adapters compared"}
+ADAPTER: tuple[Kind, ...] = ("adapter",)
+PIPELINE: tuple[Kind, ...] = ("pipeline",)
+ANY: tuple[Kind, ...] = ("adapter", "pipeline", "merging")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -115,9 +120,16 @@ class RunDir:
             yield
 
     @property
-    def is_pipeline(self) -> bool:
-        """Whether the run is that of a pipeline, whose stages have runs and adapters of their own."""
-        return "stages" in self.read("manifest.json")
+    def kind(self) -> Kind:
+        """What the run made: an adapter of its own, or of several runs, its `parts`, something more."""
+        kind: Kind = self.read("manifest.json").get("kind", "adapter")
+        return kind
+
+    @property
+    def parts(self) -> dict[str, RunDir]:
+        """The runs that this one is made of, by name; none where it has an adapter of its own."""
+        parts = self.read("manifest.json").get("parts", {})
+        return {name: RunDir(Path(os.path.normpath(self.path / path))) for name, path in parts.items()}
 
     @property
     def status(self) -> str:
@@ -154,11 +166,11 @@ def point_latest(run: RunDir) -> None:
     os.replace(temporary, link)
 
 
-def open_run(path: str | Path, *, finished: bool = True, pipeline: bool = False) -> RunDir:
+def open_run(path: str | Path, *, finished: bool = True, kinds: Collection[Kind] = ADAPTER) -> RunDir:
     """The run at `path`: a run folder, its `latest` link, or a recipe's folder of runs.
 
-    Raises `RunError` where there is none; with `finished`, where it did not end as succeeded; and without `pipeline`,
-    where it is that of a pipeline, which has no adapter of its own.
+    Raises `RunError` where there is none; with `finished`, where it did not end as succeeded; and where it is not of
+    these `kinds`.
     """
     folder = Path(path)
     if not (folder / "manifest.json").is_file() and (folder / "latest" / "manifest.json").is_file():
@@ -173,14 +185,20 @@ def open_run(path: str | Path, *, finished: bool = True, pipeline: bool = False)
     if finished and run.status != "succeeded":
         fix = f"finish it with: ift train --resume {run.path}" if run.status in UNFINISHED else "train again"
         raise RunError(expected="a run that succeeded", found=f"status {run.status!r} in {run.path}", fix=fix)
-    if run.is_pipeline and not pipeline:
-        stages = [os.path.normpath(run.path / path) for path in run.read("manifest.json")["stages"].values()]
+    if run.kind not in kinds:
+        fix = f"name one of its parts: {', '.join(os.path.relpath(part.path) for part in run.parts.values())}"
         raise RunError(
-            expected="a run of one adapter",
-            found=f"that of a pipeline: {run.path}",
-            fix=f"ask it with ift pipeline, or name a stage: {', '.join(stages)}",
+            expected=f"a run of {' or '.join(MADE[kind] for kind in kinds)}",
+            found=f"one of {MADE[run.kind]}: {run.path}",
+            fix=f"ask it with ift pipeline, or {fix}" if run.kind == "pipeline" else fix,
         )
     return run
+
+
+def runs_called(root: Path, name: str) -> list[RunDir]:
+    """Every run of the recipe `name` below `root`, the newest first."""
+    folders = (manifest.parent for manifest in (root / name).glob("*/manifest.json"))
+    return [RunDir(folder) for folder in sorted(folders, reverse=True) if not folder.is_symlink()]
 
 
 def list_runs(root: Path) -> list[RunDir]:

@@ -1,20 +1,21 @@
-"""The recipe's section `pipeline`: stages with an adapter each, whose answers go into the prompts of later ones."""
+"""The recipe's sections of several adapters on one base: the stages of a `pipeline`, the parents of `merging`."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
 from graphlib import CycleError, TopologicalSorter
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ift_peft.sections import GenerationMetric, Section
+from ift_peft.sections import Count, GenerationMetric, Section
 
 HOLE = re.compile(r"\{([^{}]+)\}")
 AT_ONCE = "at_once"
-OF_ALL = ("name", "base", "pipeline", "tune", "extends")
-"""What a stage cannot have of its own."""
+TOGETHER = "together"
+OF_ALL = ("name", "base", "pipeline", "merging", "tune", "extends")
+"""What a stage or a parent cannot have of its own."""
 
 
 def _or_nothing(value: Any) -> Any:
@@ -22,13 +23,16 @@ def _or_nothing(value: Any) -> Any:
 
 
 Part = Annotated[dict[str, Any], BeforeValidator(_or_nothing)]
-"""What of the recipe's other sections is different in a stage, in their form."""
+"""What of the recipe's other sections is different in a stage or a parent, in their form."""
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+Method = Literal["linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+Kind = Literal["mean_logits", "mean_probs", "vote"]
 
 
 class Pipeline(Section):
     """A graph of stages over one base. A stage's `data.columns.text` names the request's fields and earlier stages."""
 
-    stages: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], Part]
+    stages: dict[Name, Part]
     """Of each stage by its name, which is also the column that its answers are learnt from."""
     document: str
     """What a request comes to: answers of stages, and fields of the request, in braces."""
@@ -44,8 +48,7 @@ class Pipeline(Section):
             faults.append("at least two stages")
         if AT_ONCE in self.stages:
             faults.append(f"no stage that is called {AT_ONCE}")
-        for name, part in {**self.stages, AT_ONCE: self.at_once or {}}.items():
-            faults += [f"no {key} in {name}: it is that of all stages" for key in OF_ALL if key in part]
+        faults += _of_all({**self.stages, AT_ONCE: self.at_once or {}})
         if not set(holes(self.document)) & set(self.stages):
             faults.append("the answer of a stage in document, as {" + next(iter(self.stages), "name") + "}")
         if "pass_at_k" in self.metrics:
@@ -53,6 +56,59 @@ class Pipeline(Section):
         if faults:
             raise ValueError(f"a section with {'; '.join(faults)}")
         return self
+
+
+class Combining(Section):
+    """One way to make the parents' adapters into one (docs/combine.md); what is not set is as `ift combine` has it."""
+
+    method: Method
+    weights: tuple[float, ...] | None = None
+    density: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    rank: Count | None = None
+    search: Count | None = None
+    """Choose weights and density by this many trials."""
+
+    @property
+    def called(self) -> str:
+        """What its scores are told under."""
+        given = [] if self.weights is None else [" ".join(f"{weight:g}" for weight in self.weights)]
+        given += [f"{name} {value:g}" for name, value in self if name in ("density", "rank") and value is not None]
+        return ", ".join([self.method, *given, *(["searched"] if self.search else [])])
+
+
+class Merging(Section):
+    """Adapters of several domains on one base, combined, and measured on every domain beside what else there is."""
+
+    parents: dict[Name, Part]
+    """The domains by name: of each, what of its recipe is different."""
+    combine: tuple[Combining, ...] = tuple(Combining(method=method) for method in get_args(Method))
+    ensembles: tuple[Kind, ...] = get_args(Kind)
+    """Ensembles of the parents, on domains with labels."""
+    together: Part | None = Field(default_factory=dict)
+    """One more adapter, trained on the rows of all domains; what of its recipe is not as the parents have it alike."""
+
+    @model_validator(mode="after")
+    def _holds_parents(self) -> Self:
+        faults = []
+        if len(self.parents) < 2:
+            faults.append("at least two parents")
+        if TOGETHER in self.parents:
+            faults.append(f"no parent that is called {TOGETHER}")
+        faults += _of_all({**self.parents, TOGETHER: self.together or {}})
+        names = [one.called for one in self.combine]
+        faults += [f"{name} once in combine" for name in dict.fromkeys(names) if names.count(name) > 1]
+        faults += [
+            f"a weight for each of {len(self.parents)} parents in {one.called}"
+            for one in self.combine
+            if one.weights is not None and len(one.weights) != len(self.parents)
+        ]
+        if faults:
+            raise ValueError(f"a section with {'; '.join(faults)}")
+        return self
+
+
+def _of_all(parts: Mapping[str, dict[str, Any]]) -> list[str]:
+    return [f"no {key} in {name}: it is that of all" for name, part in parts.items() for key in OF_ALL if key in part]
 
 
 def holes(template: str) -> tuple[str, ...]:

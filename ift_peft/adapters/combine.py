@@ -21,7 +21,7 @@ from ift_peft.adapters.parents import (
     union_rows,
 )
 from ift_peft.adapters.weight_search import TRAINED_ON, SearchRows, Tried, search, search_rows
-from ift_peft.adapters.weighted import PRUNING, Combination, Method, add_combined, own_weights
+from ift_peft.adapters.weighted import PRUNING, Combination, add_combined, own_weights
 from ift_peft.data.row import Row
 from ift_peft.data.rows import to_saved
 from ift_peft.errors import IftPeftError, RunError, first_line, raise_all
@@ -34,6 +34,7 @@ from ift_peft.report.card import adapter_card
 from ift_peft.report.write import write_report
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir, create_run, write_atomically
+from ift_peft.stages import Method
 
 DENSITY = 0.5
 
@@ -186,7 +187,7 @@ def _write(
         rows={"train": counts},
         parameters={"trained": parameters, "all": sum(members) + parameters},
         combined={**how.to_json(), "left_out_by_rank": round(left_out, 6)},
-        combined_from=[_parent(parts) for parts in parents],
+        combined_from=parents_of(parents),
         notes=notes,
     )
     _save(run, first, model)
@@ -218,6 +219,11 @@ def _write_training_rows(run: RunDir, parents: Sequence[Parts]) -> list[str]:
         return [f"training rows of the runs can no longer be read: {first_line(error)}"]
     run.write_lines("train.jsonl", [to_saved(row) for row in rows])
     return []
+
+
+def parents_of(parents: Sequence[Parts]) -> list[dict[str, Any]]:
+    """The runs, each with the hashes of its adapter and recipe, as the manifest has them under `combined_from`."""
+    return [_parent(parts) for parts in parents]
 
 
 def _parent(parts: Parts) -> dict[str, Any]:

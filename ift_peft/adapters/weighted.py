@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -20,8 +20,8 @@ from peft.utils import ModulesToSaveWrapper, merge_utils
 from torch import Tensor
 
 from ift_peft.model.base import quiet
+from ift_peft.stages import Method
 
-Method = Literal["linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 PRUNING: tuple[Method, ...] = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 RANDOM: tuple[Method, ...] = ("dare_linear", "dare_ties")
 Arithmetic = Callable[[list[Tensor], Tensor, float], Tensor]

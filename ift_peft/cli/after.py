@@ -119,7 +119,7 @@ def report(
     """
     from ift_peft.console import out
     from ift_peft.report.write import write_report
-    from ift_peft.run_dir import open_run
+    from ift_peft.run_dir import ANY, open_run
 
-    path = write_report(open_run(run, finished=False, pipeline=True), output)
+    path = write_report(open_run(run, finished=False, kinds=ANY), output)
     out.print(f"report   {os.path.relpath(path)}", markup=False)

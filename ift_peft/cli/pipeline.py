@@ -36,14 +36,14 @@ def pipeline(
     Example: ift pipeline runs/article/latest "请介绍竹编是怎么来的。"
     """
     from ift_peft.cli.predict import given_texts
-    from ift_peft.infer.pipeline import fill, open_chain, stage_runs, walk
-    from ift_peft.run_dir import json_lines, open_run, write_atomically
+    from ift_peft.infer.pipeline import fill, open_chain, walk
+    from ift_peft.run_dir import PIPELINE, json_lines, open_run, write_atomically
     from ift_peft.stages import AT_ONCE
 
     if output_file is not None and not output_file.absolute().parent.is_dir():
         raise RunError(expected=f"the folder of {output_file}", found="none", fix="make it first")
-    opened = open_run(run, pipeline=True)
-    if at_once and AT_ONCE not in stage_runs(opened):
+    opened = open_run(run, kinds=PIPELINE)
+    if at_once and AT_ONCE not in opened.parts:
         raise RunError(expected="a pipeline with at_once", found="none in its recipe", fix="leave out --at-once")
     chain, _ = open_chain(opened, at_once=at_once)
     if input_file is None and output_file is None:

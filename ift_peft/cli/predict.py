@@ -15,9 +15,9 @@ from ift_peft.cli.app import EnsembleOption, RunArgument, SourceOption, app, err
 from ift_peft.errors import DataError, IftPeftError, RunError
 
 if TYPE_CHECKING:
-    from ift_peft.infer.ensemble import Kind
     from ift_peft.infer.load import Parts, Question
     from ift_peft.run_dir import RunDir
+    from ift_peft.stages import Kind
 
 BATCH = 256  # lines of a file answered at a time
 

@@ -33,7 +33,7 @@ def train(
     from ift_peft.errors import raise_all
     from ift_peft.evaluate.gates import missed
     from ift_peft.recipe import load_recipe
-    from ift_peft.run_dir import open_run
+    from ift_peft.run_dir import ANY, open_run
 
     if (recipe is None) == (resume is None):
         raise RecipeError(
@@ -42,9 +42,11 @@ def train(
     if resume is not None and seeds > 1:
         raise RecipeError(expected="--seeds or --resume", found="both", fix="resume one run at a time")
     loaded = load_recipe(recipe, overrides or ()) if recipe is not None else None
-    unfinished = None if resume is None else open_run(resume, finished=False, pipeline=True)
-    if unfinished.is_pipeline if unfinished is not None else loaded is not None and loaded.pipeline is not None:
-        _train_pipeline(loaded, unfinished, seeds=seeds, root=runs_dir)
+    unfinished = None if resume is None else open_run(resume, finished=False, kinds=ANY)
+    whole = loaded if unfinished is None else unfinished.recipe()
+    assert whole is not None
+    if whole.pipeline is not None or whole.merging is not None:
+        _train_parts(whole, unfinished, seeds=seeds, root=runs_dir)
         return
     err.print("loading torch, transformers, peft, trl …", style="dim")
     from ift_peft.train import run as training
@@ -78,32 +80,37 @@ def train(
     raise_all(missed(scores))
 
 
-def _train_pipeline(recipe: Recipe | None, unfinished: RunDir | None, *, seeds: int, root: Path) -> None:
+def _train_parts(recipe: Recipe, into: RunDir | None, *, seeds: int, root: Path) -> None:
+    """Train a recipe of several adapters, or go on with `into`."""
+    from ift_peft.cli.merging import print_merging
     from ift_peft.cli.pipeline import print_pipeline
     from ift_peft.console import ConsoleReporter, err, out
     from ift_peft.errors import raise_all
+    from ift_peft.evaluate.gates import missed_parts
 
     if seeds > 1:
-        raise RecipeError(expected="--seeds with the recipe of one task", found="a pipeline", fix="train its stages")
+        raise RecipeError(
+            expected="--seeds with the recipe of one task", found="one of several adapters", fix="leave out --seeds"
+        )
     err.print("loading torch, transformers, peft, trl …", style="dim")
-    from ift_peft.train.pipeline import missed_stages, resume_pipeline, train_pipeline
+    from ift_peft.merging import train_merging
+    from ift_peft.train.once import unfinished
+    from ift_peft.train.pipeline import train_pipeline
 
-    reporter = ConsoleReporter()
-    if unfinished is not None:
-        run = resume_pipeline(unfinished, reporter=reporter)
-    else:
-        assert recipe is not None
-        run = train_pipeline(recipe, root=root, reporter=reporter)
-    print_pipeline(run.read("scores.json"), title=f"{run.recipe().name}: {run.read('scores.json')['rows']} requests")
-    folder = os.path.relpath(run.path.parent / "latest" if unfinished is None else run.path)
-    for name, path in run.read("manifest.json")["stages"].items():
-        out.print(f"stage    {name}: {os.path.relpath((run.path / path).resolve())}", markup=False)
+    root = root if into is None else unfinished(into).path.parent.parent
+    make, tell = (train_merging, print_merging) if recipe.merging is not None else (train_pipeline, print_pipeline)
+    run = make(recipe, root=root, reporter=ConsoleReporter(), into=into)
+    scores = run.read("scores.json")
+    tell(scores, title=f"{recipe.name}: {scores['rows']} held-out rows")
+    folder = os.path.relpath(run.path.parent / "latest" if into is None else run.path)
+    for name, part in run.parts.items():
+        out.print(f"{name}: {os.path.relpath(part.path)}", markup=False)
     out.print(
-        f"run      {os.path.relpath(run.path)}\nreport   {os.path.relpath(run.path / 'report.html')}\n"
-        f"pipeline ift pipeline {folder} TEXT",
-        markup=False,
+        f"run      {os.path.relpath(run.path)}\nreport   {os.path.relpath(run.path / 'report.html')}", markup=False
     )
-    raise_all(missed_stages(run))
+    if run.kind == "pipeline":
+        out.print(f"pipeline ift pipeline {folder} TEXT", markup=False)
+    raise_all(missed_parts(run))
 
 
 def _print_pooled(runs: list[RunDir], recipe: Recipe) -> None:
@@ -151,7 +158,7 @@ def runs(runs_dir: RunsDir = RUNS) -> None:
     for run in list_runs(runs_dir):
         manifest = run.read("manifest.json")
         scores = run.read("scores.json") if (run.path / "scores.json").is_file() else {}
-        if run.is_pipeline:
+        if run.kind != "adapter":
             scores = {"rows": scores.get("rows", "")}
         metric = next(iter(scores.get("adapter", {})), "")
         cells = [f"{scores[who][metric]['value']:.3f}" if metric else "" for who in ("base", "adapter")]

@@ -16,10 +16,11 @@ from ift_peft.evaluate.compare import predict_rows
 from ift_peft.evaluate.intervals import Floats
 from ift_peft.evaluate.measure import resampling
 from ift_peft.evaluate.metrics import Resampling
-from ift_peft.infer.ensemble import Kind, check_members, open_members, together
+from ift_peft.infer.ensemble import check_members, open_members, together
 from ift_peft.infer.load import held_out_rows, open_parts
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir
+from ift_peft.stages import Kind
 
 CALIBRATION = ("ece", "brier", "nll")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ift_peft.errors import GateMissed, RecipeError
+from ift_peft.errors import GateMissed, IftPeftError, RecipeError, faults_of
+from ift_peft.run_dir import RunDir
 from ift_peft.sections import Evaluation
 
 CLASSIFICATION = ("accuracy", "precision", "recall", "f1")
@@ -95,3 +96,9 @@ def missed(scores: dict[str, Any]) -> list[GateMissed]:
         for gate in scores.get("gates", ())
         if not gate["met"]
     ]
+
+
+def missed_parts(run: RunDir) -> list[IftPeftError]:
+    """An error for each gate that the adapter of a part of `run` missed."""
+    found = {name: missed(part.read("scores.json")) for name, part in run.parts.items()}
+    return [told for name, faults in found.items() for fault in faults for told in faults_of(name, fault)]

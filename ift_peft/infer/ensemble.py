@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from ift_peft.errors import RunError, raise_all
 from ift_peft.infer.load import Parts, Question, load_members
 from ift_peft.infer.predict import Answer, answer_all
+from ift_peft.stages import Kind
 
-Kind = Literal["mean_logits", "mean_probs", "vote"]
 Floats = NDArray[np.float64]
 TIES = 1e-9  # weight of the mean probabilities in a vote: it decides ties and nothing else
 

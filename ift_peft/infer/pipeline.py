@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ift_peft.data.render import Renderer
-from ift_peft.errors import DataError, RunError, raise_all
+from ift_peft.errors import DataError, raise_all
 from ift_peft.infer.ensemble import Member, open_members
 from ift_peft.infer.generation import generate_all, room
 from ift_peft.infer.load import Parts, Question, open_parts
@@ -72,19 +72,6 @@ class Chain:
         return {name: given[name] for name in fields}
 
 
-def stage_runs(run: RunDir) -> dict[str, RunDir]:
-    """The runs of a pipeline's stages, that of `at_once` among them.
-
-    Raises `RunError` where `run` is no pipeline's, or one of them is missing.
-    """
-    stages = run.read("manifest.json").get("stages")
-    if stages is None:
-        raise RunError(
-            expected="the run of a pipeline", found=f"a run of one adapter: {run.path}", fix="ask it: ift predict"
-        )
-    return {name: open_run(run.path / path) for name, path in stages.items()}
-
-
 def open_chain(run: RunDir, *, at_once: bool = False) -> tuple[Chain, list[str]]:
     """The pipeline of a finished run with its base loaded once, and notes on loading.
 
@@ -92,7 +79,7 @@ def open_chain(run: RunDir, *, at_once: bool = False) -> tuple[Chain, list[str]]
     """
     pipeline = run.recipe().pipeline
     assert pipeline is not None
-    runs = stage_runs(run)
+    runs = {name: open_run(part.path) for name, part in run.parts.items()}
     if not at_once:
         runs.pop(AT_ONCE, None)
     members, notes = open_members([open_parts(own) for own in runs.values()])

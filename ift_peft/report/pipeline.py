@@ -32,7 +32,7 @@ def pipeline_view(run: RunDir) -> dict[str, Any]:
         "against": scores is not None and AT_ONCE in scores["document"],
         "stages": [] if scores is None else [_stage(name, own) for name, own in scores["stages"].items()],
         "examples": [_example(line) for line in lines[:SHOWN]],
-        "runs": [(name, "/".join((run.path / path).resolve().parts[-2:])) for name, path in manifest["stages"].items()],
+        "runs": [(name, "/".join(part.path.resolve().parts[-2:])) for name, part in run.parts.items()],
         "versions": manifest.get("versions", {}),
         "commands": [
             (f"ift train {folder}/recipe.yaml", "takes trained stages as they are, and measures"),

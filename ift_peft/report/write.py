@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ift_peft.report.collect import view
 from ift_peft.report.examples import Text
+from ift_peft.report.merging import merging_view
 from ift_peft.report.pipeline import pipeline_view
-from ift_peft.run_dir import RunDir, write_atomically
+from ift_peft.run_dir import Kind, RunDir, write_atomically
 
 NAME = "report.html"
+TEMPLATES: dict[Kind, tuple[str, Callable[[RunDir], dict[str, Any]]]] = {
+    "adapter": ("report.html.j2", view),
+    "pipeline": ("pipeline.html.j2", pipeline_view),
+    "merging": ("merging.html.j2", merging_view),
+}
 
 
 def write_report(run: RunDir, output: Path | None = None) -> Path:
@@ -29,6 +37,6 @@ def write_report(run: RunDir, output: Path | None = None) -> Path:
     )
     environment.globals["as_text"] = Text
     path = output or run.path / NAME
-    name, values = ("pipeline.html.j2", pipeline_view(run)) if run.is_pipeline else ("report.html.j2", view(run))
-    write_atomically(path, environment.get_template(name).render(**values))
+    name, viewed = TEMPLATES[run.kind]
+    write_atomically(path, environment.get_template(name).render(**viewed(run)))
     return path

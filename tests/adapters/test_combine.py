@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ift_peft.adapters import weight_search
 from ift_peft.adapters.combine import Asked, combine
 from ift_peft.adapters.merge import merge
-from ift_peft.adapters.weighted import Combination, Method, add_combined
+from ift_peft.adapters.weighted import Combination, add_combined
 from ift_peft.errors import IftPeftError, RunError
 from ift_peft.evaluate.arms import group
 from ift_peft.evaluate.run import evaluate_run
@@ -26,6 +26,7 @@ from ift_peft.infer.load import held_out_rows, load_members, load_model, open_pa
 from ift_peft.infer.predict import answer_all
 from ift_peft.reporter import Silent
 from ift_peft.run_dir import RunDir, open_run
+from ift_peft.stages import Method
 
 
 class Net(nn.Module):

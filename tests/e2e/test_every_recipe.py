@@ -27,8 +27,8 @@ METRICS = {
     "rouge": ("rouge1", "rouge2", "rougeL"),
     "pass_at_k": ("pass@1",),
 }
-# tests/e2e/test_data_recipes.py, test_run.py and test_pipeline.py look at these more closely
-ELSEWHERE = {"sentiment", "sentiment-diverse", "sentiment-augmented", "article"}
+# tests/e2e/test_data_recipes.py, test_run.py, test_pipeline.py and test_merging.py look at these more closely
+ELSEWHERE = {"sentiment", "sentiment-diverse", "sentiment-augmented", "article", "adapter-merging"}
 
 
 @pytest.mark.slow

@@ -12,12 +12,13 @@ from typer.testing import CliRunner
 
 from ift_peft.cli import app
 from ift_peft.errors import DataError, RecipeError, RunError
-from ift_peft.infer.pipeline import answer_stage, open_chain, stage_runs, walk
+from ift_peft.infer.pipeline import answer_stage, open_chain, walk
 from ift_peft.infer.predict import answer_all
 from ift_peft.recipe import Recipe, load_recipe, stage_recipes
 from ift_peft.reporter import Silent
-from ift_peft.run_dir import RunDir, open_run
-from ift_peft.train.pipeline import earlier_runs, resume_pipeline, stage_inputs, train_pipeline
+from ift_peft.run_dir import ANY, RunDir, open_run
+from ift_peft.train.once import earlier_runs, inputs_of, unfinished
+from ift_peft.train.pipeline import train_pipeline
 from ift_peft.train.run import train
 
 pytestmark = pytest.mark.slow
@@ -69,7 +70,7 @@ def run(root: Path) -> RunDir:
 
 
 def test_every_stage_is_a_run_of_its_own_and_the_pipeline_is_measured(run: RunDir) -> None:
-    stages = stage_runs(run)
+    stages = run.parts
     assert list(stages)[-1] == "at_once" and {"topic", "language", "outline", "content"} < stages.keys()
     assert all(
         own.status == "succeeded" and (own.adapter / "adapter_model.safetensors").is_file() for own in stages.values()
@@ -121,21 +122,21 @@ def test_only_a_stage_that_changed_is_trained_again(run: RunDir, root: Path) -> 
     again = train_pipeline(
         recipe(root.parent / "rows", "pipeline.stages.outline.training.max_steps=2"), root=root, reporter=told
     )
-    before, after = stage_runs(run), stage_runs(again)
+    before, after = run.parts, again.parts
     assert {name for name in before if before[name] != after[name]} == {"outline"}
     assert sum("trained before" in note for note in told.notes) == 4
 
 
 def test_only_a_run_on_the_same_rows_is_taken_for_a_stage(run: RunDir, root: Path, tmp_path: Path) -> None:
     stages = stage_recipes(recipe(root.parent / "rows"))
-    before = stage_inputs(stages)
-    assert {name: earlier_runs(own, before[name], root)[0] for name, own in stages.items()} == stage_runs(run)
+    before = inputs_of(stages)
+    assert {name: earlier_runs(own, before[name], root)[0] for name, own in stages.items()} == run.parts
     path = Path(str(stages["topic"].data.train))
     kept = path.read_text("utf-8")
     first, rest = kept.split("\n", 1)
     try:
         path.write_text(json.dumps({**json.loads(first), "outline": "1. other words"}) + "\n" + rest, "utf-8")
-        after = stage_inputs(stages)
+        after = inputs_of(stages)
     finally:
         path.write_text(kept, "utf-8")
     found = {name for name, own in stages.items() if earlier_runs(own, after[name], root)}
@@ -145,19 +146,20 @@ def test_only_a_run_on_the_same_rows_is_taken_for_a_stage(run: RunDir, root: Pat
 def test_an_interrupted_pipeline_goes_on_where_it_was(run: RunDir, root: Path, tmp_path: Path) -> None:
     copied = tmp_path / "runs"
     shutil.copytree(root, copied, symlinks=True)
-    unfinished = RunDir(copied / run.path.relative_to(root))
-    stages = dict(list(unfinished.read("manifest.json")["stages"].items())[:2])
-    unfinished.update_manifest(status="interrupted", stages=stages)
-    (unfinished.path / "scores.json").unlink()
+    stopped = RunDir(copied / run.path.relative_to(root))
+    stages = dict(list(stopped.read("manifest.json")["parts"].items())[:2])
+    stopped.update_manifest(status="interrupted", parts=stages)
+    (stopped.path / "scores.json").unlink()
     with pytest.raises(RunError, match="succeeded"):
-        open_run(unfinished.path, pipeline=True)
+        open_run(stopped.path, kinds=ANY)
     told = Told()
-    finished = resume_pipeline(open_run(unfinished.path, finished=False, pipeline=True), reporter=told)
-    assert finished.path == unfinished.path and finished.status == "succeeded"
+    into = unfinished(open_run(stopped.path, finished=False, kinds=ANY))
+    finished = train_pipeline(into.recipe(), root=copied, reporter=told, into=into)
+    assert finished.path == stopped.path and finished.status == "succeeded"
     assert finished.read("scores.json") == run.read("scores.json")
     assert sum("trained before" in note for note in told.notes) == 5
     with pytest.raises(RunError, match="has succeeded"):
-        resume_pipeline(finished, reporter=Silent())
+        unfinished(finished)
 
 
 def test_faults_of_all_stages_are_told_before_anything_is_trained(tmp_path: Path) -> None:
@@ -177,7 +179,7 @@ def test_what_takes_one_adapter_refuses_a_pipeline(run: RunDir, tmp_path: Path) 
     with pytest.raises(RecipeError, match="one task"):
         train(run.recipe(), root=tmp_path, reporter=Silent())
     with pytest.raises(RunError, match="one adapter"):
-        stage_runs(next(iter(stage_runs(run).values())))
+        open_run(run.parts["topic"].path, kinds=("pipeline",))
 
 
 def test_a_request_without_its_fields_is_refused(run: RunDir) -> None:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from ift_peft.infer.ensemble import Kind, together
+from ift_peft.infer.ensemble import together
+from ift_peft.stages import Kind
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(3, 20, 4)) * 5
