@@ -92,7 +92,7 @@ def found_or_trained(recipe: Recipe, inputs: dict[str, Any], root: Path, reporte
 
 
 def earlier_runs(recipe: Recipe, inputs: dict[str, Any], root: Path) -> list[RunDir]:
-    """Runs of the same settings, inputs and versions that succeeded, or that were interrupted; finished ones first, then the newest."""
+    """Runs of the same settings, inputs and versions: those that succeeded, then the interrupted; the newest first."""
     found = []
     wanted = dump_recipe(recipe)
     for run in runs_called(root, recipe.name):

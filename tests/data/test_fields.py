@@ -219,13 +219,13 @@ FIELDS = "columns question, context, empty, none, tags, answers"
         ),
         (
             {"text": "{question}{none}"},
-            "text or a number under 'none', for the template in data.columns.text",
+            "text or a number under 'none', for the template in data.columns",
             "nothing",
             "fill or remove the row",
         ),
         (
             {"text": "{question}{tags}"},
-            "text or a number under 'tags', for the template in data.columns.text",
+            "text or a number under 'tags', for the template in data.columns",
             "list",
             "name a field that holds text",
         ),

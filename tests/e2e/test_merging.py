@@ -13,9 +13,10 @@ from ift_peft.evaluate.compare import predict_rows
 from ift_peft.infer.ensemble import together
 from ift_peft.infer.load import held_out_rows, load_members, open_parts
 from ift_peft.merging import train_merging
-from ift_peft.recipe import Recipe
+from ift_peft.recipe import Recipe, load_recipe
 from ift_peft.reporter import Silent
 from ift_peft.run_dir import RunDir, open_run
+from tests.e2e.test_every_recipe import FEW
 from tests.train.small import small
 
 pytestmark = pytest.mark.slow
@@ -117,3 +118,12 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_trained(root: Path,
     with pytest.raises(RecipeError, match="2 sources"):
         train_merging(recipe(tmp_path / "rows", sources), root=tmp_path / "runs", reporter=Silent())
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_recipe_that_ships_trains_and_is_measured(tmp_path: Path) -> None:
+    few = (*FEW, 'merging.combine=[{"method": "dare_ties"}]', "merging.together=null")
+    own = ("merging.parents.reviews.data.max_train_rows=16", "merging.parents.topics.training.num_train_epochs=1")
+    run = train_merging(load_recipe("adapter-merging", (*few, *own)), root=tmp_path, reporter=Silent())
+    scores = run.read("scores.json")
+    assert {name: own["rows"] for name, own in scores["domains"].items()} == {"reviews": 4, "topics": 4}
+    assert set(run.parts) == {"reviews", "topics", "dare_ties"} and scores["mean"].keys() >= {"base", "dare_ties"}
