@@ -7,6 +7,7 @@ counted. That covers attention without its matrices, frozen weights whose inputs
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import sys
@@ -135,6 +136,7 @@ def _saved(model: Any, batch: Batch, head: Head) -> tuple[int, int]:
     Fake tensors make transformers build the mask of a padded batch, which most batches are.
     """
     kept: dict[int, Any] = {}
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # what cannot be run is told once
     with FakeTensorMode():
         tensors = {
             f"model.{name}": torch.empty(one.shape, dtype=one.dtype, requires_grad=one.requires_grad)

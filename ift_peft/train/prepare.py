@@ -23,8 +23,8 @@ from ift_peft.data.rows import held_out_rows, read_rows, set_aside, stream_rows,
 from ift_peft.data.store import RenderedSet, content_key, render_set
 from ift_peft.evaluate.measure import check_evaluation
 from ift_peft.evaluate.probes import Probe, make_probes
-from ift_peft.model.adapter import matched_modules
 from ift_peft.model.base import positions, skeleton
+from ift_peft.model.reach import reach
 from ift_peft.model.tokenizer import BaseLocation, ensure_pad_token, load_tokenizer, locate_base
 from ift_peft.recipe import Recipe
 from ift_peft.reporter import Reporter
@@ -88,8 +88,8 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
     if renderer.origin.startswith("fallback"):
         notes.append("the tokenizer has no chat template; 'User: …\\nAssistant: …' is used, and saved with the adapter")
     bare = skeleton(location, recipe.base.head)
-    matched_modules(bare, recipe.adapter.target_modules)
     max_length = choose_max_length(recipe, positions(bare.config))
+    notes += reach(bare, recipe.adapter, head=recipe.base.head)
     checked = None
     if train_rows is not None and data.quality is not None:
         checked = _check(
