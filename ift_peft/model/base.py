@@ -276,6 +276,7 @@ def positions(config: Any) -> int | None:
 
     Bases like RoBERTa count positions from after the number of their padding token, so that their table is longer.
     """
+    config = config.get_text_config()  # of a base that also sees or hears, the part that reads
     table = getattr(config, "max_position_embeddings", None)
     if not table or table < 0:
         return None
