@@ -239,7 +239,9 @@ def _hash(rendered: Sequence[Rendered]) -> str:
 def record_inputs(run: RunDir, prepared: Prepared, hashes: dict[str, Any]) -> None:
     """Write the golden example, the rows held out and set aside, and the facts of the inputs into the run."""
     train = prepared.train.facts
-    run.write("golden.json", {**train["golden"], "template_sha256": prepared.renderer.template_hash})
+    renderer, location = prepared.renderer, prepared.location
+    template = {"template_sha256": renderer.template_hash, "template": renderer.template}
+    run.write("golden.json", {**train["golden"], **template})
     run.write_lines("test.jsonl", [to_saved(row) for row in prepared.test.rows])
     if prepared.checked is not None:
         run.write("findings.json", {"findings": [found.to_json() for found in prepared.checked.findings]})
@@ -253,7 +255,12 @@ def record_inputs(run: RunDir, prepared: Prepared, hashes: dict[str, Any]) -> No
         rows["validation"] = _counts(prepared.validation)
     run.update_manifest(
         inputs=hashes,
-        base={"name": prepared.location.public_name, "revision": prepared.location.revision},
+        base={
+            "name": location.public_name,
+            "revision": location.revision,
+            "files": location.files(),
+            "config": location.config(),
+        },
         template=prepared.renderer.origin,
         generation_prompt=prepared.renderer.generation_prompt,
         max_length=prepared.max_length,
