@@ -1,4 +1,4 @@
-"""Every weight of a merged model against the adapter as it runs: logits alone do not show a small adapter's lost layer."""
+"""Each weight of a merged model against the adapter as it runs: logits do not show a small adapter's lost layer."""
 
 from __future__ import annotations
 

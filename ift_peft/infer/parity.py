@@ -62,8 +62,10 @@ def _files(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _settings(then: Mapping[str, Any] | None, location: BaseLocation) -> Iterator[str]:
+    if then is None:
+        return
     now = location.config()
-    for key in sorted((then or now).keys() | now.keys()) if then is not None else ():
+    for key in sorted(then.keys() | now.keys()):
         ours, theirs = (json.dumps(one[key]) if key in one else "not there" for one in (then, now))
         if ours != theirs:
             yield f"config.json, {key}: {theirs}, not {ours}"

@@ -1,4 +1,4 @@
-"""A run is opened on what it was trained with or not at all, whichever command opens it, and the difference is shown."""
+"""A run is opened on what it was trained with or not at all, by whatever command, and the difference is shown."""
 
 from __future__ import annotations
 
