@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -23,6 +24,7 @@ from ift_peft.recipe import Recipe, dump_recipe, validate
 from ift_peft.yaml_source import read_yaml
 
 PACKAGES = ("ift_peft", "torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "tokenizers")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 UNFINISHED = ("running", "interrupted", "failed")
 Kind = Literal["adapter", "pipeline", "merging"]
 MADE: dict[Kind, str] = {"adapter": "one adapter", "pipeline": "a pipeline", "merging": "several adapters compared"}
@@ -72,6 +74,15 @@ class RunDir:
     @property
     def test_rows(self) -> Path:
         return self.path / "test.jsonl"
+
+    def adapter_hashes(self) -> dict[str, str]:
+        """sha256 of the adapter's configuration and weights, by file; of a missing one none."""
+        hashes = {}
+        for name in ADAPTER_FILES:
+            if (self.adapter / name).is_file():
+                with (self.adapter / name).open("rb") as file:
+                    hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        return hashes
 
     def recipe(self) -> Recipe:
         return validate(read_yaml(self.path / "recipe.yaml"))

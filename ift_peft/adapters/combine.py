@@ -244,6 +244,7 @@ def _save(run: RunDir, first: Parts, model: Any) -> None:
     shutil.rmtree(run.path / "saved")
     tokenizer = AutoTokenizer.from_pretrained(first.run.adapter, trust_remote_code=False, local_files_only=True)
     tokenizer.save_pretrained(run.adapter)
+    run.update_manifest(adapter_sha256=run.adapter_hashes())
 
 
 def _write_card(

@@ -19,6 +19,7 @@ from ift_peft.adapters.checkpoint import DEFAULT_SHARD, default_shard_size, reca
 from ift_peft.adapters.fidelity import Answered, agreement, answer, change, diverge, score
 from ift_peft.adapters.plan import plan_merge, why_in_memory
 from ift_peft.adapters.shards import write_merged
+from ift_peft.adapters.weights import Probed, check_weights, probe_weights
 from ift_peft.data.fit import Fitted
 from ift_peft.errors import MergeError, ModelError
 from ift_peft.evaluate.intervals import Estimate
@@ -129,6 +130,7 @@ class _Merging:
     reporter: Reporter
     untied: bool = False
     left_out: tuple[str, ...] = ()
+    weights_checked: int = 0
 
     def result(self, output: Path, prefer: Prefer) -> MergeResult:
         """Every candidate made and measured, the one to be written chosen, checked and certified."""
@@ -143,9 +145,10 @@ class _Merging:
         for onto, location in bases:
             model, _ = load_model(replace(parts, location=location), quantization="none", compute_dtype="float32")
             references[onto] = self._answer(model, f"adapter on {NAMES[onto]} base")
+            weights = probe_weights(model)
             del model
             run = run or references[onto]
-            found = self._candidates(onto, location, references[onto], run)
+            found = self._candidates(onto, location, references[onto], run, weights)
             floats.append(found[0])
             candidates += found
         assert run is not None
@@ -154,21 +157,25 @@ class _Merging:
         run_metric = score(parts, self.held_out.rows, run)
         _check_metric(written, run_metric, metric)
         how = {"shard_by_shard": not self.in_memory, "untied": self.untied, "left_out": list(self.left_out)}
+        how["weights_checked"] = self.weights_checked
         write_certificate(parts, written, candidates, run_metric=run_metric, metric=metric, prefer=prefer, how=how)
         same = agreement(references[written.onto], written.answered)
         return MergeResult(output, metric, run_metric, written, tuple(candidates), same)
 
-    def _candidates(self, onto: Onto, location: BaseLocation, reference: Answered, run: Answered) -> list[Candidate]:
+    def _candidates(
+        self, onto: Onto, location: BaseLocation, reference: Answered, run: Answered, weights: dict[str, Probed]
+    ) -> list[Candidate]:
         """The model merged into the weights at `location`, and that model quantised again where it is asked for.
 
         It is merged, written, reloaded and compared in float32 first, where a difference can only be a fault, and
-        rounded to its type then.
+        rounded to its type then. Each of its weights must be what `weights` say of the adapter on the base.
         """
         exact = self.scratch / onto / "float32"
         self._write(location, exact)
-        answered = self._reloaded(exact, f"model merged into {NAMES[onto]} base")
+        answered, probed = self._reloaded(exact, f"model merged into {NAMES[onto]} base")
         difference = diverge(reference, answered).max_logit_difference
         _check_bound(difference, BOUND["float32"], f"the merged model ({NAMES[onto]} base)", len(answered.tokens))
+        self.weights_checked = check_weights(weights, probed, dtype="float32", what="the merged model")
         self._check_labels(reference, answered)
         folder = exact
         if self.dtype != "float32":
@@ -177,9 +184,10 @@ class _Merging:
             recast(exact, folder, dtype=DTYPES[self.dtype])
             _set_dtype(folder, self.dtype)
             shutil.rmtree(exact)
-            answered = self._reloaded(folder, f"model merged into {NAMES[onto]} base, {self.dtype}")
+            answered, probed = self._reloaded(folder, f"model merged into {NAMES[onto]} base, {self.dtype}")
             difference = diverge(reference, answered).max_logit_difference
             _check_bound(difference, BOUND[self.dtype], f"the merged {self.dtype} model", len(answered.tokens))
+            check_weights(weights, probed, dtype=self.dtype, what=f"the merged {self.dtype} model")
         found = [self._candidate(onto, "none", folder, answered, run, difference, BOUND[self.dtype])]
         if self.quantize is not None:
             found.append(self._quantized(onto, folder, run))
@@ -254,9 +262,10 @@ class _Merging:
         )
         self.reporter.finish()
 
-    def _reloaded(self, folder: Path, who: str) -> Answered:
-        """What the model in `folder`, as stock transformers loads it, makes of the held-out rows, in float32."""
-        return self._answer(self._load(BaseLocation(self.parts.location.name, folder, None), "none").model, who)
+    def _reloaded(self, folder: Path, who: str) -> tuple[Answered, dict[str, Probed]]:
+        """What the model in `folder`, as stock transformers loads it in float32, makes of the rows; and its weights."""
+        model = self._load(BaseLocation(self.parts.location.name, folder, None), "none").model
+        return self._answer(model, who), probe_weights(model)
 
     def _load(self, location: BaseLocation, quantization: Quantization, *, packed: bool = False) -> LoadedBase:
         section = self.parts.recipe.base

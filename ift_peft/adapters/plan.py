@@ -5,7 +5,6 @@ Made of names and shapes alone: file headers, and base and adapter without weigh
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -122,8 +121,7 @@ def _skeleton(location: BaseLocation, head: ClassHead | None) -> PreTrainedModel
 def _with_adapter(model: PreTrainedModel, config: LoraConfig) -> Any:
     config.init_lora_weights = False  # nothing to initialise: there are no weights
     config.base_model_name_or_path = None
-    with quiet(), torch.device("meta"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # PEFT sets it right by itself
+    with quiet(), torch.device("meta"):
         return get_peft_model(model, config).eval()
 
 

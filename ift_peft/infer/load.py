@@ -18,10 +18,11 @@ from ift_peft.data.render import TokenRenderer
 from ift_peft.data.row import Message, Row
 from ift_peft.data.rows import from_saved, read_rows, read_rows_of, set_aside, stream_rows
 from ift_peft.errors import RunError, raise_all
+from ift_peft.infer.parity import parity_faults
 from ift_peft.model.base import ClassHead, load_section, quiet
 from ift_peft.model.tokenizer import BaseLocation, ensure_pad_token, load_tokenizer, locate_base
 from ift_peft.recipe import Recipe
-from ift_peft.run_dir import RunDir
+from ift_peft.run_dir import ADAPTER_FILES, RunDir
 from ift_peft.sections import Quantization
 
 
@@ -99,31 +100,16 @@ class Parts:
 def open_parts(run: RunDir) -> Parts:
     """Recipe, base folder, tokenizer and renderer of a run.
 
-    Raises `Faults` or `RunError` where base, chat template or the golden example's tokens are not those of training.
+    Raises `Faults` or `RunError` where base, chat template, the golden example's tokens or the adapter are not those of
+    training, with the difference.
     """
     recipe = run.recipe()
     location = locate_base(recipe.base.model, revision=recipe.base.revision)
     tokenizer = load_tokenizer(location)
     ensure_pad_token(tokenizer)
     renderer = make_renderer(tokenizer, head=recipe.base.head, classes=recipe.data.label_words)
-    manifest, golden = run.read("manifest.json"), run.read("golden.json")
-    (rendered,) = renderer.render([golden["messages"]])
-    faults = [
-        RunError(expected=f"{what} as in training ({str(then)[:60]})", found=str(now)[:60], fix=fix)
-        for what, then, now, fix in (
-            (
-                "the base",
-                manifest["inputs"]["base_fingerprint"],
-                location.fingerprint(),
-                f"restore the base {manifest['base']['name']!r} that the adapter was trained on, or train again",
-            ),
-            ("the chat template", golden["template_sha256"], renderer.template_hash, "restore the base's tokenizer"),
-            ("the golden example's tokens", golden["input_ids"], rendered.input_ids, "restore the base's tokenizer"),
-        )
-        if then != now
-    ]
-    raise_all(faults)
-    return Parts(run, recipe, location, renderer, manifest.get("max_length"))
+    raise_all(parity_faults(run, location, renderer))
+    return Parts(run, recipe, location, renderer, run.read("manifest.json").get("max_length"))
 
 
 def class_head(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> ClassHead | None:
@@ -140,7 +126,7 @@ def load_model(
 
     `quantization` and `compute_dtype` replace those the run was trained with. The model is a `PeftModel`.
     """
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in ADAPTER_FILES:
         if not (parts.run.adapter / name).is_file():
             raise RunError(expected=f"adapter/{name}", found=f"none in {parts.run.path}", fix="train again")
     base = load_section(

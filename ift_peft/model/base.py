@@ -19,6 +19,7 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from ift_peft.errors import ModelError, first_line
@@ -143,6 +144,9 @@ def load_base(
                 found=first_line(error),
                 fix="check that its architecture is known to the installed transformers and its weights are complete",
             ) from error
+        stacks = sum(one.numel() for one in model.parameters() if one.dim() == 3 and quantization != "none")
+        if stacks:
+            notes.append(f"{quantization} packs linear modules; {stacks:,} weights of experts stay as they are")
         if place.type == "cpu" and quantization in ("nf4", "fp4") and not packed:
             notes.append(_dequantize_once(model, dtype, quantization))
     if quantization == "none":
@@ -272,6 +276,7 @@ def positions(config: Any) -> int | None:
 
     Bases like RoBERTa count positions from after the number of their padding token, so that their table is longer.
     """
+    config = config.get_text_config()  # of a base that also sees or hears, the part that reads
     table = getattr(config, "max_position_embeddings", None)
     if not table or table < 0:
         return None
@@ -289,7 +294,20 @@ def dequantize(loaded: LoadedBase) -> PreTrainedModel:
         for parameter in model.parameters():
             parameter.data = parameter.data.float()
     model.config.dtype = torch.float32
+    _transpose_back(model)
     return model
+
+
+def _transpose_back(model: PreTrainedModel) -> None:
+    """Make Conv1D again of what bitsandbytes made linear modules of, so that the model is stored as its base is."""
+    with torch.device("meta"):
+        bare = type(model)(model.config)
+    for name, module in bare.named_modules():
+        linear = model.get_submodule(name)
+        if isinstance(module, Conv1D) and isinstance(linear, nn.Linear):
+            again = Conv1D(linear.out_features, linear.in_features)
+            again.weight, again.bias = nn.Parameter(linear.weight.detach().T.contiguous()), linear.bias
+            model.set_submodule(name, again)
 
 
 def skeleton(
@@ -328,6 +346,10 @@ def quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", message="Setting `save_embedding_layers` to `True`")
             # An adapter on a tied embedding: merging unties it (adapters/merge.py).
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True` and a tied layer")
+            # PEFT sets it right by itself, for each module.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+            # PEFT's own patterns, for experts: it looks for them among modules, where they are among parameters.
+            warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys .*gate_up_proj")
             # A merged model quantised again says how; load_base says the same.
             warnings.filterwarnings("ignore", message="You passed `quantization_config` or equivalent")
             yield

@@ -7,6 +7,7 @@ counted. That covers attention without its matrices, frozen weights whose inputs
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import sys
@@ -94,11 +95,12 @@ def foresee(
     as where it depends on them which experts a token goes to.
     """
     bare = skeleton(location, head).to(dtype)
-    if bare.config.pad_token_id is None:
-        bare.config.pad_token_id = 0  # a classifier's head looks for it
+    text = bare.config.get_text_config()  # of a base that also sees or hears, the part that reads
+    if getattr(text, "pad_token_id", None) is None:
+        text.pad_token_id = 0  # a classifier's head looks for it
     weights = weight_bytes(bare, dtype, quantization=quantization, double=double_quantization)
-    layers = int(getattr(bare.config, "num_hidden_layers", 1))
-    hidden = int(getattr(bare.config, "hidden_size", 0))
+    layers = int(getattr(text, "num_hidden_layers", 1))
+    hidden = int(getattr(text, "hidden_size", 0))
     with quiet():
         config = lora_config(adapter, bare, base_name=str(location.folder), revision=location.revision, head=head)
         model = get_peft_model(bare, config, low_cpu_mem_usage=True).train()
@@ -135,6 +137,7 @@ def _saved(model: Any, batch: Batch, head: Head) -> tuple[int, int]:
     Fake tensors make transformers build the mask of a padded batch, which most batches are.
     """
     kept: dict[int, Any] = {}
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # what cannot be run is told once
     with FakeTensorMode():
         tensors = {
             f"model.{name}": torch.empty(one.shape, dtype=one.dtype, requires_grad=one.requires_grad)

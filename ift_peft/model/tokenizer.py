@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -32,13 +35,33 @@ class BaseLocation:
         """sha256 over config.json and, for every weight file, its name, size and 16 MiB spread over it."""
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
         for path in sorted(self.folder.glob("*.safetensors")):
-            size = path.stat().st_size
-            digest.update(f"{path.name}:{size}".encode())
-            with path.open("rb") as weights:
-                for index in range(_SAMPLES):
-                    weights.seek(max(0, (size - _SAMPLE_BYTES) * index // (_SAMPLES - 1)))
-                    digest.update(weights.read(_SAMPLE_BYTES))
+            digest.update(f"{path.name}:{path.stat().st_size}".encode())
+            for sample in _samples(path):
+                digest.update(sample)
         return digest.hexdigest()
+
+    def files(self) -> dict[str, dict[str, Any]]:
+        """What the fingerprint covers, file by file: `bytes`, and the sha256 of what is read of it."""
+        found = {}
+        for path in (self.folder / "config.json", *sorted(self.folder.glob("*.safetensors"))):
+            digest = hashlib.sha256()
+            for sample in _samples(path):
+                digest.update(sample)
+            found[path.name] = {"bytes": path.stat().st_size, "sampled_sha256": digest.hexdigest()}
+        return found
+
+    def config(self) -> dict[str, Any]:
+        """config.json, without what names places on the machine that wrote it (`_name_or_path`)."""
+        content = json.loads((self.folder / "config.json").read_text("utf-8"))
+        return {key: value for key, value in content.items() if not key.startswith("_")}
+
+
+def _samples(path: Path) -> Iterator[bytes]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        for index in range(_SAMPLES):
+            file.seek(max(0, (size - _SAMPLE_BYTES) * index // (_SAMPLES - 1)))
+            yield file.read(_SAMPLE_BYTES)
 
 
 def locate_base(model: str, *, revision: str | None = None) -> BaseLocation:

@@ -23,8 +23,8 @@ from ift_peft.data.rows import held_out_rows, read_rows, set_aside, stream_rows,
 from ift_peft.data.store import RenderedSet, content_key, render_set
 from ift_peft.evaluate.measure import check_evaluation
 from ift_peft.evaluate.probes import Probe, make_probes
-from ift_peft.model.adapter import matched_modules
 from ift_peft.model.base import positions, skeleton
+from ift_peft.model.reach import reach
 from ift_peft.model.tokenizer import BaseLocation, ensure_pad_token, load_tokenizer, locate_base
 from ift_peft.recipe import Recipe
 from ift_peft.reporter import Reporter
@@ -88,8 +88,8 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
     if renderer.origin.startswith("fallback"):
         notes.append("the tokenizer has no chat template; 'User: …\\nAssistant: …' is used, and saved with the adapter")
     bare = skeleton(location, recipe.base.head)
-    matched_modules(bare, recipe.adapter.target_modules)
     max_length = choose_max_length(recipe, positions(bare.config))
+    notes += reach(bare, recipe.adapter, head=recipe.base.head)
     checked = None
     if train_rows is not None and data.quality is not None:
         checked = _check(
@@ -239,7 +239,9 @@ def _hash(rendered: Sequence[Rendered]) -> str:
 def record_inputs(run: RunDir, prepared: Prepared, hashes: dict[str, Any]) -> None:
     """Write the golden example, the rows held out and set aside, and the facts of the inputs into the run."""
     train = prepared.train.facts
-    run.write("golden.json", {**train["golden"], "template_sha256": prepared.renderer.template_hash})
+    renderer, location = prepared.renderer, prepared.location
+    template = {"template_sha256": renderer.template_hash, "template": renderer.template}
+    run.write("golden.json", {**train["golden"], **template})
     run.write_lines("test.jsonl", [to_saved(row) for row in prepared.test.rows])
     if prepared.checked is not None:
         run.write("findings.json", {"findings": [found.to_json() for found in prepared.checked.findings]})
@@ -253,7 +255,12 @@ def record_inputs(run: RunDir, prepared: Prepared, hashes: dict[str, Any]) -> No
         rows["validation"] = _counts(prepared.validation)
     run.update_manifest(
         inputs=hashes,
-        base={"name": prepared.location.public_name, "revision": prepared.location.revision},
+        base={
+            "name": location.public_name,
+            "revision": location.revision,
+            "files": location.files(),
+            "config": location.config(),
+        },
         template=prepared.renderer.origin,
         generation_prompt=prepared.renderer.generation_prompt,
         max_length=prepared.max_length,

@@ -202,3 +202,4 @@ def _save_adapter(session: Session, scores: dict[str, Any]) -> None:
     )
     for path in run.adapter.iterdir():
         path.chmod(0o644)  # safetensors writes 0600, which a server under another user could not read
+    run.update_manifest(adapter_sha256=run.adapter_hashes())

@@ -259,6 +259,7 @@ def test_other_bases_and_forms_are_refused_with_the_difference(
     shutil.copytree(two.path, copy.path)
     config = json.loads((copy.adapter / "adapter_config.json").read_text("utf-8"))
     (copy.adapter / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}), "utf-8")
+    copy.update_manifest(adapter_sha256=copy.adapter_hashes())
     with pytest.raises(RunError, match=r"plain LoRA[\s\S]*use_dora True"):
         combined([one, copy], tmp_path)
     for asked, message in (
