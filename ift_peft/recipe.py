@@ -224,6 +224,8 @@ def validate(source: YamlSource) -> Recipe:
         faults.extend(_training_faults(training, source))
     if recipe is not None and recipe.adapter.bias != "none":
         faults.append(_base_is_lost(recipe, source))
+    if recipe is not None:
+        faults.extend(_method_faults(recipe, source))
     if recipe is not None and recipe.validation is not None:
         faults.extend(_validation_faults(recipe, recipe.validation, source))
     raise_all(faults)
@@ -238,6 +240,31 @@ def _base_is_lost(recipe: Recipe, source: YamlSource) -> RecipeError:
         found=f"{recipe.adapter.bias!r} at {source.where(('adapter', 'bias'))}",
         fix="remove it",
     )
+
+
+def _method_faults(recipe: Recipe, source: YamlSource) -> Iterable[RecipeError]:
+    """What the method of the adapter asks of the other sections."""
+    adapter, training = recipe.adapter, recipe.training
+    where = source.where(("adapter", "method"))
+    if adapter.method == "loftq" and recipe.base.quantization not in ("nf4", "fp4"):
+        yield RecipeError(
+            expected="base.quantization nf4 or fp4 with adapter.method loftq, which makes up for what 4 bits lose",
+            found=f"{recipe.base.quantization!r}, and loftq at {where}",
+            fix="set base.quantization=nf4, or adapter.method=lora",
+        )
+    if adapter.subtracts_its_start and training.get("weight_decay"):
+        yield RecipeError(
+            expected=f"training.weight_decay=0 with adapter.method {adapter.method}, whose frozen half must not decay",
+            found=f"{training['weight_decay']} at {source.where(('training', 'weight_decay'))}",
+            fix="remove it",
+        )
+    steps = training.get("max_steps")
+    if adapter.method == "adalora" and isinstance(steps, int) and 0 < steps <= adapter.tinit + adapter.tfinal:
+        yield RecipeError(
+            expected="adapter.tinit and adapter.tfinal to leave steps in which ranks are reduced",
+            found=f"{adapter.tinit} and {adapter.tfinal} of training.max_steps {steps}, and adalora at {where}",
+            fix="lower them, or train longer",
+        )
 
 
 def _validation_faults(recipe: Recipe, validation: Validation, source: YamlSource) -> Iterable[RecipeError]:

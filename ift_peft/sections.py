@@ -15,6 +15,7 @@ DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt
 Language = Literal["zh", "en"]
 Action = Literal["off", "warn", "drop", "stop"]
 Head = Literal["causal-lm", "sequence-classification"]
+Method = Literal["lora", "rslora", "dora", "pissa", "olora", "loftq", "eva", "vera", "ia3", "adalora"]
 GenerationMetric = Literal["exact_match", "f1", "bleu", "chrf", "rouge", "pass_at_k"]
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -97,8 +98,11 @@ class Base(Section):
 
 
 class Adapter(Section):
-    method: Literal["lora"] = "lora"
+    """What is trained (docs/methods.md). A setting that the method has no use for is refused, not ignored."""
+
+    method: Method = "lora"
     r: Count = 16
+    """The rank; with adalora the average that is left in the end, with eva the average over modules."""
     lora_alpha: Annotated[float, Field(gt=0)] = 32
     lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
@@ -107,11 +111,85 @@ class Adapter(Section):
     """Adapt the input embedding as well: for small bases, whose embeddings lack distinctions that the task needs."""
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) (arXiv:2312.03732): what method rslora is, for the other methods with a rank."""
+    rank_pattern: dict[str, Count] = {}
+    """Ranks of single modules in the place of `r`, by name endings or regular expressions."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Likewise in the place of `lora_alpha`."""
+    modules_to_save: tuple[str, ...] = ()
+    """Name endings of modules that are trained whole, and saved with the adapter."""
+    loraplus_lr_ratio: Annotated[float, Field(ge=1.0)] | None = None
+    """Learning rate of the matrices B over that of the matrices A (LoRA+, arXiv:2402.12354)."""
+    pissa_niter: Count | None = None
+    """Iterations of a randomised singular value decomposition; without it the exact one, slow for large bases."""
+    eva_rho: Annotated[float, Field(ge=1.0)] = 2.0
+    """A module's rank is at most this times `r`; 1 gives all modules the same."""
+    feedforward_modules: tuple[str, ...] | None = None
+    """Of ia3: targets whose input is scaled, all others' output is; without it PEFT's choice for the architecture."""
+    init_r: Count | None = None
+    """Of adalora: the rank of every module in the beginning, by default one and a half times `r`."""
+    tinit: Annotated[int, Field(ge=0)] = 0
+    """Of adalora: steps before ranks are first reduced."""
+    tfinal: Annotated[int, Field(ge=0)] = 0
+    """Of adalora: steps at the end in which ranks stay."""
+    orth_reg_weight: Annotated[float, Field(ge=0.0)] = 0.5
+    """Of adalora: weight of the penalty that keeps its singular vectors orthogonal."""
 
     @field_validator("target_modules", mode="before")
     @classmethod
     def _as_tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _of_its_method(self) -> Self:
+        own = type(self).model_fields
+        faults = [
+            f"{name} unset with {self.method} ({why})"
+            for name, (methods, why) in _TAKEN_BY.items()
+            if self.method not in methods and getattr(self, name) != own[name].default
+        ]
+        if self.method == "adalora" and self.starting_rank <= self.r:
+            faults.append(f"init_r above r, {self.r}: adalora begins with more ranks than it keeps")
+        listed = self.target_modules if isinstance(self.target_modules, tuple) else ()
+        if self.feedforward_modules is not None and listed and not set(self.feedforward_modules) <= set(listed):
+            faults.append("feedforward_modules out of target_modules")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    @property
+    def starting_rank(self) -> int:
+        """Of adalora, the rank that every module begins with."""
+        return self.init_r or self.r + max(1, self.r // 2)
+
+    @property
+    def subtracts_its_start(self) -> bool:
+        """Whether the adapter begins as a part of the base's weights, which a second, frozen half takes away again."""
+        return self.method in ("pissa", "olora")
+
+
+_RANKED = ("lora", "rslora", "dora", "pissa", "olora", "loftq", "eva")
+# Settings that not every method takes: by which it is taken, and why by no other.
+_TAKEN_BY: dict[str, tuple[tuple[str, ...], str]] = {
+    "r": ((*_RANKED, "vera", "adalora"), "it has no rank"),
+    "lora_alpha": ((*_RANKED, "adalora"), "its vectors are learnt without a scale"),
+    "lora_dropout": (
+        ("lora", "rslora", "dora", "loftq", "eva", "vera", "adalora"),
+        "pissa and olora would drop parts of the base's own weights, ia3 has no place for it",
+    ),
+    "embeddings": (
+        ("lora", "rslora", "dora"),
+        "it is made for linear modules only; name the embedding in modules_to_save",
+    ),
+    "use_rslora": (_RANKED, "its scale does not depend on a rank"),
+    "rank_pattern": (_RANKED, "it has no rank of its own for each module, or finds it itself"),
+    "alpha_pattern": (_RANKED, "it has one scale for all modules, or none"),
+    "loraplus_lr_ratio": (_RANKED, "LoRA+ is about the matrices A and B of LoRA"),
+    "pissa_niter": (("pissa",), "only pissa has it"),
+    "eva_rho": (("eva",), "only eva has it"),
+    "feedforward_modules": (("ia3",), "only ia3 has it"),
+    **dict.fromkeys(("init_r", "tinit", "tfinal", "orth_reg_weight"), (("adalora",), "only adalora has it")),
+}
 
 
 class Columns(Section):

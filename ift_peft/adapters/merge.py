@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from ift_peft.data.fit import Fitted
@@ -26,6 +29,7 @@ from ift_peft.infer.load import Parts, held_out_rows, load_model
 from ift_peft.model.base import DTYPES, choose_device, quiet
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import write_atomically
+from ift_peft.sections import Quantization
 
 BOUND = {"float32": 1e-3, "bfloat16": 1.0, "float16": 0.1}  # largest logit difference allowed after rounding to a type
 _BATCH = 16
@@ -35,7 +39,7 @@ _BATCH = 16
 class MergeResult:
     """Where the merged model is, and how it compares on the run's held-out rows with the adapter it came from.
 
-    `max_logit_difference` and `same_labels` are against the adapter on the unquantised base, which is what was merged;
+    `max_logit_difference` and `same_labels` are against the adapter on the base that it was merged into, unquantised;
     `same_labels_as_run` against the predictions made in training, over the quantised base.
     """
 
@@ -50,13 +54,17 @@ class MergeResult:
 def merge(parts: Parts, *, output: Path, dtype: str, reporter: Reporter) -> MergeResult:
     """Merge the run's adapter into the unquantised base and write it to `output`, whole or not at all.
 
+    An adapter that makes up for what quantisation took, as loftq's, is merged into the quantised base, unpacked: into
+    the unquantised one it would bring that a second time.
+
     Raises `MergeError` where `output` exists, where the merged model's logits on the held-out rows differ by more than
     the bound of `dtype` from those of the adapter, or where a label changes at float32.
     """
     if output.exists():
         raise MergeError(expected=f"no {output} yet", found="it exists", fix="remove it, or give another --output")
     held_out = held_out_rows(parts)
-    model, _ = load_model(parts, quantization="none", compute_dtype="float32")
+    quantization = _of_base(parts)
+    model, _ = load_model(parts, quantization=quantization, compute_dtype="float32", unpack=True)
     reporter.stage("measuring adapter on unquantised base", 1)
     expected = _last_logits(model, parts, held_out.rendered)
     labels = _label_numbers(model, parts, held_out.rows)
@@ -65,7 +73,7 @@ def merge(parts: Parts, *, output: Path, dtype: str, reporter: Reporter) -> Merg
     partial = output.parent / f".{output.name}.{secrets.token_hex(4)}"
     try:
         with quiet():
-            if parts.recipe.adapter.embeddings:
+            if parts.recipe.adapter.embeddings or parts.recipe.adapter.modules_to_save:
                 _untie(model)
             merged = model.merge_and_unload(safe_merge=True)
             merged.to(DTYPES[dtype])
@@ -86,13 +94,22 @@ def merge(parts: Parts, *, output: Path, dtype: str, reporter: Reporter) -> Merg
     return result
 
 
+def _of_base(parts: Parts) -> Quantization:
+    """How the base is quantised that the adapter is merged into."""
+    return parts.recipe.base.quantization if parts.recipe.adapter.method == "loftq" else "none"
+
+
 def _untie(model: Any) -> None:
-    """Give the head weights of its own where it shares them with an embedding that the adapter changes."""
+    """Give the head weights of its own where it shares them with an embedding, and the adapter changes one of them."""
     base = model.get_base_model()
-    head = base.get_output_embeddings()
-    if head is not None and base.config.tie_word_embeddings:
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    if head is None or not base.config.tie_word_embeddings:
+        return
+    if not any(isinstance(one, BaseTunerLayer | ModulesToSaveWrapper) for one in (head, embedding)):
+        return
+    if not isinstance(head, ModulesToSaveWrapper):  # whose trained copy is its own already
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
-        base.config.tie_word_embeddings = False
+    base.config.tie_word_embeddings = False
 
 
 def _save_tokenizer(parts: Parts, folder: Path) -> None:
@@ -171,11 +188,12 @@ def _last_logits(model: Any, parts: Parts, rendered: Sequence[Rendered]) -> list
 
 def _describe(parts: Parts, folder: Path, result: MergeResult) -> None:
     card = (parts.run.adapter / "README.md").read_text("utf-8").split("\n## Use", 1)[0]
-    card = card.replace("library_name: peft", "library_name: transformers").replace(
-        "A LoRA adapter for", "A merge of a LoRA adapter into"
-    )
+    card = card.replace("library_name: peft", "library_name: transformers")
+    card = re.sub(r"^(An?) (\S+ adapter) for", lambda of: f"A merge of {of[1].lower()} {of[2]} into", card, flags=re.M)
+    quantization = _of_base(parts)
+    base = "unquantised base" if quantization == "none" else f"{quantization} base, unpacked,"
     write_atomically(
         folder / "README.md",
-        f"{card}\n## Merge\n\nMerged into the unquantised base as {result.dtype}. On {result.rows} held-out rows, "
+        f"{card}\n## Merge\n\nMerged into the {base} as {result.dtype}. On {result.rows} held-out rows, "
         f"reloaded from disk, its logits differ from the adapter's by at most {result.max_logit_difference:.2e}.\n",
     )

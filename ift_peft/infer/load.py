@@ -19,7 +19,7 @@ from ift_peft.data.render import TokenRenderer
 from ift_peft.data.row import Message, Row
 from ift_peft.data.rows import from_saved, read_rows_of
 from ift_peft.errors import RunError, raise_all
-from ift_peft.model.base import ClassHead, load_section, quiet
+from ift_peft.model.base import ClassHead, dequantize, load_section, quiet
 from ift_peft.model.tokenizer import BaseLocation, ensure_pad_token, load_tokenizer, locate_base
 from ift_peft.recipe import Recipe
 from ift_peft.run_dir import RunDir
@@ -135,11 +135,12 @@ def class_head(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> ClassHead 
 
 
 def load_model(
-    parts: Parts, *, quantization: Quantization | None = None, compute_dtype: str | None = None
+    parts: Parts, *, quantization: Quantization | None = None, compute_dtype: str | None = None, unpack: bool = False
 ) -> tuple[Any, list[str]]:
     """The base with the run's adapter on it, in evaluation mode, and notes on how it was loaded.
 
-    `quantization` and `compute_dtype` replace those the run was trained with. The model is a `PeftModel`.
+    `quantization` and `compute_dtype` replace those the run was trained with; `unpack` makes weights of 4 bits plain
+    ones of the same values. The model is a `PeftModel`.
     """
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (parts.run.adapter / name).is_file():
@@ -151,6 +152,8 @@ def load_model(
         compute_dtype=compute_dtype,
         head=class_head(parts.recipe, parts.tokenizer),
     )
+    if unpack:
+        dequantize(base)
     with quiet():
         model = PeftModel.from_pretrained(base.model, parts.run.adapter)
     model.eval()

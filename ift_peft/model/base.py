@@ -207,11 +207,23 @@ def _dequantize_once(model: PreTrainedModel, dtype: torch.dtype, quantization: s
             f"{quantization} weights stay packed and are dequantised in every step, which is slow on CPU: "
             f"unpacked they take {needed / 1e9:.1f} GB and {available / 1e9:.1f} GB are free"
         )
+    _unpack(model, dtype)
+    name = str(dtype).removeprefix("torch.")
+    return f"{quantization} weights dequantised once to {name}: same numbers, no unpacking in every step"
+
+
+def dequantize(base: LoadedBase) -> None:
+    """Make packed weights of 4 bits plain ones of the same values, whatever memory that takes."""
+    from bitsandbytes.nn import Linear4bit
+
+    if any(isinstance(module, Linear4bit) for module in base.model.modules()):
+        _unpack(base.model, base.compute_dtype)
+
+
+def _unpack(model: PreTrainedModel, dtype: torch.dtype) -> None:
     model.dequantize(dtype=dtype)
     model.config.dtype = dtype
     model.is_loaded_in_4bit = False  # transformers leaves it set, and TRL would then round the adapter to bfloat16
-    name = str(dtype).removeprefix("torch.")
-    return f"{quantization} weights dequantised once to {name}: same numbers, no unpacking in every step"
 
 
 def skeleton(location: BaseLocation, head: Head = "causal-lm") -> PreTrainedModel:

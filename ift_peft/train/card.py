@@ -6,20 +6,21 @@ from typing import Any
 
 from ift_peft.data.instructions import Asker
 from ift_peft.recipe import Recipe
-from ift_peft.sections import Data
+from ift_peft.sections import Data, Method
 
 _CARD = """---
 base_model: {base}
 library_name: peft
 pipeline_tag: {pipeline}
-tags: [lora, ift_peft]
+tags: [{tag}, ift_peft]
 ---
 
 # {name}
 
 {description}
 
-A LoRA adapter for `{base}`, trained on {rows:,} rows over {quantization} weights with TRL's `SFTTrainer` through PEFT.
+{article} {method} adapter for `{base}`, trained on {rows:,} rows over {quantization} weights with TRL's \
+`SFTTrainer` through PEFT.
 
 ## Measured on {test_rows:,} held-out rows
 
@@ -46,6 +47,20 @@ It was measured on the rows above and on nothing else. Other domains, languages 
 """
 
 
+METHODS: dict[Method, str] = {
+    "lora": "LoRA",
+    "rslora": "rsLoRA",
+    "dora": "DoRA",
+    "pissa": "PiSSA",
+    "olora": "OLoRA",
+    "loftq": "LoftQ",
+    "eva": "EVA",
+    "vera": "VeRA",
+    "ia3": "(IA)³",
+    "adalora": "AdaLoRA",
+}
+
+
 def adapter_card(recipe: Recipe, *, base: str, scores: dict[str, Any], rows: int) -> str:
     """The text of README.md: what it is, what it scored, how it is asked. Holds no path of the machine."""
     data = recipe.data
@@ -61,6 +76,9 @@ def adapter_card(recipe: Recipe, *, base: str, scores: dict[str, Any], rows: int
         kind="AutoModelForSequenceClassification" if classifier else "AutoModelForCausalLM",
         classes=f", num_labels={len(data.label_words)}" if classifier else "",
         base=base,
+        tag=recipe.adapter.method,
+        method=METHODS[recipe.adapter.method],
+        article=article(recipe.adapter.method),
         name=recipe.name,
         description=recipe.description,
         rows=rows,
@@ -71,6 +89,10 @@ def adapter_card(recipe: Recipe, *, base: str, scores: dict[str, Any], rows: int
         safety=safety_part(scores),
         asked=asked,
     )
+
+
+def article(method: Method) -> str:
+    return "An" if METHODS[method][0] in "AEIOr(" else "A"
 
 
 def _asked(data: Data, texts: str) -> str:

@@ -140,6 +140,7 @@ class Trials:
             _TrialReporter(self.reporter, trial.number, self._told),
             callbacks=[watcher],
             start_from=self._best_checkpoint(previous[0]) if previous else None,
+            resumed=checkpoint,
             go_on="the same command",
         )
         watcher.session = session
