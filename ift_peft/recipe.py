@@ -252,6 +252,12 @@ def _method_faults(recipe: Recipe, source: YamlSource) -> Iterable[RecipeError]:
             found=f"{recipe.base.quantization!r}, and loftq at {where}",
             fix="set base.quantization=nf4, or adapter.method=lora",
         )
+    if adapter.method == "dora" and recipe.base.quantization == "int8":
+        yield RecipeError(
+            expected="base.quantization other than int8 with adapter.method dora, which unpacks weights in each step",
+            found=f"int8, whose scales are lost by that on a CPU, and dora at {where}",
+            fix="set base.quantization=nf4, or adapter.method=lora",
+        )
     if adapter.subtracts_its_start and training.get("weight_decay"):
         yield RecipeError(
             expected=f"training.weight_decay=0 with adapter.method {adapter.method}, whose frozen half must not decay",

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ift_peft.errors import ModelError
-from ift_peft.sections import Adapter
+from ift_peft.sections import Adapter, Head
 
 NAME = "default"  # of a run's adapter, in PEFT
 MOST_EVA_BATCHES = 500
@@ -97,7 +97,7 @@ def begin_with_residual(model: Any, full: PreTrainedModel) -> None:
         module.lora_B[NAME].weight.copy_(left[:, :rank] * root)
 
 
-def begin_with_activations(model: Any, adapter: Adapter, batches: Iterable[dict[str, Any]]) -> None:
+def begin_with_activations(model: Any, adapter: Adapter, batches: Iterable[dict[str, Tensor]], *, head: Head) -> None:
     """eva: A begins as the principal directions of each module's inputs, with ranks by how much they explain.
 
     PEFT's `initialize_lora_eva_weights` over `batches` of `input_ids` and `attention_mask`, again from the first until
@@ -106,8 +106,9 @@ def begin_with_activations(model: Any, adapter: Adapter, batches: Iterable[dict[
     Raises `ModelError` where they do not stand still.
     """
     done = 0
+    last = {"logits_to_keep": 1} if head == "causal-lm" else {}  # nobody looks at logits
 
-    def forward(model: Any, batch: dict[str, Any]) -> None:
+    def forward(model: Any, batch: dict[str, Tensor]) -> None:
         nonlocal done
         done += 1
         if done > MOST_EVA_BATCHES:
@@ -116,7 +117,7 @@ def begin_with_activations(model: Any, adapter: Adapter, batches: Iterable[dict[
                 found="some that do not",
                 fix="lower adapter.r, or set adapter.method=lora",
             )
-        model(**batch)
+        model(**batch, **last)
 
     config = model.peft_config[NAME]
     config.init_lora_weights, config.eva_config = "eva", EvaConfig(rho=adapter.eva_rho, use_label_mask=False)

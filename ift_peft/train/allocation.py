@@ -20,8 +20,9 @@ _MEANS = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 class RankAllocation(TrainerCallback):
     """Calls PEFT's `update_and_allocate` after each optimizer step (Zhang et al. 2023, arXiv:2303.10512).
 
-    PEFT would cut the ranks that are masked at the moment out of every checkpoint, though they may come back; here
-    checkpoints are whole, and hold the running means of the importances as well.
+    PEFT would cut the ranks that are masked at the moment out of every checkpoint, though they may come back, and warn
+    where such an adapter is opened; here adapters are saved whole, with singular values of 0 where a rank was taken.
+    Checkpoints hold the running means of the importances as well.
     """
 
     def __init__(self, model: Any) -> None:
@@ -81,16 +82,3 @@ def orthogonality(model: Any) -> Tensor:
             grams.append(weight.T @ weight)
     norms = [torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=gram.device).to(gram)) for gram in grams]
     return torch.stack(norms).mean()
-
-
-def cut_masked_ranks(model: Any) -> None:
-    """Let saving leave out the ranks whose singular value is 0; one stays in each module, as PEFT's loading needs.
-
-    The function is the same: what is left out is multiplied by 0.
-    """
-    pattern = {}
-    for name, weight in model.base_model.model.named_parameters():
-        if f"lora_E.{NAME}" in name:
-            kept = (weight != 0).flatten().tolist()
-            pattern[name] = kept if any(kept) else [True, *kept[1:]]
-    model.peft_config[NAME].rank_pattern = pattern

@@ -1,4 +1,4 @@
-"""What the method of an adapter needs beside PEFT's configuration: how it begins, goes on, and is saved."""
+"""What the method of an adapter needs beside PEFT's configuration: how it begins, goes on."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
+from torch import Tensor
 
 from ift_peft.data.render import Rendered
 from ift_peft.errors import DataError
@@ -24,7 +25,7 @@ from ift_peft.model.initialise import (
     in_float32,
 )
 from ift_peft.recipe import Recipe
-from ift_peft.train.allocation import RankAllocation, cut_masked_ranks
+from ift_peft.train.allocation import RankAllocation
 from ift_peft.train.prepare import Prepared
 
 _EVA_ROWS = 16  # of a batch in which directions are looked for; more where these have too few tokens
@@ -60,7 +61,7 @@ def begin(model: Any, recipe: Recipe, prepared: Prepared, *, begun: bool) -> int
         begin_with_residual(model, _unquantised(recipe, prepared))
     if adapter.method == "eva" and not begun:
         device = next(model.parameters()).device
-        begin_with_activations(model, adapter, EvaBatches(prepared, recipe, device))
+        begin_with_activations(model, adapter, EvaBatches(prepared, recipe, device), head=recipe.base.head)
         in_float32(model)  # modules whose rank changed have new weights
     return freeze_second_half(model) if adapter.subtracts_its_start else 0
 
@@ -106,21 +107,14 @@ class EvaBatches:
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        last = {"logits_to_keep": 1} if self.recipe.base.head == "causal-lm" else {}  # logits are not looked at
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for rows in self.batches:
             columns = [self.prepared.train.dataset[row] for row in rows]
             rendered = [Rendered(one["input_ids"], one["labels"]) for one in columns]
             batch = pad(rendered, int(self.prepared.tokenizer.pad_token_id))
-            yield {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask")} | last
+            yield {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask")}
 
 
 def allocation_of(model: Any, recipe: Recipe) -> RankAllocation | None:
     """What takes ranks away in training, with adalora."""
     return RankAllocation(model) if recipe.adapter.method == "adalora" else None
-
-
-def ready_to_save(model: Any, recipe: Recipe) -> None:
-    """Bring a trained adapter into the shape that it is saved in."""
-    if recipe.adapter.method == "adalora":
-        cut_masked_ranks(model)

@@ -25,7 +25,6 @@ from ift_peft.train.card import adapter_card
 from ift_peft.train.checkpoints import newest_complete
 from ift_peft.train.losses import find_teacher
 from ift_peft.train.memory import foresee_memory
-from ift_peft.train.method import ready_to_save
 from ift_peft.train.prepare import Prepared, inputs, prepare, record_inputs
 from ift_peft.train.session import Interrupted, Session, open_session, resume_command
 
@@ -190,7 +189,6 @@ def _train_and_measure(
 
 def _save_adapter(session: Session, scores: dict[str, Any]) -> None:
     recipe, prepared, run = session.recipe, session.prepared, session.run
-    ready_to_save(session.model, recipe)
     session.model.peft_config["default"].base_model_name_or_path = prepared.location.public_name
     session.model.save_pretrained(run.adapter, save_embedding_layers=False)
     if not prepared.tokenizer.chat_template and prepared.renderer.template:

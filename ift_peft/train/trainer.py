@@ -85,7 +85,7 @@ class SupervisedTrainer(SFTTrainer):
         if model.training and self.orth_reg_weight:
             penalty = orthogonality(model)
             loss = loss + self.orth_reg_weight * penalty / self.current_gradient_accumulation_steps
-            self._metrics["train"]["orthogonality"].append(float(penalty))
+            self._metrics["train"]["orthogonality"].append(float(penalty.detach()))
         if model.training:
             self.tokens_seen += int(inputs["attention_mask"].sum())
             self.padded_tokens_seen += inputs["attention_mask"].numel()
