@@ -198,7 +198,7 @@ def _read_pools(values: dict[str, Any], source: YamlSource) -> None:
             text = Path(name).read_text("utf-8-sig")
             is_yaml = Path(name).suffix.lower() in YAML_SUFFIXES
             entries[key] = (
-                (yaml.safe_load(text) or []) if is_yaml else [line for line in text.splitlines() if line.strip()]
+                (yaml.safe_load(text) or []) if is_yaml else [line.strip() for line in text.split("\n") if line.strip()]
             )
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             faults.append(

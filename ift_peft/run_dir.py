@@ -90,6 +90,11 @@ class RunDir:
     def write_lines(self, name: str, lines: list[dict[str, Any]]) -> None:
         write_atomically(self.path / name, json_lines(lines))
 
+    def read_lines(self, name: str) -> list[dict[str, Any]]:
+        """What `write_lines` wrote. Lines end in a line feed and nowhere else: texts hold other separators (U+2028)."""
+        with (self.path / name).open(encoding="utf-8", newline="\n") as lines:
+            return [json.loads(line) for line in lines]
+
     def append(self, name: str, line: dict[str, Any]) -> None:
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json_lines([line]))

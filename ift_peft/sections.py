@@ -85,8 +85,8 @@ class Base(Section):
     model: str = "tiny"
     """`tiny`, a folder in Hugging Face format, or a Hub id."""
     head: Head = "causal-lm"
-    """`sequence-classification`: a classifier's head on any base, BERT or GPT; it is trained and saved with the adapter
-    where the base brings none."""
+    """`sequence-classification`: a classifier's head on any base, BERT or GPT, trained whole and saved with the
+    adapter; where the base brings none, it is drawn by `training.seed`."""
     revision: str | None = None
     """Commit, tag or branch of a Hub id."""
     quantization: Quantization = "none"
@@ -288,7 +288,7 @@ class Source(Section):
 
     train: str
     name: str | None = None
-    """What scores and `--source` call it; without one, its Hub id, its folder, or the folder that its file lies in."""
+    """What scores and `--source` call it; without one, the last part of its Hub id, its folder, or that of its file."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """How often each of its rows is seen in an epoch; a fraction draws that share of them anew in every epoch."""
     test: str | None = None

@@ -2,101 +2,344 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import secrets
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 
+from ift_peft.adapters.certificate import NAMES, Candidate, Onto, Prefer, choose, write_certificate
+from ift_peft.adapters.checkpoint import DEFAULT_SHARD, default_shard_size, recast
+from ift_peft.adapters.fidelity import Answered, agreement, answer, change, diverge, score
+from ift_peft.adapters.plan import plan_merge, why_in_memory
+from ift_peft.adapters.shards import write_merged
 from ift_peft.data.fit import Fitted
-from ift_peft.data.render import Rendered
-from ift_peft.data.row import Row
-from ift_peft.errors import MergeError
-from ift_peft.evaluate.compare import predict_rows
-from ift_peft.infer.batches import pad
-from ift_peft.infer.classes import class_logits
-from ift_peft.infer.likelihood import supervised_logits
-from ift_peft.infer.load import Parts, held_out_rows, load_model
-from ift_peft.model.base import DTYPES, choose_device, quiet
+from ift_peft.errors import MergeError, ModelError
+from ift_peft.evaluate.intervals import Estimate
+from ift_peft.infer.load import Parts, class_head, held_out_rows, load_model
+from ift_peft.model.base import DTYPES, ClassHead, LoadedBase, dequantize, load_base, load_section, quiet
+from ift_peft.model.tokenizer import BaseLocation
 from ift_peft.reporter import Reporter
-from ift_peft.run_dir import write_atomically
 from ift_peft.sections import Quantization
 
 BOUND = {"float32": 1e-3, "bfloat16": 1.0, "float16": 0.1}  # largest logit difference allowed after rounding to a type
-_BATCH = 16
+WORSE_LOSS = 0.01  # nats per supervised token by which a merged model may certainly be worse than the run
 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """Where the merged model is, and how it compares on the run's held-out rows with the adapter it came from.
+    """Where the merged model is, what was measured of each candidate on the run's held-out rows, and which was written.
 
-    `max_logit_difference` and `same_labels` are against the adapter on the base that it was merged into, unquantised;
-    `same_labels_as_run` against the predictions made in training, over the quantised base.
+    `run_metric` is accuracy or loss (`metric`) of the run as it was trained. `same_labels` and `max_logit_difference`
+    are of the written model against the adapter on the weights that it was merged into.
     """
 
     folder: Path
-    dtype: str
-    rows: int
-    max_logit_difference: float
+    metric: str
+    run_metric: Estimate
+    written: Candidate
+    candidates: tuple[Candidate, ...]
     same_labels: int | None
-    same_labels_as_run: int | None
+
+    @property
+    def rows(self) -> int:
+        return len(self.written.answered.tokens)
+
+    @property
+    def dtype(self) -> str:
+        return self.written.dtype
+
+    @property
+    def max_logit_difference(self) -> float:
+        return self.written.max_logit_difference
 
 
-def merge(parts: Parts, *, output: Path, dtype: str, reporter: Reporter) -> MergeResult:
-    """Merge the run's adapter into the unquantised base and write it to `output`, whole or not at all.
+def merge(
+    parts: Parts,
+    *,
+    output: Path,
+    dtype: str,
+    reporter: Reporter,
+    prefer: Prefer = "fidelity",
+    quantize: Literal["nf4"] | None = None,
+    max_shard_size: int | str | None = None,
+) -> MergeResult:
+    """Merge the run's adapter into its base and write it to `output` with its certificate, whole or not at all.
 
-    An adapter that makes up for what quantisation took, as loftq's, is merged into the quantised base, unpacked: into
-    the unquantised one it would bring that a second time.
+    Of a run over a quantised base the dequantised and the unquantised weights are both merged into and measured, and
+    `prefer` decides which is written; loftq's adapter, which makes up for what quantisation took, would bring that to
+    the unquantised ones a second time, and is merged into the dequantised alone. With `quantize` it is quantised again.
+    Shards are at most `max_shard_size` bytes of float32; by default as large as the base's, or 5 GB.
 
-    Raises `MergeError` where `output` exists, where the merged model's logits on the held-out rows differ by more than
-    the bound of `dtype` from those of the adapter, or where a label changes at float32.
+    Raises `MergeError` where `output` exists; where a merged model, reloaded, differs from the adapter over the same
+    weights by more than the bound; and where the one to be written is certainly worse at the task than the run.
+    `Faults` of all tensors of base and adapter that do not fit together come before anything is written.
     """
     if output.exists():
         raise MergeError(expected=f"no {output} yet", found="it exists", fix="remove it, or give another --output")
-    held_out = held_out_rows(parts)
-    quantization = _of_base(parts)
-    model, _ = load_model(parts, quantization=quantization, compute_dtype="float32", unpack=True)
-    reporter.stage("measuring adapter on unquantised base", 1)
-    expected = _last_logits(model, parts, held_out.rendered)
-    labels = _label_numbers(model, parts, held_out.rows)
-    reporter.finish()
+    head = class_head(parts.recipe, parts.tokenizer)
+    reason = why_in_memory(parts.location, parts.run.adapter, head=head)
+    if reason:
+        reporter.note(f"merged in memory by PEFT, not shard by shard: {reason}")
+    else:
+        plan_merge(parts.location, parts.run.adapter, head=head)
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.parent / f".{output.name}.{secrets.token_hex(4)}"
-    try:
+    with _scratch(output) as scratch:
+        size = _shard_size(parts, max_shard_size)
+        merging = _Merging(parts, held_out_rows(parts), scratch, dtype, quantize, size, reason is not None, reporter)
+        result = merging.result(output, prefer)
         with quiet():
-            if parts.recipe.adapter.embeddings or parts.recipe.adapter.modules_to_save:
-                _untie(model)
-            merged = model.merge_and_unload(safe_merge=True)
-            merged.to(DTYPES[dtype])
-            merged.config.dtype = DTYPES[dtype]
-            merged.save_pretrained(partial)
-        _save_tokenizer(parts, partial)
-        del model, merged
-        reporter.stage("measuring merged model, reloaded", 1)
-        result = _verify(parts, partial, output, dtype, held_out, expected, labels)
-        reporter.finish()
-        _describe(parts, partial, result)
-        for path in partial.iterdir():
+            tokenizer = AutoTokenizer.from_pretrained(parts.run.adapter, trust_remote_code=False, local_files_only=True)
+            tokenizer.save_pretrained(result.written.folder)
+        for path in result.written.folder.iterdir():
             path.chmod(0o644)  # safetensors writes 0600
-        os.replace(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        os.replace(result.written.folder, output)
     return result
 
 
-def _of_base(parts: Parts) -> Quantization:
-    """How the base is quantised that the adapter is merged into."""
-    return parts.recipe.base.quantization if parts.recipe.adapter.method == "loftq" else "none"
+@contextmanager
+def _scratch(output: Path) -> Iterator[Path]:
+    """A hidden folder beside `output`, gone at the end whatever happens."""
+    folder = output.parent / f".{output.name}.{secrets.token_hex(4)}"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _shard_size(parts: Parts, given: int | str | None) -> int | str:
+    return default_shard_size(parts.location.folder) if given is None else given
+
+
+@dataclass
+class _Merging:
+    parts: Parts
+    held_out: Fitted
+    scratch: Path
+    dtype: str
+    quantize: Literal["nf4"] | None
+    max_shard_size: int | str
+    in_memory: bool
+    reporter: Reporter
+    untied: bool = False
+    left_out: tuple[str, ...] = ()
+
+    def result(self, output: Path, prefer: Prefer) -> MergeResult:
+        """Every candidate made and measured, the one to be written chosen, checked and certified."""
+        parts, quantised = self.parts, self.parts.recipe.base.quantization != "none"
+        metric = "accuracy" if parts.labels else "loss"
+        run: Answered | None = None
+        bases: list[tuple[Onto, BaseLocation]] = []
+        if quantised:
+            run = self._answer(load_model(parts)[0], f"adapter on {parts.recipe.base.quantization} base")
+            bases.append(("dequantized", self._store_dequantized()))
+        if parts.recipe.adapter.method != "loftq":
+            bases.append(("unquantized", parts.location))
+        references, candidates, floats = {}, [], []
+        for onto, location in bases:
+            model, _ = load_model(replace(parts, location=location), quantization="none", compute_dtype="float32")
+            references[onto] = self._answer(model, f"adapter on {NAMES[onto]} base")
+            del model
+            run = run or references[onto]
+            found = self._candidates(onto, location, references[onto], run)
+            floats.append(found[0])
+            candidates += found
+        assert run is not None
+        writable = candidates if self.quantize is None else [one for one in candidates if one.quantization != "none"]
+        written = choose(writable, prefer=prefer, metric=metric)
+        run_metric = score(parts, self.held_out.rows, run)
+        _check_metric(written, run_metric, metric)
+        how = {"shard_by_shard": not self.in_memory, "untied": self.untied, "left_out": list(self.left_out)}
+        write_certificate(parts, written, candidates, run_metric=run_metric, metric=metric, prefer=prefer, how=how)
+        same = agreement(references[written.onto], written.answered)
+        return MergeResult(output, metric, run_metric, written, tuple(candidates), same)
+
+    def _candidates(self, onto: Onto, location: BaseLocation, reference: Answered, run: Answered) -> list[Candidate]:
+        """The model merged into the weights at `location`, and that model quantised again where it is asked for.
+
+        It is merged, written, reloaded and compared in float32 first, where a difference can only be a fault, and
+        rounded to its type then.
+        """
+        exact = self.scratch / onto / "float32"
+        self._write(location, exact)
+        answered = self._reloaded(exact, f"model merged into {NAMES[onto]} base")
+        difference = diverge(reference, answered).max_logit_difference
+        _check_bound(difference, BOUND["float32"], f"the merged model ({NAMES[onto]} base)", len(answered.tokens))
+        self._check_labels(reference, answered)
+        folder = exact
+        if self.dtype != "float32":
+            folder = self.scratch / onto / self.dtype
+            shutil.copytree(exact, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+            recast(exact, folder, dtype=DTYPES[self.dtype])
+            _set_dtype(folder, self.dtype)
+            shutil.rmtree(exact)
+            answered = self._reloaded(folder, f"model merged into {NAMES[onto]} base, {self.dtype}")
+            difference = diverge(reference, answered).max_logit_difference
+            _check_bound(difference, BOUND[self.dtype], f"the merged {self.dtype} model", len(answered.tokens))
+        found = [self._candidate(onto, "none", folder, answered, run, difference, BOUND[self.dtype])]
+        if self.quantize is not None:
+            found.append(self._quantized(onto, folder, run))
+        return found
+
+    def _quantized(self, onto: Onto, source: Path, run: Answered) -> Candidate:
+        """The merged model in `source` packed by bitsandbytes; it must come back from disk as it was in memory."""
+        location = BaseLocation(self.parts.location.name, source, None)
+        target = self.scratch / onto / "nf4"
+        packed = self._load(location, "nf4", packed=True)
+        with quiet():
+            packed.model.save_pretrained(target, max_shard_size=self.max_shard_size)
+        before = self._answer(dequantize(packed), f"{NAMES[onto]}, merged, quantised to nf4 in memory")
+        del packed
+        reloaded = self._load(replace(location, folder=target), "nf4", packed=True)
+        after = self._answer(dequantize(reloaded), f"{NAMES[onto]}, merged, quantised to nf4, reloaded")
+        difference = diverge(before, after).max_logit_difference
+        _check_bound(difference, BOUND["float32"], "the nf4 model", len(after.tokens))
+        return self._candidate(onto, "nf4", target, after, run, difference, BOUND["float32"])
+
+    def _candidate(
+        self,
+        onto: Onto,
+        quantization: Literal["none", "nf4"],
+        folder: Path,
+        answered: Answered,
+        run: Answered,
+        difference: float,
+        bound: float,
+    ) -> Candidate:
+        rows = self.held_out.rows
+        return Candidate(
+            onto,
+            quantization,
+            self.dtype,
+            folder,
+            answered,
+            diverge(run, answered),
+            difference,
+            bound,
+            agreement(run, answered),
+            score(self.parts, rows, answered),
+            change(self.parts, rows, run, answered),
+        )
+
+    def _store_dequantized(self) -> BaseLocation:
+        """The weights that the adapter was trained over, as a base on disk."""
+        folder = self.scratch / "base"
+        base = load_section(self.parts.location, self.parts.recipe.base, head=self._head)
+        with quiet():
+            dequantize(base).save_pretrained(folder, max_shard_size=self.max_shard_size)
+        return replace(self.parts.location, folder=folder)
+
+    def _write(self, location: BaseLocation, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        if self.in_memory:
+            with quiet():
+                _write_in_memory(replace(self.parts, location=location), folder, self.max_shard_size)
+            return
+        plan = plan_merge(location, self.parts.run.adapter, head=self._head)
+        self.untied, self.left_out = plan.untied, plan.left_out
+        if plan.left_out and location == self.parts.location:
+            self.reporter.note(f"{len(plan.left_out)} weights that the model has no place for are left out")
+        self.reporter.stage("merging", len(plan.weights))
+        write_merged(
+            plan,
+            folder,
+            base=location.folder,
+            adapter=self.parts.run.adapter,
+            max_shard_size=self.max_shard_size,
+            progress=lambda done, total: self.reporter.advance(done),
+        )
+        self.reporter.finish()
+
+    def _reloaded(self, folder: Path, who: str) -> Answered:
+        """What the model in `folder`, as stock transformers loads it, makes of the held-out rows, in float32."""
+        return self._answer(self._load(BaseLocation(self.parts.location.name, folder, None), "none").model, who)
+
+    def _load(self, location: BaseLocation, quantization: Quantization, *, packed: bool = False) -> LoadedBase:
+        section = self.parts.recipe.base
+        try:
+            loaded = load_base(
+                location,
+                quantization=quantization,
+                double_quantization=section.double_quantization,
+                compute_dtype=self.dtype if packed else "float32",
+                device=section.device,
+                head=self._head,
+                packed=packed,
+            )
+        except ModelError as error:
+            raise MergeError(expected=error.expected, found=error.found, fix="nothing was written") from error
+        if loaded.made:
+            raise MergeError(
+                expected="a merged model with all its weights",
+                found=f"none for {', '.join(loaded.made)}",
+                fix="train again; nothing was written",
+            )
+        return loaded
+
+    @property
+    def _head(self) -> ClassHead | None:
+        return class_head(self.parts.recipe, self.parts.tokenizer)
+
+    def _answer(self, model: Any, who: str) -> Answered:
+        folder = self.scratch / "logits" / secrets.token_hex(4)
+        return answer(model, self.parts, self.held_out, folder, who=who, reporter=self.reporter)
+
+    def _check_labels(self, reference: Answered, merged: Answered) -> None:
+        same = agreement(reference, merged)
+        if same is not None and same < len(merged.tokens):
+            raise MergeError(
+                expected="the same label on every held-out row",
+                found=f"{len(merged.tokens) - same} changed",
+                fix="nothing was written; is the base deterministic on this device?",
+            )
+
+
+def _check_bound(difference: float, bound: float, what: str, rows: int) -> None:
+    if not difference <= bound:
+        raise MergeError(
+            expected=f"logits of {what} within {bound:g} of what was merged, after reloading",
+            found=f"a difference of {difference:.3g} on {rows} held-out rows",
+            fix="merge with --dtype float32; nothing was written",
+        )
+
+
+def _check_metric(written: Candidate, run: Estimate, metric: str) -> None:
+    """Of a model quantised again the cost is measured and told; of any other, none is allowed."""
+    worse = written.change.high < 0 if metric == "accuracy" else written.change.low > WORSE_LOSS
+    if worse and written.quantization == "none":
+        raise MergeError(
+            expected=f"{metric} of the run, {run.value:.3f}, after merging",
+            found=f"{written.metric.value:.3f}; the interval of the change is {written.change.low:.3f} to "
+            f"{written.change.high:.3f}",
+            fix="merge with --dtype float32 or --prefer fidelity; nothing was written",
+        )
+
+
+def _set_dtype(folder: Path, dtype: str) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    config.dtype = DTYPES[dtype]
+    config.save_pretrained(folder)
+
+
+@torch.no_grad()
+def _write_in_memory(parts: Parts, folder: Path, max_shard_size: int | str) -> None:
+    """What PEFT makes of adapters that are not merged weight by weight: the whole model in float32."""
+    model, _ = load_model(parts, quantization="none", compute_dtype="float32")
+    _untie(model)
+    merged = model.merge_and_unload(safe_merge=True)
+    merged.config.dtype = torch.float32
+    merged.save_pretrained(folder, max_shard_size=max_shard_size or DEFAULT_SHARD)
 
 
 def _untie(model: Any) -> None:
@@ -110,90 +353,3 @@ def _untie(model: Any) -> None:
     if not isinstance(head, ModulesToSaveWrapper):  # whose trained copy is its own already
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
     base.config.tie_word_embeddings = False
-
-
-def _save_tokenizer(parts: Parts, folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(parts.run.adapter, trust_remote_code=False, local_files_only=True)
-    tokenizer.save_pretrained(folder)
-
-
-def _verify(
-    parts: Parts,
-    partial: Path,
-    output: Path,
-    dtype: str,
-    held_out: Fitted,
-    expected: list[torch.Tensor],
-    labels: list[int] | None,
-) -> MergeResult:
-    with quiet():
-        kind = AutoModelForCausalLM if parts.recipe.base.head == "causal-lm" else AutoModelForSequenceClassification
-        reloaded = kind.from_pretrained(
-            partial, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True
-        ).to(choose_device(parts.recipe.base.device))
-    found = _last_logits(reloaded, parts, held_out.rendered)
-    difference = float(torch.stack([(a - b).abs().max() for a, b in zip(expected, found, strict=True)]).max())
-    relabelled = _label_numbers(reloaded, parts, held_out.rows)
-    same = _agreement(labels, relabelled)
-    if not difference <= BOUND[dtype]:
-        raise MergeError(
-            expected=f"logits within {BOUND[dtype]:g} of the adapter's after reloading the merged {dtype} model",
-            found=f"a difference of {difference:.3g} on {len(held_out.rows)} held-out rows",
-            fix="merge with --dtype float32; nothing was written",
-        )
-    if dtype == "float32" and same is not None and same < len(held_out.rows):
-        raise MergeError(
-            expected="the same label on every held-out row",
-            found=f"{len(held_out.rows) - same} changed",
-            fix="nothing was written; is the base deterministic on this device?",
-        )
-    in_run = _labels_of_run(parts)
-    return MergeResult(output, dtype, len(held_out.rows), difference, same, _agreement(in_run, relabelled))
-
-
-def _agreement(one: list[int] | None, other: list[int] | None) -> int | None:
-    return None if one is None or other is None else sum(a == b for a, b in zip(one, other, strict=True))
-
-
-def _labels_of_run(parts: Parts) -> list[int] | None:
-    if not parts.labels:
-        return None
-    lines = (parts.run.path / "predictions.jsonl").read_text("utf-8").splitlines()
-    chosen = []
-    for line in lines:
-        probabilities = json.loads(line)["adapter"]
-        chosen.append(parts.labels.index(max(parts.labels, key=lambda label: probabilities[label])))
-    return chosen
-
-
-def _label_numbers(model: Any, parts: Parts, rows: Sequence[Row]) -> list[int] | None:
-    if not parts.labels:
-        return None
-    return predict_rows(model, parts.renderer, rows, parts.labels, batch_size=_BATCH, adapter=True).chosen
-
-
-@torch.no_grad()
-def _last_logits(model: Any, parts: Parts, rendered: Sequence[Rendered]) -> list[torch.Tensor]:
-    """Float32 logits of shape (supervised tokens, vocabulary), or (rows, classes), for each batch of rows, on CPU."""
-    logits_of = supervised_logits if parts.recipe.base.head == "causal-lm" else class_logits
-    model.eval()
-    device = next(model.parameters()).device
-    collected = []
-    for start in range(0, len(rendered), _BATCH):
-        batch = pad(rendered[start : start + _BATCH], parts.tokenizer.pad_token_id)
-        logits = logits_of(model, {name: tensor.to(device) for name, tensor in batch.items()})[0]
-        collected.append(logits.float().cpu())
-    return collected
-
-
-def _describe(parts: Parts, folder: Path, result: MergeResult) -> None:
-    card = (parts.run.adapter / "README.md").read_text("utf-8").split("\n## Use", 1)[0]
-    card = card.replace("library_name: peft", "library_name: transformers")
-    card = re.sub(r"^(An?) (\S+ adapter) for", lambda of: f"A merge of {of[1].lower()} {of[2]} into", card, flags=re.M)
-    quantization = _of_base(parts)
-    base = "unquantised base" if quantization == "none" else f"{quantization} base, unpacked,"
-    write_atomically(
-        folder / "README.md",
-        f"{card}\n## Merge\n\nMerged into the {base} as {result.dtype}. On {result.rows} held-out rows, "
-        f"reloaded from disk, its logits differ from the adapter's by at most {result.max_logit_difference:.2e}.\n",
-    )

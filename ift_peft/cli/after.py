@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from ift_peft.cli.app import RunArgument, SourceOption, app, errors_to_exit_codes
+from ift_peft.cli.app import EnsembleOption, RunArgument, SourceOption, app, errors_to_exit_codes
+from ift_peft.errors import RunError
 
 
 class Dtype(StrEnum):
@@ -18,24 +19,48 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class Preference(StrEnum):
+    fidelity = "fidelity"
+    quality = "quality"
+
+
+class Packing(StrEnum):
+    nf4 = "nf4"
+
+
 @app.command()
 @errors_to_exit_codes
 def evaluate(
-    run: RunArgument,
+    runs: Annotated[list[Path], typer.Argument(help="A run folder; with --ensemble several.")],
     data: Annotated[Path | None, typer.Option(help="Other rows, in the form that the run's recipe reads.")] = None,
     source: SourceOption = None,
+    ensemble: EnsembleOption = None,
 ) -> None:
-    """Measure base and adapter of a run again, on its own held-out rows or on others.
+    """Measure base and adapter of a run again, on its own held-out rows or on others; or several runs as one.
 
     Example: ift evaluate runs/sentiment/latest --data more_reviews.jsonl
     """
     from ift_peft.console import ConsoleReporter, print_scores
-    from ift_peft.evaluate.run import evaluate_run
+    from ift_peft.errors import raise_all
     from ift_peft.run_dir import open_run
 
-    opened = open_run(run)
-    scores = evaluate_run(opened, data=data, source=source, reporter=ConsoleReporter())
-    print_scores(scores, title=f"{opened.recipe().name}: {scores['rows']} rows of {data or 'its held-out set'}")
+    opened = [open_run(run) for run in runs]
+    if ensemble is not None:
+        from ift_peft.cli.tables import print_ensemble
+        from ift_peft.evaluate.ensemble import evaluate_ensemble
+
+        print_ensemble(evaluate_ensemble(opened, ensemble.value, data=data, source=source, reporter=ConsoleReporter()))
+        return
+    if len(opened) > 1:
+        raise RunError(
+            expected="one run, or --ensemble", found=f"{len(opened)} runs", fix="set runs side by side: ift compare"
+        )
+    from ift_peft.evaluate.gates import missed
+    from ift_peft.evaluate.run import evaluate_run
+
+    scores = evaluate_run(opened[0], data=data, source=source, reporter=ConsoleReporter())
+    print_scores(scores, title=f"{opened[0].recipe().name}: {scores['rows']} rows of {data or 'its held-out set'}")
+    raise_all(missed(scores))
 
 
 @app.command()
@@ -44,30 +69,42 @@ def merge(
     run: RunArgument,
     output: Annotated[Path | None, typer.Option(help="Folder to write; by default RUN/merged.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Type of the merged weights.")] = Dtype.float32,
+    prefer: Annotated[
+        Preference,
+        typer.Option(
+            help="Of a run over a quantised base, write what answers most like the run, or what scores best on its "
+            "held-out rows."
+        ),
+    ] = Preference.fidelity,
+    quantize: Annotated[
+        Packing | None, typer.Option(help="Quantise the merged weights again; what that costs is measured.")
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Size of the files written, e.g. 2GB; by default that of the base's files.")
+    ] = None,
 ) -> None:
-    """Merge a run's adapter into its unquantised base, reload it, and compare.
+    """Merge a run's adapter into its base, reload it, compare, and certify what was measured.
 
     Example: ift merge runs/sentiment/latest --output sentiment-merged
     """
     from ift_peft.adapters.merge import merge as merge_run
-    from ift_peft.console import ConsoleReporter, out
+    from ift_peft.cli.tables import print_merge
+    from ift_peft.console import ConsoleReporter
     from ift_peft.infer.load import open_parts
     from ift_peft.run_dir import open_run
 
     opened = open_run(run)
     parts = open_parts(opened)
-    result = merge_run(parts, output=output or opened.path / "merged", dtype=dtype.value, reporter=ConsoleReporter())
-    lines = [
-        f"merged   {os.path.relpath(result.folder)} ({result.dtype})",
-        f"logits   at most {result.max_logit_difference:.2e} from the adapter's on {result.rows} held-out rows",
-    ]
-    if result.same_labels is not None:
-        lines.append(f"labels   {result.same_labels} of {result.rows} as with the adapter on the unquantised base")
-    if result.same_labels_as_run is not None and parts.recipe.base.quantization != "none":
-        lines.append(
-            f"         {result.same_labels_as_run} of {result.rows} as in the run over {parts.recipe.base.quantization}"
-        )
-    out.print("\n".join(lines), markup=False)
+    result = merge_run(
+        parts,
+        output=output or opened.path / "merged",
+        dtype=dtype.value,
+        reporter=ConsoleReporter(),
+        prefer=prefer.value,
+        quantize=None if quantize is None else "nf4",
+        max_shard_size=max_shard_size,
+    )
+    print_merge(result, quantization=parts.recipe.base.quantization)
 
 
 @app.command()

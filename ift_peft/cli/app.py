@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from enum import StrEnum
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, ParamSpec
@@ -28,6 +29,17 @@ app = typer.Typer(
 RunArgument = Annotated[Path, typer.Argument(help="A run folder, e.g. runs/sentiment/latest.")]
 SourceOption = Annotated[
     str | None, typer.Option("--source", help="Of a run on several sources: read and ask as this one does.")
+]
+
+
+class EnsembleKind(StrEnum):
+    mean_logits = "mean_logits"
+    mean_probs = "mean_probs"
+    vote = "vote"
+
+
+EnsembleOption = Annotated[
+    EnsembleKind | None, typer.Option("--ensemble", help="Several runs with the same labels answer together.")
 ]
 RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Folder of all runs.")]
 Overrides = Annotated[

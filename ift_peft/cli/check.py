@@ -82,7 +82,7 @@ def _tokenizing(recipe: Recipe) -> tuple[TokenRenderer, int | None]:
     from transformers import AutoConfig
 
     from ift_peft.data.classify import make_renderer
-    from ift_peft.model.base import quiet
+    from ift_peft.model.base import positions, quiet
     from ift_peft.model.tokenizer import ensure_pad_token, load_tokenizer, locate_base
     from ift_peft.train.arguments import choose_max_length
 
@@ -91,9 +91,8 @@ def _tokenizing(recipe: Recipe) -> tuple[TokenRenderer, int | None]:
     ensure_pad_token(tokenizer)
     with quiet():
         config = AutoConfig.from_pretrained(location.folder, trust_remote_code=False, local_files_only=True)
-    positions = getattr(config, "max_position_embeddings", None)
     renderer = make_renderer(tokenizer, head=recipe.base.head, classes=recipe.data.label_words)
-    return renderer, choose_max_length(recipe.training, positions)
+    return renderer, choose_max_length(recipe, positions(config))
 
 
 def _find(

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ift_peft.cli.app import RunArgument, app, errors_to_exit_codes
-from ift_peft.cli.predict import given_texts
+from ift_peft.cli.app import RunArgument, SourceOption, app, errors_to_exit_codes
+from ift_peft.cli.predict import as_asked, given_texts
 from ift_peft.errors import RunError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SHOWN = 1 / 3  # pieces of at least this share of the strongest are marked
 STRONG = 2 / 3
-FAR_OFF = 0.05  # of the score's change, from which a sum of values is called wrong
+FAR_OFF = 0.01  # of the score's change, from which the sum of the values is worth another try
 # Blue and orange of Okabe and Ito's palette, which every kind of colour vision tells apart.
 FOR, AGAINST = ("#0072b2", "#56b4e9"), ("#e69f00", "#e69f00")
 
@@ -40,6 +40,7 @@ def explain(
     text: Annotated[
         list[str] | None, typer.Option(help="A text; may be repeated. Without it, lines of standard input.")
     ] = None,
+    source: SourceOption = None,
     answer: Annotated[
         str | None, typer.Option(help="Explain this answer instead of the one that the run gives.")
     ] = None,
@@ -74,7 +75,7 @@ def explain(
     from ift_peft.explain.page import page
     from ift_peft.infer.load import load_model, open_parts
 
-    parts = open_parts(opened)
+    parts = as_asked(open_parts(opened), source)
     model, _ = load_model(parts)
     training = training_rows(parts, model, sample=sample, seed=seed) if rows else None
     explanations = [

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ift_peft.cli.app import RunArgument, SourceOption, app, errors_to_exit_codes
+from ift_peft.cli.app import EnsembleOption, RunArgument, SourceOption, app, errors_to_exit_codes
 from ift_peft.errors import DataError, IftPeftError, RunError
 
 if TYPE_CHECKING:
-    from ift_peft.infer.load import Parts
+    from ift_peft.infer.ensemble import Kind
+    from ift_peft.infer.load import Parts, Question
+    from ift_peft.run_dir import RunDir
 
 BATCH = 256  # lines of a file answered at a time
 
@@ -28,26 +31,39 @@ def predict(
         Path | None, typer.Option("--input", help='JSONL file of {"text": …} or {"messages": […]}.')
     ] = None,
     output_file: Annotated[Path | None, typer.Option("--output", help="Write JSONL here instead of printing.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest generated answer, in tokens.", min=1)] = 256,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Longest generated answer, in tokens; never beyond the base's last position.", min=1)
+    ] = 256,
     source: SourceOption = None,
+    ensemble: EnsembleOption = None,
 ) -> None:
     """Answer texts with a run: labels with probabilities for classification, generated text otherwise.
+
+    With --ensemble, several runs answer together, and texts come from --input or standard input.
 
     Example: echo "The room was spotless." | ift predict runs/sentiment/latest
     """
     from ift_peft.infer.load import load_model, open_parts
     from ift_peft.run_dir import json_lines, open_run, write_atomically
 
+    runs = [run]
+    if ensemble is not None:  # what looks like no run is refused, rather than answered as a text
+        runs, texts = [run, *map(Path, texts or ())], None
     if output_file is not None and not output_file.absolute().parent.is_dir():
         raise RunError(expected=f"the folder of {output_file}", found="none", fix="make it first")
     items = (
         iter(_items_of_file(input_file)) if input_file is not None else ({"text": text} for text in given_texts(texts))
     )
-    parts = open_parts(open_run(run))
-    if source is not None:
-        parts = parts.as_source(source)
-    elif parts.recipe.data.mixed:
-        _tell_how_a_mix_is_asked(parts)
+    if ensemble is not None:
+        as_json = input_file is not None or output_file is not None
+        lines = _answers_together(_open_all(runs), items, ensemble.value, source=source)
+        if output_file is not None:
+            write_atomically(output_file, json_lines(list(lines)))
+            return
+        for line in lines:
+            _print_answer(line, as_json=as_json)
+        return
+    parts = as_asked(open_parts(open_run(run)), source)
     model, _ = load_model(parts)
     as_json = input_file is not None or output_file is not None
     if output_file is None:
@@ -57,12 +73,54 @@ def predict(
     write_atomically(output_file, json_lines(list(_answers(model, parts, items, max_new_tokens, stream=False))))
 
 
-def _tell_how_a_mix_is_asked(parts: Parts) -> None:
+def _open_all(runs: list[Path]) -> list[RunDir]:
+    from ift_peft.run_dir import open_run
+
+    opened = []
+    for run in runs:
+        if not run.is_dir():
+            raise RunError(
+                expected="run folders alone with --ensemble",
+                found=repr(str(run)),
+                fix="give texts by --input FILE, or one a line on standard input",
+            )
+        opened.append(open_run(run))
+    return opened
+
+
+def _answers_together(
+    runs: list[RunDir], items: Iterator[dict[str, Any]], kind: Kind, *, source: str | None
+) -> Iterator[dict[str, Any]]:
+    from ift_peft.infer.ensemble import answer_together, check_members, open_members
+    from ift_peft.infer.load import open_parts
+
+    parts = [open_parts(run) for run in runs]
+    if source is not None:
+        parts = [one.as_source(source) if one.recipe.data.mixed else one for one in parts]
+    labels = check_members(parts)
+    members, _ = open_members(parts)
+    while batch := list(islice(items, BATCH if not sys.stdin.isatty() else 1)):
+        questions = [[_question(one, item) for item in batch] for one in parts]
+        for item, answer in zip(batch, answer_together(members, questions, labels=labels, kind=kind), strict=True):
+            yield {"text": item.get("text", ""), **answer.to_json()}
+
+
+def _question(parts: Parts, item: dict[str, Any]) -> Question:
+    return parts.converse(item["messages"]) if "messages" in item else parts.ask(item["text"])
+
+
+def as_asked(parts: Parts, source: str | None) -> Parts:
+    """The parts of a run for texts asked as `source` asks; for a mix without one it is told how they are asked."""
     from ift_peft.console import err
 
+    if source is not None:
+        return parts.as_source(source)
+    if not parts.recipe.data.mixed:
+        return parts
     names, (_, number) = parts.recipe.data.source_names, parts.recipe.data.for_new_texts
     asked = f"texts are asked as {names[number]} asks" if number < len(names) else "texts are asked as data says"
     err.print(f"{asked} and answered freely; --source {'|'.join(names)}", style="dim", markup=False)
+    return parts
 
 
 def given_texts(texts: list[str] | None) -> Iterator[str]:
@@ -124,9 +182,7 @@ def _answers(
     from ift_peft.infer.predict import answer_all
 
     def ask_all(batch: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        questions = [
-            parts.converse(item["messages"]) if "messages" in item else parts.ask(item["text"]) for item in batch
-        ]
+        questions = [_question(parts, item) for item in batch]
         on_text = write if stream and not parts.labels else None
         answers = answer_all(model, parts, questions, max_new_tokens=max_new_tokens, on_text=on_text)
         for item, answer in zip(batch, answers, strict=True):

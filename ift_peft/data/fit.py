@@ -156,7 +156,9 @@ def shorten(row: Row, ids: Rendered, renderer: TokenRenderer, *, max_length: int
     content = row.messages[index]["content"]
     text = row.text if row.text is not None and row.text in content else content
     head, _, tail = content.rpartition(text)
-    offsets = renderer.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    offsets = renderer.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
+        "offset_mapping"
+    ]
     keep = len(offsets)
     while keep > 0:
         keep -= max(1, len(ids.input_ids) - max_length)

@@ -125,7 +125,7 @@ class Renderer:
         if not conversations:
             return []
         texts, spans = self._spans([(*conversation, _PROBE) for conversation in conversations])
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         aligned = []
         for ids, offsets, answers, text in zip(
             encoded["input_ids"], encoded["offset_mapping"], spans, texts, strict=True
@@ -143,7 +143,7 @@ class Renderer:
         if not conversations:
             return []
         texts, spans = self._spans(conversations)
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         rendered = [
             Rendered(ids, _labels(ids, offsets, answers, text))
             for ids, offsets, answers, text in zip(

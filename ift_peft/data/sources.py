@@ -56,7 +56,7 @@ def iter_source(
 def text_lines(path: Path, *, setting: str) -> list[str]:
     """The lines of a text file that are not blank. Raises `DataError` naming the recipe's `setting`."""
     try:
-        return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+        return [line.strip() for line in path.read_text("utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             expected=f"{setting} to be a readable file in UTF-8",

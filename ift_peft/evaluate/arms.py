@@ -71,7 +71,12 @@ def _settings(run: RunDir) -> tuple[Settings, tuple[Any, ...]]:
     owners += [(section, "seed") for section in (data.get("instructions"), data.get("augment")) if section]
     owners += [(source["instructions"], "seed") for source in sources if source.get("instructions")]
     seeds = tuple(section.pop(key, None) for section, key in owners)
-    inputs = run.read("manifest.json").get("inputs", {})
+    manifest = run.read("manifest.json")
+    inputs, combined = manifest.get("inputs", {}), dict(manifest.get("combined") or {})
+    if combined:  # of adapters that were trained elsewhere
+        seeds += (combined.pop("seed"),)
+        members = [f"{one['run']} {one['adapter_sha256'][:8]}" for one in manifest["combined_from"]]
+        values["combined"] = {**combined, "of": members}
     for (section, key), recorded in FOUND.items():
         # rows that are drawn or phrased by a seed differ between the runs of one arm
         by_seed = key == "rows" and bool(data.get("instructions") or data.get("augment") or sources)
@@ -171,7 +176,7 @@ def _same_row(one: dict[str, Any], other: dict[str, Any]) -> bool:
 def read_lines(run: RunDir, name: str) -> list[dict[str, Any]]:
     """The objects of one of the run's JSON-lines files. Raises `RunError` where it is missing or broken."""
     try:
-        return [json.loads(line) for line in (run.path / name).read_text("utf-8").splitlines()]
+        return run.read_lines(name)
     except (OSError, ValueError) as error:
         raise RunError(
             expected=f"{name} in {run.path}", found=str(error), fix="train again, or leave this run out"

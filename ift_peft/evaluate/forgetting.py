@@ -19,6 +19,7 @@ from ift_peft.evaluate.intervals import Floats
 from ift_peft.evaluate.metrics import Resampling, language_change, language_metrics, to_json
 from ift_peft.infer.batches import Progress
 from ift_peft.infer.likelihood import answer_likelihoods
+from ift_peft.model.base import positions
 from ift_peft.recipe import recipes_root
 from ift_peft.sections import Evaluation
 
@@ -82,8 +83,8 @@ def general_losses(
     model: Any, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, progress: Progress | None = None
 ) -> Predictions:
     """The log-probability of each text to a model as it is, and the number of tokens that are predicted in it."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    rendered = windows(texts, tokenizer, max_positions=positions if positions and positions > 0 else None)
+    most = positions(model.config)
+    rendered = windows(texts, tokenizer, max_positions=most)
     if not rendered:
         raise DataError(expected="general text of two tokens or more", found="none", fix="write whole sentences")
     likelihoods = answer_likelihoods(

@@ -56,6 +56,12 @@ def harness_scores(
     """
     _require_harness()
     parts = open_parts(run)
+    if parts.recipe.base.head != "causal-lm":
+        raise RunError(
+            expected="a run whose base continues texts, as the harness asks",
+            found=f"base.head: {parts.recipe.base.head}",
+            fix="measure it on rows: ift evaluate RUN --data FILE",
+        )
     with _told(reporter) as notes, quiet():
         manager = _load_tasks(tasks, include_path)
         model, loading = load_model(parts)

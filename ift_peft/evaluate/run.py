@@ -58,6 +58,11 @@ class Measuring:
         """The tasks of a mix, none where there is but one."""
         return parts_of(self.recipe.data, self.recipe.evaluation, self.rows)
 
+    @property
+    def all_labels(self) -> tuple[str, ...]:
+        """Those of the task, or of every task of a mix."""
+        return tuple(dict.fromkeys(word for part, _ in self.recipe.data.by_source() for word in part.label_words))
+
     def of(self, *, adapter: bool) -> Measured:
         """Measure the model with its adapter on or off."""
         model, renderer, section, reporter = self.model, self.renderer, self.recipe.evaluation, self.reporter
@@ -65,7 +70,7 @@ class Measuring:
         return Measured(
             measure(model, renderer, self.rows, labels, section, adapter=adapter, reporter=reporter, parts=self.tasks),
             measure_general(model, renderer.tokenizer, section, adapter=adapter, reporter=reporter),
-            measure_safety(model, renderer, labels, section, adapter=adapter, reporter=reporter),
+            measure_safety(model, renderer, self.all_labels, section, adapter=adapter, reporter=reporter),
         )
 
     def scores(self, base: Measured, adapter: Measured, *, run: RunDir | None = None) -> dict[str, Any]:
@@ -75,7 +80,7 @@ class Measuring:
             **compare(self.rows, labels, base.rows, adapter.rows, resampling(section), parts=self.tasks),
             **measure_probes(self.model, self.renderer, self.probes, labels, section, reporter=self.reporter, run=run),
             **forgotten(section, base.general, adapter.general),
-            **safety(section, labels, base.replies, adapter.replies, run=run),
+            **safety(section, self.all_labels, base.replies, adapter.replies, run=run),
         }
         if run is not None:
             lines = prediction_lines(self.rows, labels, base.rows, adapter.rows, parts=self.tasks)
@@ -83,11 +88,13 @@ class Measuring:
         return {**scores, "gates": all_gates(section, scores)}
 
 
-def evaluate_run(run: RunDir, *, data: Path | None, reporter: Reporter, source: str | None = None) -> dict[str, Any]:
+def evaluate_run(
+    run: RunDir, *, data: Path | None, reporter: Reporter, source: str | None = None, keep: bool = False
+) -> dict[str, Any]:
     """The scores of base and adapter on the run's held-out rows, or on those of `data`, in the form of scores.json.
 
-    Rows of `data` are read, asked and, in a mix, measured as those of `source`. Raises `RunError` where there is none
-    of that name.
+    Rows of `data` are read, asked and, in a mix, measured as those of `source`. With `keep`, what was predicted goes
+    into the run's folder. Raises `RunError` where there is none of that name.
     """
     parts = open_parts(run)
     if source is not None and data is None:
@@ -110,4 +117,4 @@ def evaluate_run(run: RunDir, *, data: Path | None, reporter: Reporter, source: 
     for note in (*fitted.fit.notes("held-out rows", parts.max_length), *cut, *notes):
         reporter.note(note)
     measuring = Measuring(model, parts.renderer, recipe, rows, probes, reporter)
-    return measuring.scores(measuring.of(adapter=False), measuring.of(adapter=True))
+    return measuring.scores(measuring.of(adapter=False), measuring.of(adapter=True), run=run if keep else None)

@@ -29,6 +29,7 @@ from ift_peft.evaluate.rowwise import compared, mean, with_ones
 from ift_peft.infer.batches import Progress
 from ift_peft.infer.generation import generate_all
 from ift_peft.infer.likelihood import answer_likelihoods
+from ift_peft.model.base import positions
 from ift_peft.recipe import recipes_root
 from ift_peft.sections import Evaluation
 
@@ -184,18 +185,18 @@ def reply(
 
 
 def _require_room(prompts: Sequence[Prompt], lengths: Sequence[int], model: Any, new_tokens: int) -> None:
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if not positions or positions < 0:
+    most = positions(model.config)
+    if most is None:
         return
     raise_faults(
         [
             DataError(
-                expected=f"safety prompts of at most {positions - new_tokens} tokens, {positions} with the answer",
+                expected=f"safety prompts of at most {most - new_tokens} tokens, {most} with the answer",
                 found=f"{length} tokens in {prompt.text[:40]!r}",
                 fix="shorten or remove it, or lower evaluation.safety.max_new_tokens",
             )
             for prompt, length in zip(prompts, lengths, strict=True)
-            if length + new_tokens > positions
+            if length + new_tokens > most
         ]
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,9 +18,8 @@ from ift_peft.data.fit import fit_rows
 from ift_peft.data.instructions import asked_in
 from ift_peft.data.render import Rendered
 from ift_peft.data.row import Row
-from ift_peft.data.rows import from_saved, read_rows, set_aside, stream_rows
 from ift_peft.errors import RunError
-from ift_peft.infer.load import Parts
+from ift_peft.infer.load import Parts, rows_trained_on
 from ift_peft.reporter import Reporter
 
 MOST_ROWS, FEWEST_ROWS = 1000, 50
@@ -70,7 +68,7 @@ def training_rows(parts: Parts, model: Any, *, sample: int | None, seed: int) ->
     Rows are asked in their phrasing of the first epoch; changed copies (data.augment) are left out. Raises `RunError`
     where the rows that the recipe names are no longer those of training, `Faults` where they cannot be read.
     """
-    rows = iter(_all_rows(parts))
+    rows = iter(rows_trained_on(parts))
     first = next(rows)
     _check_first(parts, asked_in(first, parts.askers[first.source], 0))
     rng, counter = random.Random(seed), itertools.count()
@@ -86,19 +84,6 @@ def training_rows(parts: Parts, model: Any, *, sample: int | None, seed: int) ->
     work = 6 * sum(p.numel() for p in model.parameters()) * fitted.tokens / len(fitted.rows)
     limit = MOST_ROWS if device.type != "cpu" else max(FEWEST_ROWS, int(CPU_WORK / work))
     return TrainingRows(fitted.rows[:limit], fitted.rendered[:limit], total)
-
-
-def _all_rows(parts: Parts) -> Iterator[Row]:
-    kept, data = parts.run.path / "train.jsonl", parts.recipe.data
-    if data.streaming:
-        yield from stream_rows(data)
-        return
-    if kept.is_file():
-        with kept.open(encoding="utf-8") as lines:
-            rows = [from_saved(json.loads(line)) for line in lines]
-    else:
-        rows = read_rows(data)[0]
-    yield from set_aside(rows, parts.recipe.validation)[0]
 
 
 def _check_first(parts: Parts, row: Row) -> None:

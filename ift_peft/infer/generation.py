@@ -14,7 +14,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from ift_peft.data.render import Renderer
 from ift_peft.data.row import Message
+from ift_peft.errors import ModelError
 from ift_peft.infer.batches import Progress
+from ift_peft.model.base import positions
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ def generate_all(
 ) -> list[list[str]]:
     """`samples` answers to each prompt, up to the end token that training taught or `max_new_tokens`.
 
+    Raises `ModelError` for a prompt that leaves no room for that many.
+
     Without `temperature` greedy, as `predict.generate` does one by one. What is drawn depends on the prompt, `seed` and
     the number of the sample. In neither case does an answer depend on what else is in its batch, but for rounding.
     """
@@ -54,6 +58,13 @@ def generate_all(
     ]
     # Longest first, so that memory runs out at once if at all.
     asked.sort(key=lambda request: -len(request.ids))
+    left = room(model, len(asked[0].ids)) if asked else None
+    if left is not None and left < max_new_tokens:
+        raise ModelError(
+            expected=f"room for {max_new_tokens} new tokens after every prompt",
+            found=f"room for {max(0, left)} after one of {len(asked[0].ids)} tokens",
+            fix=f"lower training.max_length by {max_new_tokens - left}, or evaluation.max_new_tokens",
+        )
     answers = [[""] * samples for _ in prompts]
     for start in range(0, len(asked), batch_size):
         batch = asked[start : start + batch_size]
@@ -67,6 +78,12 @@ def generate_all(
             progress(start + len(batch), len(asked))
     model.train(was_training)
     return answers
+
+
+def room(model: Any, prompt_tokens: int) -> int | None:
+    """Tokens that can be generated after a prompt of `prompt_tokens`; None where the base does not limit them."""
+    most = positions(model.config)
+    return None if most is None else most - prompt_tokens
 
 
 @torch.no_grad()

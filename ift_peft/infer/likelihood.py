@@ -102,7 +102,8 @@ def label_probabilities(
             pad_token_id=renderer.tokenizer.pad_token_id,
             progress=progress,
         )
-        return np.asarray(found.double().softmax(dim=-1))
+        order = [renderer.classes.index(label) for label in labels]
+        return np.asarray(found.double().softmax(dim=-1)[:, order])
     conversations = [(*prompt, {"role": "assistant", "content": label}) for prompt in prompts for label in labels]
     rendered = renderer.render(conversations)
     groups = [rendered[start : start + len(labels)] for start in range(0, len(rendered), len(labels))]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +16,9 @@ from ift_peft.data.fit import Fitted, fit_rows
 from ift_peft.data.instructions import Asker, ask_held_out, askers
 from ift_peft.data.render import TokenRenderer
 from ift_peft.data.row import Message, Row
-from ift_peft.data.rows import from_saved, read_rows_of
+from ift_peft.data.rows import from_saved, read_rows, read_rows_of, set_aside, stream_rows
 from ift_peft.errors import RunError, raise_all
-from ift_peft.model.base import ClassHead, dequantize, load_section, quiet
+from ift_peft.model.base import ClassHead, load_section, quiet
 from ift_peft.model.tokenizer import BaseLocation, ensure_pad_token, load_tokenizer, locate_base
 from ift_peft.recipe import Recipe
 from ift_peft.run_dir import RunDir
@@ -135,12 +134,11 @@ def class_head(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> ClassHead 
 
 
 def load_model(
-    parts: Parts, *, quantization: Quantization | None = None, compute_dtype: str | None = None, unpack: bool = False
+    parts: Parts, *, quantization: Quantization | None = None, compute_dtype: str | None = None
 ) -> tuple[Any, list[str]]:
     """The base with the run's adapter on it, in evaluation mode, and notes on how it was loaded.
 
-    `quantization` and `compute_dtype` replace those the run was trained with; `unpack` makes weights of 4 bits plain
-    ones of the same values. The model is a `PeftModel`.
+    `quantization` and `compute_dtype` replace those the run was trained with. The model is a `PeftModel`.
     """
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (parts.run.adapter / name).is_file():
@@ -152,19 +150,45 @@ def load_model(
         compute_dtype=compute_dtype,
         head=class_head(parts.recipe, parts.tokenizer),
     )
-    if unpack:
-        dequantize(base)
     with quiet():
         model = PeftModel.from_pretrained(base.model, parts.run.adapter)
     model.eval()
     return model, base.notes
 
 
+def load_members(members: Sequence[Parts]) -> tuple[Any, list[str], list[str]]:
+    """The base of the first of `members`, loaded once, with the adapters of all on it; their names, and notes.
+
+    The first is the active one. All must be of one base, which is for the caller to see to.
+    """
+    model, notes = load_model(members[0])
+    names = ["default", *(f"member{number}" for number in range(1, len(members)))]
+    with quiet():
+        for name, parts in zip(names[1:], members[1:], strict=True):
+            model.load_adapter(str(parts.run.adapter), name)
+    model.eval()
+    return model, names, notes
+
+
 def held_out_rows(parts: Parts, data_path: Path | None = None) -> Fitted:
     """The run's own held-out rows, or those of another file read by the run's recipe."""
     if data_path is None:
-        rows = [from_saved(json.loads(line)) for line in parts.run.test_rows.read_text("utf-8").splitlines()]
+        rows = [from_saved(line) for line in parts.run.read_lines("test.jsonl")]
     else:
         rows = read_rows_of(parts.recipe.data, str(data_path), like=parts.source)
         rows = ask_held_out(rows, parts.askers)
     return fit_rows(rows, parts.renderer, max_length=parts.max_length, overlong=parts.recipe.data.overlong)
+
+
+def rows_trained_on(parts: Parts) -> Iterator[Row]:
+    """The rows that the run was trained on, before they were asked: those it kept, else those its recipe names.
+
+    Raises `Faults` where they can no longer be read.
+    """
+    kept, data = parts.run.path / "train.jsonl", parts.recipe.data
+    if kept.is_file():  # as data.quality, and the section validation, left them
+        yield from (from_saved(line) for line in parts.run.read_lines(kept.name))
+    elif data.streaming:
+        yield from stream_rows(data)
+    else:
+        yield from set_aside(read_rows(data)[0], parts.recipe.validation)[0]

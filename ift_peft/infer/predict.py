@@ -10,7 +10,7 @@ from transformers import TextStreamer
 
 from ift_peft.data.render import Renderer
 from ift_peft.data.row import Message
-from ift_peft.infer.generation import continue_all
+from ift_peft.infer.generation import continue_all, room
 from ift_peft.infer.likelihood import label_probabilities
 from ift_peft.infer.load import Parts, Question
 
@@ -77,8 +77,13 @@ def generate(
     max_new_tokens: int,
     on_text: Callable[[str], None] | None = None,
 ) -> str:
-    """The greedy answer to one prompt, up to the end token that training taught or `max_new_tokens`."""
+    """The greedy answer to one prompt, up to the end token that training taught, `max_new_tokens`, or the base's last
+    position.
+    """
     streamer = _CallbackStreamer(parts.tokenizer, on_text) if on_text is not None else None
     assert isinstance(parts.renderer, Renderer)  # a classifier has labels and is not asked to write
     ids = parts.renderer.prompts([prompt])
+    left = room(model, len(ids[0]))
+    if left is not None:
+        max_new_tokens = max(1, min(max_new_tokens, left))
     return continue_all(model, parts.renderer, ids, max_new_tokens=max_new_tokens, streamer=streamer)[0]

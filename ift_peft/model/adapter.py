@@ -31,8 +31,10 @@ def peft_config(
     LoRA arXiv:2106.09685, rsLoRA 2312.03732, DoRA 2402.09353, PiSSA 2404.02948, OLoRA 2406.01775, LoftQ 2310.08659,
     EVA 2410.07170, VeRA 2310.11454, (IA)3 2205.05638, AdaLoRA 2303.10512. How pissa, olora, loftq and eva begin is not
     PEFT's configuration but `initialise`'s: the first two are LoRA of twice the rank from the start. Modules whose
-    weights were `made` new, as a classifier's head, are trained whole and saved with the adapter.
+    weights were `made` new are trained whole and saved with the adapter; PEFT itself does so with what is called as
+    classifiers' heads are.
     """
+    made = [name for name in made if name.partition(".")[0] not in SEQ_CLS_HEAD_NAMES]
     common = {
         "task_type": TaskType.CAUSAL_LM if head == "causal-lm" else TaskType.SEQ_CLS,
         "modules_to_save": list(dict.fromkeys((*made, *adapter.modules_to_save))) or None,

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,6 +25,22 @@ from ift_peft.errors import ModelError, first_line
 from ift_peft.model.tokenizer import BaseLocation
 from ift_peft.sections import Base, Head, Quantization
 
+# Model types whose position embeddings begin after `pad_token_id` (create_position_ids_from_input_ids).
+COUNTED_FROM_PADDING = frozenset(
+    {
+        "camembert",
+        "data2vec-text",
+        "ibert",
+        "longformer",
+        "luke",
+        "mpnet",
+        "roberta",
+        "roberta-prelayernorm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    }
+)
 # Names of what transformers puts on top of a base to make a classifier of it.
 HEAD_NAMES = (
     "score",
@@ -97,11 +114,13 @@ def load_base(
     compute_dtype: str = "auto",
     device: str = "auto",
     head: ClassHead | None = None,
+    packed: bool = False,
 ) -> LoadedBase:
     """The base in evaluation mode, as a causal language model or with a classifier's `head`.
 
     On CPU, nf4 and fp4 weights are dequantised once and kept, memory permitting: the numbers are those of the
-    quantised base, the speed that of the plain one. Raises `ModelError` for weights that cannot be loaded.
+    quantised base, the speed that of the plain one. Not so where they are to stay `packed`. Raises `ModelError` for
+    weights that cannot be loaded.
     """
     place = choose_device(device)
     dtype = choose_dtype(compute_dtype, place)
@@ -124,7 +143,7 @@ def load_base(
                 found=first_line(error),
                 fix="check that its architecture is known to the installed transformers and its weights are complete",
             ) from error
-        if place.type == "cpu" and quantization in ("nf4", "fp4"):
+        if place.type == "cpu" and quantization in ("nf4", "fp4") and not packed:
             notes.append(_dequantize_once(model, dtype, quantization))
     if quantization == "none":
         model.to(place)
@@ -141,6 +160,8 @@ def _from_weights(
     Raises `ModelError` where the weights lack anything else, which transformers would draw at random as well.
     """
     kind = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
+    if head is not None:
+        _check_classes(location, head)
     with torch.random.fork_rng():
         torch.manual_seed(0 if head is None else head.seed)
         model, info = kind.from_pretrained(
@@ -163,7 +184,39 @@ def _from_weights(
             if head
             else "for a BERT base: base.head=sequence-classification",
         )
+    if head is not None:
+        _in_float32(model)
     return model, tuple(sorted({name.rpartition(".")[0] for name in info["missing_keys"]}))
+
+
+def _check_classes(location: BaseLocation, head: ClassHead) -> None:
+    """Raise where the base brings a head for other classes, or for the same in another order."""
+    config = AutoConfig.from_pretrained(location.folder, trust_remote_code=False, local_files_only=True)
+    if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+        return
+    own = tuple(config.id2label[number] for number in sorted(config.id2label))
+    unnamed = all(name == f"LABEL_{number}" for number, name in enumerate(own))
+    if len(own) != len(head.classes) or (not unnamed and own != head.classes):
+        raise ModelError(
+            expected=f"the classes of the base's own head in data.labels: {', '.join(own)}",
+            found=", ".join(head.classes),
+            fix="set data.labels to them, in order (a mapping renames stored values), or give a base without a head",
+        )
+
+
+def _in_float32(model: PreTrainedModel) -> None:
+    """Make what stands on top of a base float32, as PEFT makes adapters: it is trained, and steps are small."""
+
+    def in_its_type(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        dtype = next(module.parameters()).dtype
+        return tuple(
+            one.to(dtype) if isinstance(one, torch.Tensor) and one.is_floating_point() else one for one in arguments
+        )
+
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in HEAD_NAMES and any(True for _ in module.parameters()):
+            module.float()
+            module.register_forward_pre_hook(in_its_type)
 
 
 def load_section(
@@ -207,31 +260,51 @@ def _dequantize_once(model: PreTrainedModel, dtype: torch.dtype, quantization: s
             f"{quantization} weights stay packed and are dequantised in every step, which is slow on CPU: "
             f"unpacked they take {needed / 1e9:.1f} GB and {available / 1e9:.1f} GB are free"
         )
-    _unpack(model, dtype)
+    model.dequantize(dtype=dtype)
+    model.config.dtype = dtype
+    model.is_loaded_in_4bit = False  # transformers leaves it set, and TRL would then round the adapter to bfloat16
     name = str(dtype).removeprefix("torch.")
     return f"{quantization} weights dequantised once to {name}: same numbers, no unpacking in every step"
 
 
-def dequantize(base: LoadedBase) -> None:
-    """Make packed weights of 4 bits plain ones of the same values, whatever memory that takes."""
-    from bitsandbytes.nn import Linear4bit
+def positions(config: Any) -> int | None:
+    """How many tokens a base can take, None where nothing limits them.
 
-    if any(isinstance(module, Linear4bit) for module in base.model.modules()):
-        _unpack(base.model, base.compute_dtype)
-
-
-def _unpack(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    model.dequantize(dtype=dtype)
-    model.config.dtype = dtype
-    model.is_loaded_in_4bit = False  # transformers leaves it set, and TRL would then round the adapter to bfloat16
+    Bases like RoBERTa count positions from after the number of their padding token, so that their table is longer.
+    """
+    table = getattr(config, "max_position_embeddings", None)
+    if not table or table < 0:
+        return None
+    return int(table) - (int(config.pad_token_id) + 1 if config.model_type in COUNTED_FROM_PADDING else 0)
 
 
-def skeleton(location: BaseLocation, head: Head = "causal-lm") -> PreTrainedModel:
-    """The base's modules without weights (on the meta device): enough to check what an adapter would match."""
+def dequantize(loaded: LoadedBase) -> PreTrainedModel:
+    """The weights of a quantised base as plain float32, unpacked by bitsandbytes, on any device."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    model = loaded.model
+    with quiet():
+        if any(isinstance(module, Linear4bit | Linear8bitLt) for module in model.modules()):
+            model.dequantize(dtype=torch.float32)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.float()
+    model.config.dtype = torch.float32
+    return model
+
+
+def skeleton(
+    location: BaseLocation, head: Head = "causal-lm", *, settings: dict[str, Any] | None = None
+) -> PreTrainedModel:
+    """The base's modules without weights (on the meta device): enough to check what an adapter would match.
+
+    `settings` replace those of its configuration, as those of a `ClassHead`.
+    """
     kind = AutoModelForCausalLM if head == "causal-lm" else AutoModelForSequenceClassification
     with quiet():
         try:
-            config = AutoConfig.from_pretrained(location.folder, trust_remote_code=False, local_files_only=True)
+            config = AutoConfig.from_pretrained(
+                location.folder, trust_remote_code=False, local_files_only=True, **(settings or {})
+            )
             with torch.device("meta"):
                 return kind.from_config(config, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
@@ -255,6 +328,8 @@ def quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", message="Setting `save_embedding_layers` to `True`")
             # An adapter on a tied embedding: merging unties it (adapters/merge.py).
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True` and a tied layer")
+            # A merged model quantised again says how; load_base says the same.
+            warnings.filterwarnings("ignore", message="You passed `quantization_config` or equivalent")
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)

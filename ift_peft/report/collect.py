@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -80,7 +79,7 @@ def _lines(run: RunDir, name: str) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        return run.read_lines(name)
     except ValueError as error:
         raise RunError(expected=f"one JSON object a line in {path}", found=str(error), fix="train again") from None
 
@@ -175,6 +174,12 @@ def _trained(recipe: Recipe, manifest: Mapping[str, Any]) -> Facts:
         ("loss", recipe.loss.kind.replace("_", " ")),
         *((str(key), _said(place_free(value))) for key, value in recipe.training.items()),
     ]
+    for number, one in enumerate(manifest.get("combined_from") or ()):
+        weight = manifest["combined"]["weights"][number]
+        facts.append(("combined of", f"{weight:g} x {one['run']} (adapter {one['adapter_sha256'][:12]})"))
+    if manifest.get("combined"):
+        left_out = 100 * manifest["combined"]["left_out_by_rank"]
+        facts.append(("combined by", f"{manifest['combined']['method']}; its rank leaves out {left_out:.1f} %"))
     parameters, rows = manifest.get("parameters"), manifest.get("rows") or {}
     if parameters:
         share = 100 * parameters["trained"] / parameters["all"]

@@ -66,7 +66,7 @@ def examples(rows: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any
     """
     if not lines:
         return None
-    answers = "log_probability" in lines[0]["adapter"]
+    answers = any("log_probability" in line.get("likelihood", line)["adapter"] for line in lines)
     measure = (
         "log-likelihood of the reference, nats per token"
         if answers
@@ -84,10 +84,9 @@ def _example(rows: Sequence[Mapping[str, Any]], line: Mapping[str, Any], *, answ
     asked = row.get("text")
     if asked is None:
         asked = next((one["content"] for one in reversed(row["messages"]) if one["role"] == "user"), "")
-    scores = [_likelihood(line[who], line["answer"], answers=answers) for who in WHO]
-    base, adapter = (
-        _side(line[who], line["answer"], score, answers=answers) for who, score in zip(WHO, scores, strict=True)
-    )
+    # In a mix a row with labels also has the likelihood of its answer, by which all rows are set side by side.
+    scores = [_likelihood(line.get("likelihood", line)[who], line["answer"], answers=answers) for who in WHO]
+    base, adapter = (_side(line[who], line["answer"], score) for who, score in zip(WHO, scores, strict=True))
     return Example(cut(str(asked)), cut(line["answer"]), base, adapter, gain=scores[1] - scores[0])
 
 
@@ -97,9 +96,9 @@ def _likelihood(part: Mapping[str, Any], reference: str, *, answers: bool) -> fl
     return float(part.get(reference, 0.0))
 
 
-def _side(part: Mapping[str, Any], reference: str, score: float, *, answers: bool) -> Side:
+def _side(part: Mapping[str, Any], reference: str, score: float) -> Side:
     shown = f"{score:.2f}".replace("-", "\N{MINUS SIGN}")
-    if not answers:
+    if "log_probability" not in part:
         chosen = max(part, key=part.__getitem__)
         return Side(Text(chosen), shown, "right" if chosen == reference else "wrong")
     texts = part.get("texts") or ([part["text"]] if "text" in part else [])

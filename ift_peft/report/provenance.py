@@ -83,8 +83,11 @@ def _seeds(values: Any, prefix: str) -> Iterator[tuple[str, str]]:
 def commands(run: RunDir, manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What to type, with what it does, from the folder that holds the folder of runs."""
     folder = "/".join(run.path.resolve().parts[-3:])
+    made = (f"ift train {folder}/recipe.yaml", "trains and measures the same again")
+    if "combined" in manifest:
+        made = (_combine_command(manifest, name=run.path.parent.name), "combines and measures the same again")
     found = [
-        (f"ift train {folder}/recipe.yaml", "trains and measures the same again"),
+        made,
         (f"ift evaluate {folder}", "measures this adapter again"),
         (f"ift predict {folder} TEXT", "asks it"),
         (f"ift merge {folder}", "writes base and adapter as one model"),
@@ -93,6 +96,15 @@ def commands(run: RunDir, manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     git = manifest.get("git")
     commit = [(f"git checkout {git['commit']}", "the working directory at the time")] if git else []
     return commit + found
+
+
+def _combine_command(manifest: Mapping[str, Any], *, name: str) -> str:
+    how = manifest["combined"]
+    members = " ".join(f"runs/{one['run']}" for one in manifest["combined_from"])
+    weights = ",".join(f"{weight:g}" for weight in how["weights"])
+    given = {"density": how["density"], "rank": how["rank"], "seed": how["seed"] or None, "output-name": name}
+    options = "".join(f" --{option} {value}" for option, value in given.items() if value is not None)
+    return f"ift combine {members} --method {how['method']} --weights {weights}{options}"
 
 
 def _strings(value: Any) -> Iterator[str]:

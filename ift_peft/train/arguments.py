@@ -9,25 +9,29 @@ import torch
 from trl import SFTConfig
 
 from ift_peft.errors import RecipeError, first_line
+from ift_peft.recipe import Recipe
 from ift_peft.selection import Validation
 from ift_peft.train.batching import Strategy
 from ift_peft.training_fields import training_fields
 
 DEFAULT_MAX_LENGTH = 1024
 # transformers renamed it and warns of the old name, which TRL still documents; a recipe may use either.
-_CHECKPOINTING = (
-    "activation_checkpointing" if "activation_checkpointing" in training_fields() else "gradient_checkpointing"
-)
+CHECKPOINTING_NAMES = ("activation_checkpointing", "gradient_checkpointing")
+CHECKPOINTING = next(name for name in CHECKPOINTING_NAMES if name in training_fields())
 
 
-def choose_max_length(training: dict[str, Any], max_positions: int | None) -> int | None:
+def choose_max_length(recipe: Recipe, max_positions: int | None) -> int | None:
     """`training.max_length`, by default 1,024 or what the base can take, whichever is less.
+
+    Where answers are generated in measuring, the default leaves room for them.
 
     Raises `RecipeError` for more than the base's position embeddings.
     """
-    limit = max_positions if max_positions and max_positions > 0 else None
+    training, limit = recipe.training, max_positions
     if "max_length" not in training:
-        return min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
+        generated = recipe.evaluation.metrics or any(source.metrics for source in recipe.data.sources)
+        reserved = recipe.evaluation.max_new_tokens if generated else 0
+        return min(DEFAULT_MAX_LENGTH, max(limit - reserved, 1) if limit else DEFAULT_MAX_LENGTH)
     wanted = training["max_length"]
     if limit is not None and (wanted is None or wanted > limit):
         raise RecipeError(
@@ -91,7 +95,7 @@ def sft_config(
         "fp16": on_gpu and compute_dtype == torch.float16,
         "dataloader_pin_memory": on_gpu,
         **{key: value for key, value in training.items() if key != "gradient_checkpointing"},
-        _CHECKPOINTING: training.get(_CHECKPOINTING, training.get("gradient_checkpointing", on_gpu)),
+        CHECKPOINTING: training.get(CHECKPOINTING, training.get("gradient_checkpointing", on_gpu)),
         "max_length": max_length,
         "output_dir": str(output_dir),
         "use_cpu": not on_gpu,

@@ -21,7 +21,7 @@ from ift_peft.data.render import IGNORE
 from ift_peft.errors import ModelError, RecipeError
 from ift_peft.infer.classes import class_logits
 from ift_peft.infer.likelihood import supervised_logits
-from ift_peft.model.base import skeleton
+from ift_peft.model.base import positions, skeleton
 from ift_peft.model.tokenizer import BaseLocation, load_tokenizer, locate_base
 from ift_peft.sections import Loss
 
@@ -265,11 +265,11 @@ def find_teacher(
             found=f"{len(ours ^ theirs):,} that differ between {len(ours):,} and the teacher's {len(theirs):,}",
             fix="choose a teacher of the base's own family, or loss.kind=cross_entropy",
         )
-    positions = getattr(skeleton(location).config, "max_position_embeddings", None)
-    if positions and positions > 0 and (max_length is None or max_length > positions):
+    most = positions(skeleton(location).config)
+    if most and (max_length is None or max_length > most):
         raise ModelError(
-            expected=f"training.max_length of at most {positions}, the positions of the teacher",
+            expected=f"training.max_length of at most {most}, the positions of the teacher",
             found=repr(max_length),
-            fix=f"set training.max_length={positions}",
+            fix=f"set training.max_length={most}",
         )
     return location

@@ -24,7 +24,7 @@ from ift_peft.data.store import RenderedSet, content_key, render_set
 from ift_peft.evaluate.measure import check_evaluation
 from ift_peft.evaluate.probes import Probe, make_probes
 from ift_peft.model.adapter import check_adapter
-from ift_peft.model.base import skeleton
+from ift_peft.model.base import positions, skeleton
 from ift_peft.model.tokenizer import BaseLocation, ensure_pad_token, load_tokenizer, locate_base
 from ift_peft.recipe import Recipe
 from ift_peft.reporter import Reporter
@@ -89,7 +89,7 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
         notes.append("the tokenizer has no chat template; 'User: …\\nAssistant: …' is used, and saved with the adapter")
     bare = skeleton(location, recipe.base.head)
     check_adapter(recipe.adapter, bare, quantization=recipe.base.quantization)
-    max_length = choose_max_length(recipe.training, getattr(bare.config, "max_position_embeddings", None))
+    max_length = choose_max_length(recipe, positions(bare.config))
     checked = None
     if train_rows is not None and data.quality is not None:
         checked = _check(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -17,11 +16,11 @@ from ift_peft.evaluate.safety import safety_prompts
 from ift_peft.model.base import choose_device, choose_dtype, quiet
 from ift_peft.model.memory import Meter
 from ift_peft.recipe import Recipe
+from ift_peft.report.card import adapter_card
 from ift_peft.report.write import write_report
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir, RunIsBusy, create_run
 from ift_peft.train.arguments import sft_config, validation_arguments
-from ift_peft.train.card import adapter_card
 from ift_peft.train.checkpoints import newest_complete
 from ift_peft.train.losses import find_teacher
 from ift_peft.train.memory import foresee_memory
@@ -132,8 +131,7 @@ def forget_steps_after(run: RunDir, step: int) -> None:
     """Take the lines of later steps out of metrics.jsonl: they are taken again, and logged again."""
     path = run.path / "metrics.jsonl"
     if path.is_file():
-        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        run.write_lines(path.name, [line for line in lines if line["step"] <= step])
+        run.write_lines(path.name, [line for line in run.read_lines(path.name) if line["step"] <= step])
 
 
 def _run(recipe: Recipe, prepared: Prepared, run: RunDir, reporter: Reporter, *, checkpoint: Path | None) -> RunDir:
@@ -171,6 +169,7 @@ def _train_and_measure(
         session.take(checkpoint)
     else:
         session.fit(checkpoint)
+        session.stop_before_measuring()
     memory = foreseen | meter.read()
     scores = measuring.scores(before, measuring.of(adapter=True), run=run)
     run.write("scores.json", scores)

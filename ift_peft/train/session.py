@@ -12,12 +12,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 import transformers
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, TrainerState
 from trl import SFTConfig
 
 from ift_peft.data.fit import Fitted
-from ift_peft.errors import RecipeError, TrainingError, first_line
+from ift_peft.errors import IftPeftError, RecipeError, TrainingError, first_line
 from ift_peft.evaluate.measure import resampling
 from ift_peft.infer.load import class_head
 from ift_peft.model.base import LoadedBase, load_section
@@ -26,6 +27,7 @@ from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir
 from ift_peft.train.allocation import RankAllocation
 from ift_peft.train.arguments import sft_config, validation_arguments
+from ift_peft.train.checkpoints import newest_complete
 from ift_peft.train.losses import find_teacher
 from ift_peft.train.method import adapter_config, allocation_of, begin
 from ift_peft.train.prepare import Prepared
@@ -82,16 +84,15 @@ class Session:
         """Train from `checkpoint`, or from the start, and leave the model with the weights that are kept.
 
         These are the last ones, or with validation those of the best checkpoint. Where training had ended in the
-        checkpoint by early stopping, nothing more is trained. Raises `Interrupted` after a signal, and
-        `TrainingError` for weights that are not finite.
+        checkpoint, at its last step or by early stopping, nothing more is trained. Raises `Interrupted` after a
+        signal, and `TrainingError` for weights that are not finite and for what the trainer breaks off with.
         """
-        if checkpoint is not None and _had_stopped(checkpoint):
+        if checkpoint is not None and _had_ended(checkpoint):
             self.take(checkpoint)
             return
         if checkpoint is not None and self.allocation is not None:
             self.allocation.restore(checkpoint)
-        with stopping_on_signals(self.recorder):
-            self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        self._train(checkpoint)
         state = self.trainer.state
         if self.recorder.stop_requested and state.global_step < state.max_steps and not stopped_early(self.trainer):
             raise Interrupted(
@@ -100,6 +101,28 @@ class Session:
                 fix=f"go on with: {self.go_on}",
             )
         self._check_and_unwrap()
+
+    def stop_before_measuring(self) -> None:
+        """Raises `Interrupted` where a signal came too late to end training early, and its end is in a checkpoint."""
+        step = self.trainer.state.global_step
+        newest, _ = newest_complete(self.run.checkpoints)
+        if self.recorder.stop_requested and newest is not None and newest.name == f"checkpoint-{step}":
+            raise Interrupted(
+                expected="base and adapter to be measured",
+                found=f"a signal after the last step, {step}; a checkpoint was saved",
+                fix=f"go on with: {self.go_on}",
+            )
+
+    def _train(self, checkpoint: Path | None) -> None:
+        try:
+            with stopping_on_signals(self.recorder):
+                self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except (IftPeftError, torch.OutOfMemoryError):
+            raise
+        except (ValueError, RuntimeError, ImportError, TypeError) as error:  # settings are read as late as in there
+            raise TrainingError(
+                expected="a recipe that can be trained", found=first_line(error), fix="change the setting named there"
+            ) from error
 
     def take(self, checkpoint: Path) -> None:
         """Leave the model with the weights that training which ended in `checkpoint` kept, without a further step."""
@@ -140,8 +163,10 @@ class Session:
         return stopped_early(self.trainer) or ran_out_of_patience(self.trainer.state)
 
 
-def _had_stopped(checkpoint: Path) -> bool:
-    return ran_out_of_patience(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")))
+def _had_ended(checkpoint: Path) -> bool:
+    """Whether training had ended in `checkpoint`: transformers takes a step before it looks at how many there are."""
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    return state.global_step >= state.max_steps or ran_out_of_patience(state)
 
 
 def resume_command(run: RunDir) -> str:

@@ -122,7 +122,7 @@ def best_of(trainer: Any) -> dict[str, Any]:
     Raises `TrainingError` where transformers did not load it.
     """
     state: TrainerState = trainer.state
-    if state.best_model_checkpoint is None:
+    if state.best_global_step is None:
         raise TrainingError(
             expected="a best checkpoint to take the adapter from",
             found=f"none after {state.global_step} steps",

@@ -60,7 +60,6 @@ class Asker:
         found = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         if not found:
             return None
-        self._seed(found[0].number)
         trial = Trial(self.study, found[0]._trial_id)
         self._settle(trial)
         return trial
@@ -68,17 +67,11 @@ class Asker:
     def next(self) -> Trial:
         """A new trial."""
         number = len(self.study.get_trials(deepcopy=False, states=(*OVER, TrialState.RUNNING)))
-        self._seed(number)
         waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         if not number and not waiting and within(self.own, self.space):
             self.study.enqueue_trial(self.own)
-        continued = self._to_continue() if self.section.continue_best else None
         trial = self.study.ask()
-        if continued is not None:
-            trial.set_user_attr("continued_from", continued.number)
-            trial.set_user_attr("settings", continued.user_attrs["settings"])
-        else:
-            self._settle(trial)
+        self._settle(trial)
         return trial
 
     def same_as(self, trial: Trial) -> FrozenTrial | None:
@@ -101,19 +94,38 @@ class Asker:
         return found
 
     def _settle(self, trial: Trial) -> None:
-        """Give the trial its settings, unless it has them."""
+        """Give the trial its settings, unless it has them.
+
+        They are written last, all at once: wherever this is killed, the same follows from what was written before.
+        """
         if "settings" in trial.user_attrs:
+            return
+        previous = trial.user_attrs.get("continued_from")
+        if previous is None and self.section.continue_best and not trial.params:  # nothing was drawn for it
+            best = self._to_continue()
+            if best is not None:
+                previous = best.number
+                trial.set_user_attr("continued_from", previous)
+        if previous is not None:
+            trial.set_user_attr("settings", self.study.trials[previous].user_attrs["settings"])
             return
         own = trial.number == 0 and not within(self.own, self.space)
         if own:
             self.note("the recipe's own settings are not all among those searched; trial 0 takes them all the same")
-        trial.set_user_attr("settings", self.own if own else suggested(trial, self.space))
+        trial.set_user_attr("settings", self.own if own else self._drawn(trial))
 
-    def _seed(self, number: int) -> None:
-        """What is drawn for a trial depends on the study's seed, its number and the trials before it alone."""
+    def _drawn(self, trial: Trial) -> Settings:
+        """What is drawn depends on the study's seed, the trial's number and the trials before it alone."""
         self.study.sampler = optuna.samplers.TPESampler(
-            n_startup_trials=STARTUP, seed=self.section.seed * 1_000_003 + number
+            n_startup_trials=STARTUP, seed=self.section.seed * 1_000_003 + trial.number
         )
+        values: Settings = {}
+        for path, one in self.space.items():
+            if path in trial.params:  # from before a kill: drawn again for the generator to be where it was
+                frozen = self.study.trials[trial.number]
+                self.study.sampler.sample_independent(self.study, frozen, path, one)
+            values[path] = suggested(trial, path, one)
+        return values
 
     def _to_continue(self) -> FrozenTrial | None:
         """The best trial, where its last measurement was its best, half of a limit is spent, and none continues it."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Lock, Thread
 
 from ift_peft.errors import RunError
 from ift_peft.run_dir import write_atomically
@@ -16,8 +18,8 @@ WRITE_EVERY_SECONDS = 1.0
 class Budget:
     """Trials, minutes at work and tokens trained on, against their limits.
 
-    Written to `path` at most once a second: a session that is killed is forgotten by no more than that. `reserve` is
-    the number of seconds that measuring at the end is expected to take.
+    Written to `path` once a second while it is `kept`: of a session that is killed no more than that is forgotten.
+    `reserve` is the number of seconds that measuring at the end is expected to take.
     """
 
     def __init__(self, path: Path, limits: dict[str, float], *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -25,7 +27,8 @@ class Budget:
         before = _read(path)
         self.reserve = before["reserve"]
         self._seconds, self._tokens = before["seconds"], before["tokens"]
-        self._started = self._written = clock()
+        self._started = clock()
+        self._lock = Lock()
 
     @property
     def seconds(self) -> float:
@@ -36,15 +39,31 @@ class Budget:
         return int(self._tokens)
 
     def spend(self, tokens: int) -> None:
-        """Count tokens just trained on, and write it down if that was not done in the last second."""
+        """Count tokens just trained on."""
         self._tokens += tokens
-        if self.clock() - self._written >= WRITE_EVERY_SECONDS:
-            self.write()
 
     def write(self) -> None:
-        self._written = self.clock()
-        content = {"seconds": round(self.seconds, 3), "tokens": self.tokens, "reserve": round(self.reserve, 3)}
-        write_atomically(self.path, json.dumps(content) + "\n")
+        with self._lock:
+            content = {"seconds": round(self.seconds, 3), "tokens": self.tokens, "reserve": round(self.reserve, 3)}
+            write_atomically(self.path, json.dumps(content) + "\n")
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Write it down every second, whatever this process is at, and when that is over."""
+        over = Event()
+
+        def keep() -> None:
+            while not over.wait(WRITE_EVERY_SECONDS):
+                self.write()
+
+        thread = Thread(target=keep, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            self.write()
 
     def spent(self, trials: int) -> dict[str, float]:
         """The share of each limit that is used, by name, of 1; `minutes` with the reserve."""

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ift_peft.errors import RecipeError, RunError, TrainingError
+from ift_peft.evaluate.forgetting import general_texts
 from ift_peft.evaluate.gates import reached
 from ift_peft.evaluate.measure import check_metrics
+from ift_peft.evaluate.safety import safety_prompts
 from ift_peft.model.base import quiet
 from ift_peft.recipe import Recipe, dump_recipe
 from ift_peft.reporter import Reporter
@@ -19,11 +21,15 @@ from ift_peft.selection import Tune, Validation
 from ift_peft.train.run import all_inputs, finish, resume
 from ift_peft.tune.asking import Asker, open_study
 from ift_peft.tune.budget import Budget
-from ift_peft.tune.search import Search, Settings, check_search, default_search, distributions, own_value, with_settings
+from ift_peft.tune.rows import TrialRows
+from ift_peft.tune.search import Search, check_search, default_search, distributions, own_settings, with_settings
 from ift_peft.tune.table import best_of, finished, result
 from ift_peft.tune.trials import Trials
 
 MOST_REPEATS = 20  # draws in a row of settings that were tried before
+REPEATED = "whatever was drawn had been tried before"
+# What of the section evaluation decides the trials; the rest says how the best of them is measured at the end.
+DECIDING = {"target", "per_device_eval_batch_size", "bootstrap_samples", "confidence", "seed"}
 MEASURED = ("accuracy", "precision", "recall", "f1", "loss", "perplexity")
 
 
@@ -31,7 +37,7 @@ def tune(recipe: Recipe, *, root: Path, fresh: bool, reporter: Reporter) -> RunD
     """Search `recipe`'s settings and return the folder of the study, whose study.json names the run of the best.
 
     The same recipe goes on with its study where that was stopped, and is not searched again where it was finished,
-    unless `fresh`. Raises `RecipeError` before anything is trained for a search that cannot be.
+    unless `fresh`. Raises `RecipeError` or `DataError` before anything is trained for a search that cannot be.
     """
     recipe, search = _completed(recipe, reporter)
     folder = RunDir(root / recipe.name / f"tune-{_name(recipe, search)}")
@@ -42,13 +48,15 @@ def tune(recipe: Recipe, *, root: Path, fresh: bool, reporter: Reporter) -> RunD
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         if (folder.path / "study.json").is_file() and "run" in folder.read("study.json"):
             reporter.note("this study is finished, and its held-out rows were measured; --fresh starts over")
+            if folder.recipe().evaluation != recipe.evaluation:
+                reporter.note("they were measured as its recipe said then: evaluation has other settings now")
             return folder
-        study = _Study(recipe, search, folder=folder, root=root, reporter=reporter)
-        try:
+        assert recipe.tune is not None
+        budget = Budget(folder.path / "budget.json", recipe.tune.limits)
+        with budget.kept():
+            study = _Study(recipe, search, budget, folder=folder, root=root, reporter=reporter)
             study.search_all()
             study.measure_best()
-        finally:
-            study.budget.write()
     return folder
 
 
@@ -57,6 +65,8 @@ def _completed(recipe: Recipe, reporter: Reporter) -> tuple[Recipe, Search]:
     if recipe.data.streaming:
         raise RecipeError(expected="rows that are read at once", found="data.streaming", fix="data.streaming=false")
     check_metrics(recipe.evaluation, recipe.data.label_words, [])
+    general_texts(recipe.evaluation)  # read again when the best is measured; what is wrong with them is told now
+    safety_prompts(recipe.evaluation)
     beyond = [metric for metric in recipe.evaluation.target if metric not in MEASURED]
     if beyond:
         raise RecipeError(
@@ -74,8 +84,9 @@ def _completed(recipe: Recipe, reporter: Reporter) -> tuple[Recipe, Search]:
 
 
 def _name(recipe: Recipe, search: Search) -> str:
-    """A hash of all that decides the trials; not of the limits, which may be raised while a study is under way."""
+    """A hash of all that decides the trials; not of the limits, nor of what is measured when they are over."""
     values = recipe.model_dump(mode="json")
+    values["evaluation"] = {name: values["evaluation"][name] for name in sorted(DECIDING)}
     values["tune"] = {name: values["tune"][name] for name in ("prune", "continue_best", "seed")}
     ways = {path: one if isinstance(one, tuple) else one.model_dump() for path, one in search.items()}
     content = json.dumps([values, ways], sort_keys=True, ensure_ascii=False)
@@ -85,22 +96,24 @@ def _name(recipe: Recipe, search: Search) -> str:
 class _Study:
     """A study under way, in its folder, which this process holds."""
 
-    def __init__(self, recipe: Recipe, search: Search, *, folder: RunDir, root: Path, reporter: Reporter) -> None:
+    def __init__(
+        self, recipe: Recipe, search: Search, budget: Budget, *, folder: RunDir, root: Path, reporter: Reporter
+    ) -> None:
         assert recipe.tune is not None and recipe.validation is not None
         self.recipe, self.search, self.folder, self.root, self.reporter = recipe, search, folder, root, reporter
         self.metric = recipe.validation.chosen_metric(labels=bool(recipe.data.label_words))
-        self.budget = Budget(folder.path / "budget.json", recipe.tune.limits)
+        self.budget = budget
         self.study = open_study(folder.path, minimize=self.metric == "loss")
-        own: Settings = {path: own_value(recipe, path) for path in search}
-        self.asker = Asker(self.study, recipe.tune, distributions(search), own, self.budget, reporter.note)
-        self.trials = Trials(recipe, self.asker, folder=folder, reporter=reporter)
+        rows, plain = TrialRows(self.study, reporter), with_settings(recipe, {})
         write_atomically(folder.path / "recipe.yaml", dump_recipe(recipe))
-        self._check_inputs()
+        prepared = rows.prepared(plain, 0)
+        self._check_inputs(all_inputs(plain, prepared))
+        own = own_settings(recipe, list(search), max_length=prepared.max_length)
+        self.asker = Asker(self.study, recipe.tune, distributions(search), own, self.budget, reporter.note)
+        self.trials = Trials(recipe, self.asker, rows=rows, folder=folder, reporter=reporter)
 
-    def _check_inputs(self) -> None:
+    def _check_inputs(self, now: dict[str, Any]) -> None:
         """Raises `RunError` where rows, base or template are not those that the study began with."""
-        own = with_settings(self.recipe, {})
-        now = all_inputs(own, self.trials.prepared(own, 0))
         then = self.study.user_attrs.get("inputs")
         if then is None:
             self.study.set_user_attr("inputs", now)
@@ -113,11 +126,17 @@ class _Study:
             )
 
     def search_all(self) -> None:
-        """Run trials until the target is met on validation rows or a limit is reached."""
+        """Run trials until the target is met on validation rows or a limit is reached.
+
+        None where measuring the best on held-out rows had begun: whatever the limits are now, that one is the result.
+        """
+        if "run" in self.study.user_attrs:
+            self.reporter.note(f"the search is over: {self.study.user_attrs['ended_by']}; its best was being measured")
+            return
         limits = ", ".join(f"{limit:g} {name}" for name, limit in self.budget.limits.items())
         self.reporter.note(f"searching {', '.join(self.search)} by validation {self.metric}, for {limits}")
-        repeats = 0
-        while (trial := self.asker.running()) is not None or self._over() is None:
+        repeats, why = 0, self._over()
+        while (trial := self.asker.running()) is not None or why is None:
             trial = trial or self.asker.next()
             same = self.asker.same_as(trial)
             repeats = repeats + 1 if same is not None else 0
@@ -126,14 +145,14 @@ class _Study:
             else:
                 self.trials.run(trial)
             self.folder.write("study.json", self._result())
-            if repeats == MOST_REPEATS:
-                break
-        why = self._over() or "whatever was drawn had been tried before"
+            why = self._over() or (REPEATED if repeats == MOST_REPEATS else None)
         self.study.set_user_attr("ended_by", why)
         self.reporter.note(f"the search is over: {why}")
 
     def _over(self) -> str | None:
         """Why no trial comes any more; None where one does."""
+        if self.study.user_attrs.get("ended_by") == REPEATED:
+            return REPEATED
         best = best_of(self.study)
         if best is not None and self.recipe.evaluation.target:
             scores = best.user_attrs["scores"]
@@ -145,7 +164,8 @@ class _Study:
     def measure_best(self) -> None:
         """Measure the best trial on the held-out rows, once, and write it as a run.
 
-        Raises `TrainingError` where no trial has a score.
+        Raises `TrainingError` where no trial has a score, and `RunError` where the run that was begun is of another
+        trial than the best.
         """
         best = best_of(self.study)
         if best is None:
@@ -159,6 +179,17 @@ class _Study:
         run = None if begun is None or not Path(begun).is_dir() else RunDir(Path(begun))
         if run is not None and not run.read("manifest.json").get("training_ended"):
             shutil.rmtree(run.path)  # killed while it was set up
+            run = None
+        measured = best.number if run is None else run.read("manifest.json")["tune"]["trial"]
+        if measured != best.number:
+            raise RunError(
+                expected=f"the run of trial {best.number}, the best",
+                found=f"that of trial {measured} in {self.study.user_attrs['run']}",
+                fix="search again: ift tune --fresh",
+            )
+        if run is not None and run.status != "succeeded" and run.recipe() != self.trials.recipe_of(best):
+            self.reporter.note(f"{run.path} was measured as the recipe said before; it is measured anew")
+            shutil.rmtree(run.path)
             run = None
         if run is not None:  # killed while it was measured, or after
             run = run if run.status == "succeeded" else resume(run, reporter=self.reporter)

@@ -63,7 +63,7 @@ def _line(trial: FrozenTrial, metric: str) -> dict[str, Any]:
         "state": trial.state.name.lower(),
         "settings": attributes.get("settings", {}),
         "score": attributes.get("scores", {}).get(metric),
-        "stopped_by": attributes.get("ended", {}).get("why"),
+        "stopped_by": (attributes.get("ended") or {}).get("why"),
         **{name: attributes.get(name) for name in names},
         **attributes.get("spent", {}),
         "error": attributes.get("error"),

@@ -36,7 +36,7 @@ class TrialWatcher(TrainerCallback):
         if limit is not None and state.global_step < state.max_steps:
             self._end(state, control, limit)
             control.should_save = True
-            control.should_evaluate = False
+            control.should_evaluate = state.best_metric is None  # else it counts with its best score so far
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.ended is not None:
@@ -61,6 +61,7 @@ class TrialWatcher(TrainerCallback):
         self.trial.set_user_attr("measurements", number)
         if number not in self.trial.study.trials[self.trial.number].intermediate_values:
             self.trial.report(value, number)
+        self.budget.write()  # before the checkpoint: steps that are not taken again have been counted
         more = self.ended is None and state.global_step < state.max_steps
         if self.prune and more and self.trial.should_prune():
             self._end(state, control, "pruned")
@@ -68,6 +69,7 @@ class TrialWatcher(TrainerCallback):
     def _end(self, state: TrainerState, control: TrainerControl, why: str) -> None:
         self.ended = why
         self.trial.set_user_attr("ended", {"why": why, "step": state.global_step})
+        self.budget.write()
         control.should_training_stop = True
         self.note(f"trial {self.trial.number} is stopped after step {state.global_step}: {why}")
 

@@ -68,6 +68,7 @@ def rows_of(*texts: str) -> list[Row]:
     ]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(text=TEXTS, key=KEYS)
 def test_labels_negations_and_numbers_are_never_changed(text: str, key: str) -> None:
@@ -83,6 +84,7 @@ def test_labels_negations_and_numbers_are_never_changed(text: str, key: str) -> 
 SAME = Perturber(SECTION, protected=LABELS[::-1])
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=100)
 @given(text=TEXTS, key=KEYS)
 def test_a_change_is_a_function_of_seed_key_and_text(text: str, key: str) -> None:
@@ -238,6 +240,7 @@ def test_augmented_copies_are_new_texts_with_the_number_of_their_row() -> None:
     assert not held_out & {text for _, text in augmented(rows, section, protected=LABELS, forbidden=held_out)}
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=20)
 @given(texts=st.lists(TEXTS, min_size=1, max_size=5), seed=st.integers(0, 5))
 def test_augmented_never_yields_a_known_text(texts: list[str], seed: int) -> None:

@@ -7,6 +7,8 @@ import re
 from collections import Counter
 from typing import Any
 
+import pytest
+
 from ift_peft.recipe import recipes_root
 
 REVIEWS = recipes_root() / "data" / "reviews"
@@ -32,6 +34,7 @@ def test_reviews_are_enough_and_balanced() -> None:
         assert len({row["text"] for row in rows(name)}) == len(rows(name))
 
 
+@pytest.mark.slow
 def test_no_training_review_nearly_equals_a_test_review() -> None:
     test = [trigrams(row["text"]) for row in rows("test")]
     index: dict[str, list[int]] = {}

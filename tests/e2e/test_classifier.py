@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -17,6 +18,8 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
     set_seed,
 )
 
@@ -158,10 +161,15 @@ def test_the_built_in_llama_learns_to_classify(tmp_path: Path) -> None:
         (alone,) = answer_all(model, parts, [question], max_new_tokens=8)
         assert alone.probabilities == pytest.approx(answer.probabilities, abs=1e-5)
     for method in ("occlusion", "integrated-gradients"):
-        found = explain(model, parts, "film film wonderful film", method=method)  # type: ignore[arg-type]
+        found = explain(model, parts, "wonderful film film film", method=method)  # type: ignore[arg-type]
         assert found.answer == "positive"
-        assert found.pieces[found.strongest[0]].text.strip() == "wonderful"
-        (said,) = answer_all(model, parts, [parts.ask("film film wonderful film")], max_new_tokens=8)
+        if method == "occlusion":  # which measures what taking a word out does; the other need not rank by that
+            assert found.pieces[found.strongest[0]].text.strip() == "wonderful"
+        else:
+            assert found.adapter.baseline is not None
+            assert found.adapter.delta is not None
+            assert abs(found.adapter.delta) < 0.02 * abs(found.adapter.score - found.adapter.baseline) + 0.01
+        (said,) = answer_all(model, parts, [parts.ask("wonderful film film film")], max_new_tokens=8)
         assert said.probabilities is not None
         assert found.probabilities is not None
         assert found.probabilities[0] == pytest.approx(said.probabilities["positive"], abs=1e-5)
@@ -203,6 +211,77 @@ def test_a_base_that_brings_a_head_keeps_it(bert: Path, tmp_path: Path) -> None:
     loaded = load_base(locate_base(str(tmp_path / "trained")), device="cpu", head=head)
     assert loaded.made == ()
     assert torch.equal(loaded.model.classifier.weight, trained.classifier.weight)
+
+    names = {"id2label": {0: "positive", 1: "negative"}, "label2id": {"positive": 0, "negative": 1}}
+    trained.config.update(names)
+    trained.save_pretrained(tmp_path / "named")
+    with pytest.raises(ModelError, match="positive, negative"):
+        load_base(locate_base(str(tmp_path / "named")), device="cpu", head=head)
+    three = ClassHead((*CLASSES, "mixed"), pad_token_id=0, seed=1)
+    with pytest.raises(ModelError, match="LABEL_0, LABEL_1"):
+        load_base(locate_base(str(tmp_path / "trained")), device="cpu", head=three)
+
+
+@pytest.mark.slow
+def test_a_roberta_opens_again_and_takes_as_many_tokens_as_it_can(bert: Path, tmp_path: Path) -> None:
+    """Its head has parts of its own, and its positions begin after the padding token's number."""
+    from ift_peft.adapters.merge import merge
+    from ift_peft.infer.load import load_model, open_parts
+    from ift_peft.infer.predict import answer_all
+    from ift_peft.reporter import Silent
+    from ift_peft.train.run import train
+
+    tokenizer = AutoTokenizer.from_pretrained(bert)
+    set_seed(0)
+    config = RobertaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=34,
+        pad_token_id=1,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    RobertaForMaskedLM(config).save_pretrained(tmp_path / "roberta")
+    tokenizer.save_pretrained(tmp_path / "roberta")
+    overrides = [f"base.model={tmp_path}/roberta", *SHORT, "training.max_steps=3", "data.max_test_rows=8"]
+    with pytest.raises(RecipeError, match=r"training\.max_length=32"):
+        train(load_recipe("sst2-classifier", [*overrides, "training.max_length=34"]), root=tmp_path, reporter=Silent())
+    recipe = load_recipe("sst2-classifier", [*overrides, "training.max_length=32"])
+    run = train(recipe, root=tmp_path, reporter=Silent())
+    parts = open_parts(run)
+    model, _ = load_model(parts)
+    (answer,) = answer_all(model, parts, [parts.ask("a film " * 40)], max_new_tokens=8)
+    assert answer.truncated
+    found = merge(parts, output=tmp_path / "merged", dtype="float32", reporter=Silent())
+    assert found.max_logit_difference < 1e-4
+
+
+@pytest.mark.slow
+def test_a_head_over_a_16_bit_base_is_trained_and_kept_in_float32(bert: Path, tmp_path: Path) -> None:
+    from ift_peft.infer.likelihood import label_probabilities
+    from ift_peft.infer.load import held_out_rows, load_model, open_parts
+    from ift_peft.reporter import Silent
+    from ift_peft.train.run import train
+
+    overrides = [f"base.model={bert}", *SHORT, "base.compute_dtype=bfloat16", "training.max_length=64"]
+    recipe = load_recipe("sst2-classifier", [*overrides, "training.max_steps=4", "training.learning_rate=1e-5"])
+    run = train(recipe, root=tmp_path, reporter=Silent())
+    weights = load_file(run.adapter / "adapter_model.safetensors")
+    heads = {name: weight for name, weight in weights.items() if "lora" not in name}
+    assert heads
+    assert all(weight.dtype == torch.float32 for weight in heads.values())
+    parts = open_parts(run)
+    model, _ = load_model(parts)
+    fitted = held_out_rows(parts)
+    again = label_probabilities(model, parts.renderer, [r.prompt for r in fitted.rows], CLASSES, batch_size=32)
+    lines = run.read_lines("predictions.jsonl")
+    assert np.abs(again - np.array([[line["adapter"][name] for name in CLASSES] for line in lines])).max() < 1e-5
+    prompts = [row.prompt for row in fitted.rows]
+    swapped = label_probabilities(model, parts.renderer, prompts, CLASSES[::-1], batch_size=32)
+    assert np.abs(swapped[:, ::-1] - again).max() < 1e-6
 
 
 def test_the_new_head_is_drawn_by_its_seed_alone(bert: Path) -> None:

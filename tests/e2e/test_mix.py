@@ -50,7 +50,8 @@ def alone(run: RunDir, name: str, folder: Path) -> RunDir:
 @pytest.mark.parametrize("name", ["reviews", "qa"])
 def test_a_source_scores_what_it_scores_as_the_only_task(mixed_run: RunDir, tmp_path: Path, name: str) -> None:
     stored = mixed_run.read("scores.json")["by_source"][name]
-    assert evaluate_run(alone(mixed_run, name, tmp_path), data=None, reporter=Silent()) == stored
+    again = evaluate_run(alone(mixed_run, name, tmp_path), data=None, reporter=Silent())
+    assert again == {**stored, "gates": []}
     assert stored["rows"] > 1
     wanted = {"reviews": {"accuracy", "f1"}, "qa": {"loss", "exact_match", "f1"}}[name]
     assert wanted <= stored["adapter"].keys()
@@ -94,7 +95,6 @@ def test_measuring_again_gives_the_stored_scores_and_other_rows_are_of_a_named_s
     mixed_run: RunDir, tmp_path: Path
 ) -> None:
     stored = mixed_run.read("scores.json")
-    assert stored.pop("gates") == []
     assert evaluate_run(mixed_run, data=None, reporter=Silent()) == stored
     path = tmp_path / "more.jsonl"
     path.write_text('{"text": "A joy from start to finish.", "label": "positive"}\n', "utf-8")

@@ -79,6 +79,7 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     assert "pytorch_model.bin" in str(refusal(tmp_path, [f"base.model={tmp_path / 'base'}"]))
 
 
+@pytest.mark.slow
 def test_the_command_line_prints_the_refusal_and_exits_with_its_code(ift: Ift) -> None:
     refused = ift("train", "sentiment", "training.lerning_rate=1")
     assert refused.returncode == 2

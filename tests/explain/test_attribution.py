@@ -75,7 +75,7 @@ def test_occlusion_is_the_difference_to_the_text_without_the_word(model: Any, pa
 
 def test_integrated_gradients_add_up_and_too_few_steps_do_not(model: Any, parts: Parts) -> None:
     for text in texts(parts, 2):
-        fine = explain(model, parts, text, method="integrated-gradients")
+        fine = explain(model, parts, text, method="integrated-gradients", steps=160)
         for found in (fine.adapter, fine.base):
             assert found.baseline is not None and found.delta is not None
             change = found.score - found.baseline

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from ift_peft.data.render import Renderer
 from ift_peft.data.row import Message, ask
@@ -73,6 +74,7 @@ def test_answers_stop_at_the_end_token_and_at_the_limit(model: torch.nn.Module, 
 
     class Spied(torch.nn.Module):
         generate = staticmethod(spy)
+        config = model.config
 
         def parameters(self, recurse: bool = True) -> Any:
             return model.parameters(recurse)
@@ -85,6 +87,7 @@ def test_answers_stop_at_the_end_token_and_at_the_limit(model: torch.nn.Module, 
     assert all(bool((call["attention_mask"][:, -1] == 1).all()) for call in asked)  # padding on the left
 
 
+@pytest.mark.slow
 def test_draws_belong_to_the_prompt_and_not_to_the_batch(model: torch.nn.Module, renderer: Renderer) -> None:
     def draw(prompts: list[tuple[Message, ...]], *, batch_size: int, seed: int = 0) -> list[list[str]]:
         return generate_all(
@@ -114,6 +117,8 @@ def test_draws_follow_the_temperature(renderer: Renderer) -> None:
     logits[chosen] = torch.tensor([2.0, 1.0, 0.0])
 
     class Constant(torch.nn.Module):
+        config = LlamaConfig()
+
         def __init__(self) -> None:
             super().__init__()
             self.weight = torch.nn.Parameter(torch.zeros(1))

@@ -223,3 +223,20 @@ def test_the_recipe_in_the_page_is_whole_but_for_places(full_run: RunDir) -> Non
     assert re.search(r"training\.seed</dt><dd>7<", page)
     assert json.loads((full_run.path / "manifest.json").read_text("utf-8"))["versions"]["trl"] in page
     assert planted("text") not in page
+
+
+def test_rows_of_a_mix_are_set_side_by_side_by_the_likelihood_of_their_answers() -> None:
+    rows = [{"messages": [{"role": "user", "content": text}]} for text in ("a review", "a question")]
+    likelihoods = [{"log_probability": -4.0, "tokens": 2}, {"log_probability": -1.0, "tokens": 2}]
+    sides = dict(zip(("base", "adapter"), likelihoods, strict=True))
+    labelled = {"row": 0, "answer": "good", "base": {"good": 0.4, "bad": 0.6}, "adapter": {"good": 0.9, "bad": 0.1}}
+    lines = [
+        {**labelled, "likelihood": {"base": likelihoods[1], "adapter": likelihoods[0]}},
+        {"row": 1, "answer": "yes", **sides},
+    ]
+    found = examples(rows, lines)
+    assert found is not None
+    assert [(one.text.text, one.gain) for one in found.gained] == [("a question", 1.5)]
+    assert [(one.text.text, one.gain) for one in found.lost] == [("a review", -1.5)]
+    assert found.lost[0].adapter.answer is not None
+    assert (found.lost[0].adapter.answer.text, found.lost[0].adapter.remark) == ("good", "right")

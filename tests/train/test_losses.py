@@ -266,6 +266,7 @@ def drift(weight: float, direction: Any) -> float:
     return float(measured.parts["kl_to_base"]) / measured.tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_a_large_weight_keeps_the_adapter_near_the_base(direction: Any) -> None:
     free, light, heavy = (drift(weight, direction) for weight in (0.0, 1.0, 3.0))
@@ -409,6 +410,7 @@ def test_general_text_is_scored_as_it_stands_each_by_itself() -> None:
         assert count == ids.shape[1] - 1
 
 
+@pytest.mark.slow
 def test_an_adapter_forgets_nothing_at_first_and_something_when_it_is_pushed_away(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -109,10 +109,18 @@ def test_our_defaults_suit_the_device_and_the_recipe_overrides_them(tmp_path: Pa
 
 
 def test_max_length_is_bounded_by_the_positions_of_the_base() -> None:
-    assert choose_max_length({}, 512) == 512
-    assert choose_max_length({}, None) == 1024
-    assert choose_max_length({"max_length": 300}, 512) == 300
-    assert choose_max_length({"max_length": None}, None) is None
+    recipe = load_recipe("sentiment")
+    unset = recipe.model_copy(update={"training": {}})
+
+    def chosen(wanted: int | None, positions: int | None) -> int | None:
+        return choose_max_length(recipe.model_copy(update={"training": {"max_length": wanted}}), positions)
+
+    assert choose_max_length(unset, 512) == 512
+    assert choose_max_length(unset, None) == 1024
+    assert chosen(300, 512) == 300
+    assert chosen(None, None) is None
     for wanted in (513, None):
         with pytest.raises(RecipeError, match=r"training\.max_length=512"):
-            choose_max_length({"max_length": wanted}, 512)
+            chosen(wanted, 512)
+    generating = load_recipe("qa", ["evaluation.max_new_tokens=100"]).model_copy(update={"training": {}})
+    assert choose_max_length(generating, 512) == 412

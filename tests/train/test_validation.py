@@ -86,7 +86,15 @@ def test_rows_are_set_aside_from_training_by_label_and_source(tmp_path: Path) ->
     again = prepare(recipe, Silent()).validation
     assert again is not None
     assert [row.where for row in again.rows] == [row.where for row in aside]
-    assert not {row.where for row in aside} & {row.where for row in prepared.test.rows}
+    held_out = {row.text for row in prepared.test.rows}  # of a file of their own: their places tell nothing
+    assert held_out
+    assert not held_out & {row.text for row in aside}
+    split = prepare(load_recipe(str(tmp_path / "small.yaml"), ["data.test=null", "validation={size: 0.2}"]), Silent())
+    assert split.validation is not None
+    parts = [{row.where for row in part.rows} for part in (split.validation, split.test)]
+    assert not parts[0] & parts[1]
+    assert [len(part) for part in parts] == [10, 12]  # of 48 rows that are left, and of 60
+    assert split.train.rows == 38
     whole = prepare(recipe.model_copy(update={"validation": None}), Silent())
     assert whole.train.rows == 81  # not those that the cache has of the same files with rows set aside
 
@@ -170,6 +178,31 @@ def test_measuring_more_often_leaves_the_training_curve_as_it_is(overshot: RunDi
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("validated", [True, False])
+def test_a_run_killed_after_its_last_step_within_an_epoch_takes_no_further_step(
+    overshot: RunDir, tmp_path: Path, validated: bool
+) -> None:
+    if validated:
+        run = RunDir(tmp_path / "run")
+        shutil.copytree(overshot.path, run.path)
+    else:
+        run = train(small(tmp_path, "training.max_steps=4"), root=tmp_path / "runs", reporter=Silent())
+    steps, ours, before, scores = (
+        run.recipe().training["max_steps"],
+        weights(run.adapter),
+        lines(run),
+        run.read("scores.json"),
+    )
+    run.update_manifest(status="running")  # as kill -9 leaves it while it is measured at the end
+    shutil.rmtree(run.adapter)
+    resume(run, reporter=Silent())
+    assert run.read("manifest.json")["steps"] == steps
+    assert lines(run) == before
+    assert equal(weights(run.adapter), ours)
+    assert run.read("scores.json") == scores
+
+
+@pytest.mark.slow
 def test_a_plateau_ends_after_patience_measurements_and_resuming_adds_none(tmp_path: Path) -> None:
     recipe = small(tmp_path, "validation={every: 2, patience: 2}", "training.learning_rate=0")
     run = train(recipe, root=tmp_path / "runs", reporter=Silent())
@@ -194,6 +227,19 @@ def test_a_resumed_run_goes_on_counting_its_patience(tmp_path: Path) -> None:
     run = resume(RunDir((tmp_path / "runs" / "small" / "latest").resolve()), reporter=Silent())
     assert [line["step"] for line in measurements(run)] == [2, 4, 6, 8]
     assert run.read("manifest.json")["stopped_early"] is True
+
+
+@pytest.mark.slow
+def test_a_signal_in_the_last_step_stops_the_run_before_it_is_measured(tmp_path: Path) -> None:
+    recipe = small(tmp_path, "validation={every: 3, metric: loss}", "training.max_steps=3")
+    with pytest.raises(Interrupted, match="after the last step, 3"):
+        train(recipe, root=tmp_path / "runs", reporter=Stopping(3))
+    run = RunDir((tmp_path / "runs" / "small" / "latest").resolve())
+    assert not (run.path / "scores.json").exists()
+    assert [line["step"] for line in measurements(run)] == [3]
+    before = lines(run)
+    resume(run, reporter=Silent())
+    assert (run.read("manifest.json")["steps"], lines(run)) == (3, before)
 
 
 @pytest.mark.slow

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,30 @@ def test_a_trial_that_was_running_is_gone_on_with_also_where_it_was_being_drawn(
     assert found is not None
     assert found.user_attrs["settings"] == trial.user_attrs["settings"]
     assert asker(tmp_path / "c").running() is None
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_trial_is_asked_for_as_it_would_have_been_wherever_that_was_killed(tmp_path: Path, number: int) -> None:
+    """Every beginning of the journal of asking for a drawn trial, and for one that continues the best."""
+
+    def journal() -> list[str]:
+        return (tmp_path / "whole" / "journal.log").read_text("utf-8").splitlines(keepends=True)
+
+    one = asker(tmp_path / "whole", trials=3)
+    for _ in range(number):
+        settle(one, 0.5, improving=True)
+    before = len(journal())
+    trial = one.next()
+    after = len(journal())
+    assert after > before + 2
+    assert ("continued_from" in trial.user_attrs) == (number == 2)
+    for kept in range(before + 1, after + 1):
+        folder = tmp_path / str(kept)
+        folder.mkdir()
+        (folder / "journal.log").write_text("".join(journal()[:kept]), "utf-8")
+        again = asker(folder, trials=3).running()
+        assert again is not None
+        assert (again.number, again.user_attrs, again.params) == (number, trial.user_attrs, trial.params)
 
 
 def test_a_journal_cut_within_a_line_and_its_stale_lock_are_mended(tmp_path: Path) -> None:
@@ -132,6 +158,20 @@ def test_a_budget_adds_up_over_sessions_and_holds_back_what_the_end_takes(tmp_pa
     path.write_text("{", "utf-8")
     with pytest.raises(RunError, match="--fresh"):
         Budget(path, {})
+
+
+def test_what_is_spent_is_written_down_whatever_the_process_is_at(tmp_path: Path) -> None:
+    path = tmp_path / "budget.json"
+    budget = Budget(path, {})
+    with budget.kept():
+        budget.spend(7)
+        while not path.is_file():  # nothing here writes
+            time.sleep(0.05)
+        first = json.loads(path.read_text("utf-8"))
+        assert first["tokens"] == 7
+        while json.loads(path.read_text("utf-8")) == first:
+            time.sleep(0.05)
+    assert Budget(path, {}).seconds >= first["seconds"]
 
 
 def test_a_trial_that_repeats_another_counts_for_no_limit(tmp_path: Path) -> None:

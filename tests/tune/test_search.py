@@ -10,14 +10,14 @@ import pytest
 from ift_peft.errors import Faults, RecipeError
 from ift_peft.recipe import Recipe, dump_recipe, load_recipe, validate
 from ift_peft.selection import Setting, Span
-from ift_peft.tune.search import check_search, default_search, distributions, own_value, with_settings, within
+from ift_peft.tune.search import check_search, default_search, distributions, own_settings, with_settings, within
 from ift_peft.yaml_source import YamlSource, parse_value
 from tests.train.small import small, write_small
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
-    return small(tmp_path)
+    return small(tmp_path, "validation.metric=loss")
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,9 @@ def recipe(tmp_path: Path) -> Recipe:
         ("adapter.r.x", (1, 2), "r is no section"),
         ("validation.size", (0.1, 0.2), r"leave the validation rows[\s\S]*validation\.size"),
         ("evaluation.seed", (1, 2), r"evaluation\.seed"),
+        ("data.seed", (1, 2), r"the rows as they are[\s\S]*data\.seed"),
+        ("data.max_train_rows", (20, 40), r"the rows as they are[\s\S]*data\.max_train_rows"),
+        ("data.quality.near_duplicates", ("warn", "drop"), r"the rows as they are"),
     ],
 )
 def test_what_is_no_setting_of_a_recipe_is_refused_by_its_path(
@@ -41,6 +44,21 @@ def test_what_is_no_setting_of_a_recipe_is_refused_by_its_path(
     with pytest.raises((RecipeError, Faults), match=message) as caught:
         check_search(recipe, {path: setting})
     assert caught.value.exit_code == 2
+
+
+def test_settings_whose_trials_cannot_be_compared_are_refused_and_others_are_not(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    bases: dict[str, Setting] = {"base.model": ("tiny", "other")}
+    check_search(recipe, bases)  # the loss of classes is of each row, whatever its tokens
+    answers = small(tmp_path, "data.labels=null", "validation={}")
+    with pytest.raises(RecipeError, match=r"nats for each[\s\S]*base\.model"):
+        check_search(answers, bases)
+    lengths: dict[str, Setting] = {"training.max_length": (64, 128)}
+    check_search(answers, lengths)
+    with pytest.raises(RecipeError, match=r"data\.overlong=drop[\s\S]*training\.max_length"):
+        check_search(small(tmp_path, "data.overlong=drop", "validation={}"), lengths)
+    check_search(answers, {"data.instruction": ("a", "b"), "data.system": ("a", "b")})
 
 
 def test_every_fault_of_a_search_is_told_once(recipe: Recipe) -> None:
@@ -74,7 +92,24 @@ def test_the_default_search_lies_around_the_recipe_and_holds_it(recipe: Recipe, 
     assert search["training.num_train_epochs"] == Span(low=1, high=6, integer=True)  # SFTConfig's 3 epochs
     assert search["adapter.r"] == (4, 6, 8, 16, 32)
     check_search(by_epochs, search)
-    assert within({path: own_value(by_epochs, path) for path in search}, distributions(search))
+    assert within(own_settings(by_epochs, list(search)), distributions(search))
+
+
+def test_own_settings_are_those_that_training_takes(recipe: Recipe) -> None:
+    """Where the recipe leaves them unset, SFTConfig's own defaults are not always those it is trained with."""
+    wanted = {
+        "training.train_sampling_strategy": "group_by_length",
+        "training.gradient_checkpointing": False,
+        "training.activation_checkpointing": False,
+        "training.max_length": 256,
+        "training.bf16": False,
+        "training.lr_scheduler_type": "linear",
+        "training.num_train_epochs": 3.0,
+        "training.learning_rate": 2e-3,
+        "adapter.r": 4,
+        "data.augment.synonyms": None,
+    }
+    assert own_settings(recipe, list(wanted), max_length=256) == wanted
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ WEAK = 0.85  # agreement below which many of the rows found are right
 # The weaker the classifier, the surer it must be of a row: its probability for another label must be higher by this
 # times the share of labels that it disagrees with. With 5 % of the labels of real reviews flipped, precision and recall
 # are, beside those of `prune_by_noise_rate`, cleanlab's default, alone:
-#   10,000 shopping reviews, agreement 0.87   0.69 and 0.68   0.56 and 0.80
-#    1,000 shopping reviews, agreement 0.83   0.71 and 0.49   0.38 and 0.73
-#    9,400 shipped reviews,  agreement 0.75   0.35 and 0.24   0.19 and 0.66
+#   10,000 shopping reviews, agreement 0.87   0.68 and 0.64   0.56 and 0.78
+#    1,000 shopping reviews, agreement 0.85   0.78 and 0.56   0.46 and 0.74
+#    9,402 shipped reviews,  agreement 0.75   0.37 and 0.26   0.19 and 0.67
+# (benchmarks/mislabelled.py)
 MARGIN = 2.0
 LEAST = 0.6  # agreement below which that margin is hardly ever reached, and silence would say nothing
 

@@ -19,8 +19,7 @@ tags: [{tag}, ift_peft]
 
 {description}
 
-{article} {method} adapter for `{base}`, trained on {rows:,} rows over {quantization} weights with TRL's \
-`SFTTrainer` through PEFT.
+{article} {method} adapter for `{base}`, {origin}.
 
 ## Measured on {test_rows:,} held-out rows
 
@@ -61,8 +60,11 @@ METHODS: dict[Method, str] = {
 }
 
 
-def adapter_card(recipe: Recipe, *, base: str, scores: dict[str, Any], rows: int) -> str:
-    """The text of README.md: what it is, what it scored, how it is asked. Holds no path of the machine."""
+def adapter_card(recipe: Recipe, *, base: str, scores: dict[str, Any], rows: int, combined: str | None = None) -> str:
+    """The text of README.md: what it is, what it scored, how it is asked. Holds no path of the machine.
+
+    `combined` says what an adapter that was not trained itself was made of.
+    """
     data = recipe.data
     if data.mixed:
         parts = (part for part, _ in data.by_source())
@@ -70,6 +72,7 @@ def adapter_card(recipe: Recipe, *, base: str, scores: dict[str, Any], rows: int
     else:
         asked = _asked(data.for_new_texts[0], "Texts")
     quantization = "unquantised" if recipe.base.quantization == "none" else recipe.base.quantization
+    trained = f"trained on {rows:,} rows over {quantization} weights with TRL's `SFTTrainer` through PEFT"
     classifier = recipe.base.head == "sequence-classification"
     return _CARD.format(
         pipeline="text-classification" if classifier else "text-generation",
@@ -81,8 +84,7 @@ def adapter_card(recipe: Recipe, *, base: str, scores: dict[str, Any], rows: int
         article=article(recipe.adapter.method),
         name=recipe.name,
         description=recipe.description,
-        rows=rows,
-        quantization=quantization,
+        origin=combined or trained,
         test_rows=scores["rows"],
         table="\n".join(score_rows(scores)),
         intervals=scores["intervals"],
