@@ -11,6 +11,7 @@ from typing import Annotated, Any, Self, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from ift_peft.adapter_methods import conflicts, why_not_over
 from ift_peft.errors import IftPeftError, RecipeError, first_line, raise_all
 from ift_peft.sections import DATA_SUFFIXES, Adapter, Base, Data, Evaluation, Loss, Section
 from ift_peft.selection import Tune, Validation
@@ -224,8 +225,7 @@ def validate(source: YamlSource) -> Recipe:
         faults.extend(_training_faults(training, source))
     if recipe is not None and recipe.adapter.bias != "none":
         faults.append(_base_is_lost(recipe, source))
-    if recipe is not None:
-        faults.extend(_method_faults(recipe, source))
+    faults.extend(_method_faults(source))
     if recipe is not None and recipe.validation is not None:
         faults.extend(_validation_faults(recipe, recipe.validation, source))
     raise_all(faults)
@@ -242,35 +242,20 @@ def _base_is_lost(recipe: Recipe, source: YamlSource) -> RecipeError:
     )
 
 
-def _method_faults(recipe: Recipe, source: YamlSource) -> Iterable[RecipeError]:
-    """What the method of the adapter asks of the other sections."""
-    adapter, training = recipe.adapter, recipe.training
-    where = source.where(("adapter", "method"))
-    if adapter.method == "loftq" and recipe.base.quantization not in ("nf4", "fp4"):
+def _method_faults(source: YamlSource) -> Iterable[RecipeError]:
+    """What the method of the adapter asks of the other sections, told also where these have faults of their own."""
+    adapter, base, training = (_section(source.values, name) for name in ("adapter", "base", "training"))
+    quantization = base.get("quantization", "none")
+    reason = why_not_over(adapter.get("method", "lora"), quantization)
+    if reason:
         yield RecipeError(
-            expected="base.quantization nf4 or fp4 with adapter.method loftq, which makes up for what 4 bits lose",
-            found=f"{recipe.base.quantization!r}, and loftq at {where}",
+            expected=reason,
+            found=f"{quantization!r}, and {adapter['method']} at {source.where(('adapter', 'method'))}",
             fix="set base.quantization=nf4, or adapter.method=lora",
         )
-    if adapter.method == "dora" and recipe.base.quantization == "int8":
-        yield RecipeError(
-            expected="base.quantization other than int8 with adapter.method dora, which unpacks weights in each step",
-            found=f"int8, whose scales are lost by that on a CPU, and dora at {where}",
-            fix="set base.quantization=nf4, or adapter.method=lora",
-        )
-    if adapter.subtracts_its_start and training.get("weight_decay"):
-        yield RecipeError(
-            expected=f"training.weight_decay=0 with adapter.method {adapter.method}, whose frozen half must not decay",
-            found=f"{training['weight_decay']} at {source.where(('training', 'weight_decay'))}",
-            fix="remove it",
-        )
-    steps = training.get("max_steps")
-    if adapter.method == "adalora" and isinstance(steps, int) and 0 < steps <= adapter.tinit + adapter.tfinal:
-        yield RecipeError(
-            expected="adapter.tinit and adapter.tfinal to leave steps in which ranks are reduced",
-            found=f"{adapter.tinit} and {adapter.tfinal} of training.max_steps {steps}, and adalora at {where}",
-            fix="lower them, or train longer",
-        )
+    for expected, setting, fix in conflicts(adapter, training):
+        found = f"{training[setting]!r} at {source.where(('training', setting))}"
+        yield RecipeError(expected=expected, found=found, fix=fix)
 
 
 def _validation_faults(recipe: Recipe, validation: Validation, source: YamlSource) -> Iterable[RecipeError]:

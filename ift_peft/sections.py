@@ -9,13 +9,14 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from ift_peft.adapter_methods import SUBTRACTS_ITS_START, Method, unused_settings
+
 Quantization = Literal["none", "int8", "nf4", "fp4"]
 Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "columns"]
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 Language = Literal["zh", "en"]
 Action = Literal["off", "warn", "drop", "stop"]
 Head = Literal["causal-lm", "sequence-classification"]
-Method = Literal["lora", "rslora", "dora", "pissa", "olora", "loftq", "eva", "vera", "ia3", "adalora"]
 GenerationMetric = Literal["exact_match", "f1", "bleu", "chrf", "rouge", "pass_at_k"]
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -142,12 +143,8 @@ class Adapter(Section):
 
     @model_validator(mode="after")
     def _of_its_method(self) -> Self:
-        own = type(self).model_fields
-        faults = [
-            f"{name} unset with {self.method} ({why})"
-            for name, (methods, why) in _TAKEN_BY.items()
-            if self.method not in methods and getattr(self, name) != own[name].default
-        ]
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        faults = unused_settings(self.method, {name: getattr(self, name) for name in defaults}, defaults)
         if self.method == "adalora" and self.starting_rank <= self.r:
             faults.append(f"init_r above r, {self.r}: adalora begins with more ranks than it keeps")
         listed = self.target_modules if isinstance(self.target_modules, tuple) else ()
@@ -165,31 +162,7 @@ class Adapter(Section):
     @property
     def subtracts_its_start(self) -> bool:
         """Whether the adapter begins as a part of the base's weights, which a second, frozen half takes away again."""
-        return self.method in ("pissa", "olora")
-
-
-_RANKED = ("lora", "rslora", "dora", "pissa", "olora", "loftq", "eva")
-# Settings that not every method takes: by which it is taken, and why by no other.
-_TAKEN_BY: dict[str, tuple[tuple[str, ...], str]] = {
-    "r": ((*_RANKED, "vera", "adalora"), "it has no rank"),
-    "lora_alpha": ((*_RANKED, "adalora"), "its vectors are learnt without a scale"),
-    "lora_dropout": (
-        ("lora", "rslora", "dora", "loftq", "eva", "vera", "adalora"),
-        "pissa and olora would drop parts of the base's own weights, ia3 has no place for it",
-    ),
-    "embeddings": (
-        ("lora", "rslora", "dora"),
-        "it is made for linear modules only; name the embedding in modules_to_save",
-    ),
-    "use_rslora": (_RANKED, "its scale does not depend on a rank"),
-    "rank_pattern": (_RANKED, "it has no rank of its own for each module, or finds it itself"),
-    "alpha_pattern": (_RANKED, "it has one scale for all modules, or none"),
-    "loraplus_lr_ratio": (_RANKED, "LoRA+ is about the matrices A and B of LoRA"),
-    "pissa_niter": (("pissa",), "only pissa has it"),
-    "eva_rho": (("eva",), "only eva has it"),
-    "feedforward_modules": (("ia3",), "only ia3 has it"),
-    **dict.fromkeys(("init_r", "tinit", "tfinal", "orth_reg_weight"), (("adalora",), "only adalora has it")),
-}
+        return self.method in SUBTRACTS_ITS_START
 
 
 class Columns(Section):

@@ -126,10 +126,11 @@ def begin_with_activations(model: Any, adapter: Adapter, batches: Iterable[dict[
 
 
 def in_float32(model: Any) -> None:
-    """Keep what is trained in float32.
+    """Keep what is trained in float32, as PEFT opens it again.
 
-    TRL rounds it to bfloat16 over packed weights, as QLoRA did with matrices that begin at 0. What begins at a size of
-    its own, as (IA)3's vectors at 1, would round most steps away.
+    TRL rounds it to bfloat16 over packed weights. Then the model that is measured after training is not the one that
+    PEFT makes of the saved adapter, and what begins at a size of its own, as (IA)3's vectors at 1, rounds most steps
+    away.
     """
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from ift_peft.adapter_methods import NAMES, article
 from ift_peft.data.instructions import Asker
 from ift_peft.recipe import Recipe
-from ift_peft.sections import Data, Method
+from ift_peft.sections import Data
 
 _CARD = """---
 base_model: {base}
@@ -46,20 +47,6 @@ It was measured on the rows above and on nothing else. Other domains, languages 
 """
 
 
-METHODS: dict[Method, str] = {
-    "lora": "LoRA",
-    "rslora": "rsLoRA",
-    "dora": "DoRA",
-    "pissa": "PiSSA",
-    "olora": "OLoRA",
-    "loftq": "LoftQ",
-    "eva": "EVA",
-    "vera": "VeRA",
-    "ia3": "(IA)³",
-    "adalora": "AdaLoRA",
-}
-
-
 def adapter_card(recipe: Recipe, *, base: str, scores: dict[str, Any], rows: int, combined: str | None = None) -> str:
     """The text of README.md: what it is, what it scored, how it is asked. Holds no path of the machine.
 
@@ -80,7 +67,7 @@ def adapter_card(recipe: Recipe, *, base: str, scores: dict[str, Any], rows: int
         classes=f", num_labels={len(data.label_words)}" if classifier else "",
         base=base,
         tag=recipe.adapter.method,
-        method=METHODS[recipe.adapter.method],
+        method=NAMES[recipe.adapter.method],
         article=article(recipe.adapter.method),
         name=recipe.name,
         description=recipe.description,
@@ -91,10 +78,6 @@ def adapter_card(recipe: Recipe, *, base: str, scores: dict[str, Any], rows: int
         safety=safety_part(scores),
         asked=asked,
     )
-
-
-def article(method: Method) -> str:
-    return "An" if METHODS[method][0] in "AEIOr(" else "A"
 
 
 def _asked(data: Data, texts: str) -> str:

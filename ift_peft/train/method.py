@@ -53,8 +53,7 @@ def begin(model: Any, recipe: Recipe, prepared: Prepared, *, begun: bool) -> int
     Returns how many of its weights are frozen, though PEFT counts them as trained.
     """
     adapter = recipe.adapter
-    if adapter.method not in ("lora", "rslora"):
-        in_float32(model)
+    in_float32(model)
     if adapter.subtracts_its_start and not begun:
         begin_with_base(model, adapter)
     if adapter.method == "loftq" and not begun:
