@@ -39,8 +39,8 @@ from ift_peft.train.session import Session
 QUANTIZATIONS = ("none", "int8", "nf4")
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
 BEGIN, END = "<!-- measured -->", "<!-- end of what is measured -->"
-# Logits, which are about 10 in size here, may differ by the rounding of float32. int8 rounds the inputs of each layer as
-# well, which a merged model does not: that may add twice what it does to the base's own logits.
+# Logits, which are about 10 in size here, may differ by the rounding of float32. int8 rounds the inputs of each layer
+# as well, which a merged model does not: that may add twice what it does to the base's own logits.
 BOUND = 1e-3
 RECIPE = """
 name: methods
@@ -126,12 +126,11 @@ def measured(folder: Path, method: str, quantization: str, *overrides: str) -> C
         run = runs.train(recipe, root=work, reporter=Silent())
     with quiet():
         base = stock_base(recipe, quantization)
-        model = PeftModel.from_pretrained(base, run.adapter).eval()
-        stock = logits(model)
-        rounded = furthest(logits(dequantized(model.unload())), seen["base"])
+        stock = logits(PeftModel.from_pretrained(base, run.adapter).eval())
+        rounded = furthest(logits(dequantized(stock_base(recipe, quantization))), seen["base"])
         result = merge(open_parts(run), output=work / "merged", dtype="float32", reporter=Silent())
         reloaded = logits(AutoModelForCausalLM.from_pretrained(result.folder, dtype=torch.float32).eval())
-    case = Case(
+    return Case(
         method,
         quantization,
         int(run.read("manifest.json")["parameters"]["trained"]),
@@ -143,7 +142,6 @@ def measured(folder: Path, method: str, quantization: str, *overrides: str) -> C
         furthest(reloaded, seen["adapter"]),
         result.max_logit_difference,
     )
-    return case
 
 
 @contextmanager

@@ -79,12 +79,8 @@ def conflicts(adapter: Mapping[str, Any], training: Mapping[str, Any]) -> Iterat
     """What the method and `training` as written ask of each other: expected, the setting of `training`, and a fix."""
     method = adapter.get("method", "lora")
     if method in SUBTRACTS_ITS_START and training.get("weight_decay"):
-        fix = "remove it, or set adapter.method=lora"
-        yield (
-            f"training.weight_decay=0 with adapter.method {method}, whose frozen half must not decay",
-            "weight_decay",
-            fix,
-        )
+        expected = f"training.weight_decay=0 with adapter.method {method}, whose frozen half must not decay"
+        yield expected, "weight_decay", "remove it, or set adapter.method=lora"
     steps, kept = training.get("max_steps"), [adapter.get(name, 0) for name in ("tinit", "tfinal")]
     numbers = all(isinstance(one, int) for one in (steps, *kept))
     if method == "adalora" and numbers and 0 < steps <= sum(kept):  # type: ignore[operator]

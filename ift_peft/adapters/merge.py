@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from ift_peft.adapters.certificate import NAMES, Candidate, Onto, Prefer, choose, write_certificate
 from ift_peft.adapters.checkpoint import DEFAULT_SHARD, default_shard_size, recast
 from ift_peft.adapters.fidelity import Answered, agreement, answer, change, diverge, score
-from ift_peft.adapters.plan import plan_merge, why_in_memory
+from ift_peft.adapters.plan import check_tensors, plan_merge, why_in_memory
 from ift_peft.adapters.shards import write_merged
 from ift_peft.data.fit import Fitted
 from ift_peft.errors import MergeError, ModelError
@@ -89,6 +89,7 @@ def merge(
     reason = why_in_memory(parts.location, parts.run.adapter, head=head)
     if reason:
         reporter.note(f"merged in memory by PEFT, not shard by shard: {reason}")
+        check_tensors(parts.location, parts.run.adapter, head=head)
     else:
         plan_merge(parts.location, parts.run.adapter, head=head)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -30,9 +30,10 @@ def plain(**settings: Any) -> dict[str, Any]:
 def laid(adapter: Adapter, quantization: Any = "none") -> Any:
     base = load_base(TINY, quantization=quantization, device="cpu").model
     torch.manual_seed(0)
-    return get_peft_model(base, peft_config(adapter, base, base_name="tiny", revision=None))
+    return get_peft_model(base, peft_config(adapter, base, base_name=str(TINY.folder), revision=None))
 
 
+@pytest.mark.filterwarnings("ignore:Using Rank-Stabilized LoRA with rank_pattern")  # of converting theirs later
 @pytest.mark.parametrize("method", ["pissa", "olora"])
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_a_start_taken_away_is_that_of_peft_and_learns_by_the_same_gradients(method: str, use_rslora: bool) -> None:
@@ -69,7 +70,7 @@ def test_loftq_begins_with_the_best_that_its_rank_can_make_up_for() -> None:
     begin_with_residual(model, full)
     module = model.get_base_model().model.layers[1].mlp.down_proj
     lost = base_weight(full.model.layers[1].mlp.down_proj) - base_weight(module.get_base_layer())
-    left = lost - module.get_delta_weight("default")
+    left = lost - module.get_delta_weight("default").detach()
     best = torch.linalg.svdvals(lost.double())[4:].square().sum().sqrt()
     assert float(left.norm()) == pytest.approx(float(best), rel=1e-4)
     assert left.norm() < 0.99 * lost.norm()
@@ -80,7 +81,8 @@ def test_adaloras_penalty_is_pefts_and_its_ranks_end_at_r() -> None:
     with torch.no_grad():
         with_penalty = model.train()(input_ids=IDS, labels=IDS).loss
         without = model.get_base_model()(input_ids=IDS, labels=IDS).loss
-    assert float(with_penalty - without) == pytest.approx(0.5 * float(orthogonality(model)), rel=1e-4)
+        penalty = orthogonality(model)
+    assert float(with_penalty - without) == pytest.approx(0.5 * float(penalty), rel=1e-4)
     allocation, optimizer = RankAllocation(model), torch.optim.SGD(model.parameters(), lr=0.1)
     state = type("State", (), {"max_steps": 5, "global_step": 0})()
     allocation.on_train_begin(None, state, None)  # type: ignore[arg-type]
@@ -151,7 +153,9 @@ def test_packed_weights_are_not_trained_whole_and_ia3_asks_where_peft_knows_noth
     with pytest.raises(ModelError, match="quantised to nf4"):
         check_adapter(Adapter(**plain(modules_to_save=("gate_proj",))), bare, quantization="nf4")
     check_adapter(Adapter(**plain(modules_to_save=("lm_head",))), bare, quantization="nf4")
-    small_config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+    small_config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
     unknown = LlamaForCausalLM(small_config)
     unknown.config.model_type = "olmo"
     with pytest.raises(ModelError, match="feedforward_modules"):

@@ -12,15 +12,17 @@ from transformers import AutoModelForCausalLM
 
 from ift_peft.adapters.merge import merge
 from ift_peft.infer.load import load_model, open_parts
-from ift_peft.model.tokenizer import locate_base
+from ift_peft.model.base import quiet
 from ift_peft.reporter import Silent
 from ift_peft.run_dir import RunDir
 from ift_peft.train.losses import as_base
 from ift_peft.train.prepare import prepare
 from ift_peft.train.run import train
 from ift_peft.train.session import Session, open_session
+from tests.e2e.small_base import make_base
 from tests.train.small import small
 
+NOT_IA3 = ("adapter.embeddings=false", "adapter.lora_dropout=0")
 IDS = torch.arange(5, 45).reshape(2, 20)
 
 
@@ -54,7 +56,8 @@ def test_neftune_adds_noise_in_training_and_to_no_measurement(tmp_path: Path) ->
         model.train()
 
     session.trainer.callback_handler.callbacks[0].on_step_end = look
-    session.fit(None)
+    with quiet():
+        session.fit(None)
     assert not torch.equal(*seen["training"])
     assert torch.equal(*seen["measured"])
     assert torch.equal(*seen["base"])
@@ -80,30 +83,23 @@ def test_eva_shares_its_ranks_out_and_switches_nothing_on(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "settings",
+    ("tied", "settings"),
     [
-        ("adapter.embeddings=false", "adapter.modules_to_save=[lm_head]"),
-        ("adapter.embeddings=false", "adapter.modules_to_save=[embed_tokens]"),
-        ("adapter.method=dora",),
-        ("adapter.rank_pattern={q_proj: 2}", "adapter.alpha_pattern={down_proj: 64}"),
+        (False, ("adapter.embeddings=false", "adapter.modules_to_save=[lm_head]")),
+        (True, ("adapter.embeddings=false", "adapter.modules_to_save=[lm_head]")),
+        (True, ("adapter.method=ia3", "adapter.r=16", *NOT_IA3, "adapter.modules_to_save=[embed_tokens]")),
+        (True, ("adapter.method=dora",)),
+        (True, ("adapter.rank_pattern={q_proj: 2}", "adapter.alpha_pattern={down_proj: 64}")),
     ],
-    ids=["head", "embedding", "dora-embedding", "patterns"],
+    ids=["head", "tied-head", "ia3-embedding", "dora-embedding", "patterns"],
 )
-@pytest.mark.parametrize("tied", [False, True])
 def test_what_is_trained_whole_is_saved_and_merged(tmp_path: Path, tied: bool, settings: tuple[str, ...]) -> None:
-    base = locate_base("tiny").folder
-    if tied:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, tie_word_embeddings=True)
-        model.save_pretrained(tmp_path / "tied")
-        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-            if (base / name).is_file():
-                (tmp_path / "tied" / name).write_bytes((base / name).read_bytes())
-        base = tmp_path / "tied"
+    base = make_base(tmp_path / "base", tied=tied)
     recipe = small(tmp_path, f"base.model={base}", "training.max_steps=2", "training.learning_rate=1e-2", *settings)
     run = train(recipe, root=tmp_path / "runs", reporter=Silent())
     ours, _ = load_model(open_parts(run))
     merged = merge(open_parts(run), output=tmp_path / "merged", dtype="float32", reporter=Silent())
-    with torch.no_grad():
+    with torch.no_grad(), quiet():
         expected = ours(input_ids=IDS).logits
         stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
         untrained = stock(input_ids=IDS).logits
