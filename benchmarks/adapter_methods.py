@@ -222,20 +222,17 @@ def furthest(one: Tensor, other: Tensor) -> float:
 
 def table(cases: list[Case], folder: Path) -> list[str]:
     """Lines of Markdown: a row for each method."""
-    found = {(case.method, case.quantization): case for case in cases}
     lines = [
-        "| method | trained parameters | adapter, gradients and optimiser, kB | adapter file, kB "
-        "| none | int8 | nf4 | saved, merged |",
-        "|---|--:|--:|--:|---|---|---|---|",
+        "| method | trained parameters | adapter, gradients and AdamW, kB | adapter file, kB "
+        f"| {' | '.join(QUANTIZATIONS)} | opened by stock PEFT |",
+        "|---|--:|--:|--:|---|---|---|--:|",
     ]
     for method in get_args(Method):
-        own = [found[method, one] for one in QUANTIZATIONS if (method, one) in found]
-        cells = [_cell(found.get((method, one)), refusal(folder, method, one)) for one in QUANTIZATIONS]
-        first = own[0]
-        lines.append(
-            f"| {method} | {first.trained:,} | {first.bytes / 1e3:,.0f} | {first.file_bytes / 1e3:,.0f} "
-            f"| {' | '.join(cells)} | {'no' if any(case.faults for case in own) else 'yes'} |"
-        )
+        own = {case.quantization: case for case in cases if case.method == method}
+        cells = " | ".join(_cell(own.get(one), refusal(folder, method, one)) for one in QUANTIZATIONS)
+        first = next(iter(own.values()))
+        sizes = f"{first.trained:,} | {first.bytes / 1e3:,.0f} | {first.file_bytes / 1e3:,.0f}"
+        lines.append(f"| {method} | {sizes} | {cells} | {max(case.stock for case in own.values()):.1g} |")
     return lines
 
 
@@ -243,7 +240,7 @@ def _cell(case: Case | None, refused: str | None) -> str:
     if refused is not None:
         return "refused"
     assert case is not None
-    return f"{case.stock:.0e}, {case.merged:.0e}"
+    return f"{'no' if case.faults else 'yes'}, {case.merged:.1g}"
 
 
 def documented() -> list[str]:

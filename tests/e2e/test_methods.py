@@ -76,7 +76,7 @@ def test_what_is_saved_and_merged_is_what_was_trained(
         return
     case, run = case_of(method, quantization)
     assert not case.faults, case
-    assert run.read("manifest.json")["memory"]["adapter_bytes"] >= 16 * case.trained
+    assert run.read("manifest.json")["memory"]["foreseen"]["adapter"] >= 16 * case.trained
 
 
 def test_the_documented_table_is_what_was_measured_and_what_the_code_refuses(folder: Path) -> None:
