@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from ift_peft.errors import IftPeftError, ModelError
+from ift_peft.errors import Faults, IftPeftError, ModelError
 from ift_peft.model.adapter import check_adapter, peft_config
 from ift_peft.model.base import load_base, skeleton
 from ift_peft.model.initialise import base_weight, begin_with_base, begin_with_residual, freeze_second_half
@@ -123,6 +123,15 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(
     rank = () if "adapter.method=ia3" in settings else ("adapter.r=4",)
     with pytest.raises(IftPeftError, match=message):
         small(tmp_path, "adapter.lora_dropout=0", "adapter.embeddings=false", *rank, *settings)
+
+
+def test_all_that_cannot_work_is_told_at_once(tmp_path: Path) -> None:
+    wrong = ("adapter.method=loftq", "adapter.eva_rho=3", "adapter.loraplus_lr_ratio=2", "training.optim=lomo")
+    with pytest.raises(Faults) as raised:
+        small(tmp_path, *wrong, "base.quantization=int8", "training.learning_rte=1")
+    told = str(raised.value)
+    for part in ("loftq begins", "eva_rho left", "embeddings left", "takes groups of weights", "learning_rte"):
+        assert part in told
 
 
 @pytest.mark.parametrize(
