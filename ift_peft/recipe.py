@@ -11,8 +11,9 @@ from typing import Annotated, Any, Self, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from ift_peft.adapter_methods import conflicts, why_not_over
 from ift_peft.errors import Faults, IftPeftError, RecipeError, raise_all
-from ift_peft.recipe_files import YAML_SUFFIXES, anchor_paths, read_pools
+from ift_peft.recipe_files import YAML_SUFFIXES, anchor_paths, read_pools, section_of
 from ift_peft.sections import Adapter, Base, Data, Evaluation, Loss, Section
 from ift_peft.selection import Tune, Validation
 from ift_peft.stages import AT_ONCE, OF_ALL, Merging, Pipeline, fields_of, holes, in_order
@@ -154,6 +155,7 @@ def validate(source: YamlSource) -> Recipe:
         faults.extend(_training_faults(training, source))
     if recipe is not None and recipe.adapter.bias != "none":
         faults.append(_base_is_lost(recipe, source))
+    faults.extend(_method_faults(source))
     if recipe is not None and recipe.validation is not None:
         faults.extend(_validation_faults(recipe, recipe.validation, source))
     if recipe is not None and not faults:
@@ -283,6 +285,22 @@ def _base_is_lost(recipe: Recipe, source: YamlSource) -> RecipeError:
         found=f"{recipe.adapter.bias!r} at {source.where(('adapter', 'bias'))}",
         fix="remove it",
     )
+
+
+def _method_faults(source: YamlSource) -> Iterable[RecipeError]:
+    """What the method of the adapter asks of the other sections, told also where these have faults of their own."""
+    adapter, base, training = (section_of(source.values, name) for name in ("adapter", "base", "training"))
+    quantization = base.get("quantization", "none")
+    reason = why_not_over(adapter.get("method", "lora"), quantization)
+    if reason:
+        yield RecipeError(
+            expected=reason,
+            found=f"{quantization!r}, and {adapter['method']} at {source.where(('adapter', 'method'))}",
+            fix="set base.quantization=nf4, or adapter.method=lora",
+        )
+    for expected, setting, fix in conflicts(adapter, training):
+        found = f"{training[setting]!r} at {source.where(('training', setting))}"
+        yield RecipeError(expected=expected, found=found, fix=fix)
 
 
 def _validation_faults(recipe: Recipe, validation: Validation, source: YamlSource) -> Iterable[RecipeError]:

@@ -35,13 +35,13 @@ def _paths(values: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
     """Container and key of every entry that may name a file, those of stages among them."""
     for part in _parts(values):
         yield from _paths(part)
-    base, data, evaluation = (_section(values, name) for name in ("base", "data", "evaluation"))
+    base, data, evaluation = (section_of(values, name) for name in ("base", "data", "evaluation"))
     sources = [source for source in data.get("sources") or () if isinstance(source, dict)]
-    perturbations = [_section(data, "augment"), _section(evaluation, "perturbation")]
+    perturbations = [section_of(data, "augment"), section_of(evaluation, "perturbation")]
     places: list[tuple[Any, Any]] = [(base, "model"), (data, "train"), (data, "test")]
-    places += [(_section(values, "loss"), "teacher"), (evaluation, "general_text")]
+    places += [(section_of(values, "loss"), "teacher"), (evaluation, "general_text")]
     places += [(source, key) for source in sources for key in ("train", "test")]
-    places += [(_section(evaluation, "safety"), key) for key in ("harmful", "harmless")]
+    places += [(section_of(evaluation, "safety"), key) for key in ("harmful", "harmless")]
     places += _pools(values)
     for section in perturbations:
         if isinstance(section.get("lexicons"), list):
@@ -53,25 +53,26 @@ def _paths(values: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
 
 def _parts(values: dict[str, Any]) -> list[dict[str, Any]]:
     """What the stages of a pipeline, or the parents of `merging`, have of their own."""
-    pipeline = _section(values, "pipeline")
-    stages = _section(pipeline, "stages")
-    merging = _section(values, "merging")
-    parents = _section(merging, "parents")
-    parts = [_section(section, name) for section in (stages, parents) for name in section]
-    parts += [_section(pipeline, AT_ONCE), _section(merging, TOGETHER)]
+    pipeline = section_of(values, "pipeline")
+    stages = section_of(pipeline, "stages")
+    merging = section_of(values, "merging")
+    parents = section_of(merging, "parents")
+    parts = [section_of(section, name) for section in (stages, parents) for name in section]
+    parts += [section_of(pipeline, AT_ONCE), section_of(merging, TOGETHER)]
     return [{key: part[key] for key in part if key not in OF_ALL} for part in parts if part]
 
 
 def _pools(values: dict[str, Any]) -> list[tuple[Any, Any]]:
-    data, evaluation = _section(values, "data"), _section(values, "evaluation")
+    data, evaluation = section_of(values, "data"), section_of(values, "evaluation")
     places: list[tuple[Any, Any]] = [(evaluation, "unseen_instructions")]
-    places.append((_section(evaluation, "safety"), "refusal_phrases"))
+    places.append((section_of(evaluation, "safety"), "refusal_phrases"))
     for entries in [data, *(source for source in data.get("sources") or () if isinstance(source, dict))]:
-        places += [(entries, "instructions"), (_section(entries, "instructions"), "pool")]
+        places += [(entries, "instructions"), (section_of(entries, "instructions"), "pool")]
     return places
 
 
-def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+def section_of(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """The section of that name, empty where there is none or something else."""
     section = values.get(name)
     return section if isinstance(section, dict) else {}
 

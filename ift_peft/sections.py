@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from ift_peft.adapter_methods import SUBTRACTS_ITS_START, Method, unused_settings
+
 Quantization = Literal["none", "int8", "nf4", "fp4"]
 Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "columns"]
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
@@ -97,8 +99,11 @@ class Base(Section):
 
 
 class Adapter(Section):
-    method: Literal["lora"] = "lora"
+    """What is trained (docs/methods.md). A setting that the method has no use for is refused, not ignored."""
+
+    method: Method = "lora"
     r: Count = 16
+    """The rank; with adalora the average that is left in the end, with eva the average over modules."""
     lora_alpha: Annotated[float, Field(gt=0)] = 32
     lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
@@ -107,11 +112,57 @@ class Adapter(Section):
     """Adapt the input embedding as well: for small bases, whose embeddings lack distinctions that the task needs."""
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) (arXiv:2312.03732): what method rslora is, for the other methods with a rank."""
+    rank_pattern: dict[str, Count] = {}
+    """Ranks of single modules in the place of `r`, by name endings or regular expressions."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Likewise in the place of `lora_alpha`."""
+    modules_to_save: tuple[str, ...] = ()
+    """Name endings of modules that are trained whole, and saved with the adapter."""
+    loraplus_lr_ratio: Annotated[float, Field(ge=1.0)] | None = None
+    """Learning rate of the matrices B over that of the matrices A (LoRA+, arXiv:2402.12354)."""
+    pissa_niter: Count | None = None
+    """Iterations of a randomised singular value decomposition; without it the exact one, slow for large bases."""
+    eva_rho: Annotated[float, Field(ge=1.0)] = 2.0
+    """A module's rank is at most this times `r`; 1 gives all modules the same."""
+    feedforward_modules: tuple[str, ...] | None = None
+    """Of ia3: targets whose input is scaled, all others' output is; without it PEFT's choice for the architecture."""
+    init_r: Count | None = None
+    """Of adalora: the rank of every module in the beginning, by default one and a half times `r`."""
+    tinit: Annotated[int, Field(ge=0)] = 0
+    """Of adalora: steps before ranks are first reduced."""
+    tfinal: Annotated[int, Field(ge=0)] = 0
+    """Of adalora: steps at the end in which ranks stay."""
+    orth_reg_weight: Annotated[float, Field(ge=0.0)] = 0.5
+    """Of adalora: weight of the penalty that keeps its singular vectors orthogonal."""
 
     @field_validator("target_modules", mode="before")
     @classmethod
     def _as_tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _of_its_method(self) -> Self:
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        faults = unused_settings(self.method, {name: getattr(self, name) for name in defaults}, defaults)
+        if self.method == "adalora" and self.starting_rank <= self.r:
+            faults.append(f"init_r above r, {self.r}: adalora begins with more ranks than it keeps")
+        listed = self.target_modules if isinstance(self.target_modules, tuple) else ()
+        if self.feedforward_modules is not None and listed and not set(self.feedforward_modules) <= set(listed):
+            faults.append("feedforward_modules out of target_modules")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    @property
+    def starting_rank(self) -> int:
+        """Of adalora, the rank that every module begins with."""
+        return self.init_r or self.r + max(1, self.r // 2)
+
+    @property
+    def subtracts_its_start(self) -> bool:
+        """Whether the adapter begins as a part of the base's weights, which a second, frozen half takes away again."""
+        return self.method in SUBTRACTS_ITS_START
 
 
 class Columns(Section):

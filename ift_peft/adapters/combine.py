@@ -34,6 +34,7 @@ from ift_peft.report.card import adapter_card
 from ift_peft.report.write import write_report
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir, create_run, write_atomically
+from ift_peft.sections import Adapter
 from ift_peft.stages import Method
 
 DENSITY = 0.5
@@ -143,12 +144,17 @@ def _description(parents: Sequence[Parts], how: Combination) -> str:
 
 
 def _with_rank(recipe: Recipe, config: Any) -> Recipe:
-    modules = config.target_modules
+    """The recipe with the adapter that the result is: plain LoRA, whatever the methods of its parents."""
+    modules, own = config.target_modules, recipe.adapter
     targets = modules if isinstance(modules, str) else tuple(sorted(modules))
-    own = recipe.adapter.target_modules
-    update = {"r": config.r, "lora_alpha": config.r, "lora_dropout": 0.0, "use_rslora": False}
-    update |= {"target_modules": own if own == "all-linear" else targets}
-    return recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update=update)})
+    adapter = Adapter(
+        r=config.r,
+        lora_alpha=config.r,
+        target_modules="all-linear" if own.target_modules == "all-linear" else targets,
+        embeddings=own.embeddings,
+        modules_to_save=own.modules_to_save,
+    )
+    return recipe.model_copy(update={"adapter": adapter})
 
 
 def _write(

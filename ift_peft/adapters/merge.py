@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from transformers import AutoTokenizer
 
 from ift_peft.adapters.certificate import NAMES, Candidate, Onto, Prefer, choose, write_certificate
 from ift_peft.adapters.checkpoint import DEFAULT_SHARD, default_shard_size, recast
 from ift_peft.adapters.fidelity import Answered, agreement, answer, change, diverge, score
-from ift_peft.adapters.plan import plan_merge, why_in_memory
+from ift_peft.adapters.plan import check_tensors, plan_merge, why_in_memory
 from ift_peft.adapters.shards import write_merged
 from ift_peft.adapters.weights import Probed, check_weights, probe_weights
 from ift_peft.data.fit import Fitted
@@ -74,8 +76,9 @@ def merge(
     """Merge the run's adapter into its base and write it to `output` with its certificate, whole or not at all.
 
     Of a run over a quantised base the dequantised and the unquantised weights are both merged into and measured, and
-    `prefer` decides which is written. With `quantize` it is quantised again. Shards are at most `max_shard_size` bytes
-    of float32; by default as large as the base's, or 5 GB.
+    `prefer` decides which is written; loftq's adapter, which makes up for what quantisation took, would bring that to
+    the unquantised ones a second time, and is merged into the dequantised alone. With `quantize` it is quantised again.
+    Shards are at most `max_shard_size` bytes of float32; by default as large as the base's, or 5 GB.
 
     Raises `MergeError` where `output` exists; where a merged model, reloaded, differs from the adapter over the same
     weights by more than the bound; and where the one to be written is certainly worse at the task than the run.
@@ -87,6 +90,7 @@ def merge(
     reason = why_in_memory(parts.location, parts.run.adapter, head=head)
     if reason:
         reporter.note(f"merged in memory by PEFT, not shard by shard: {reason}")
+        check_tensors(parts.location, parts.run.adapter, head=head)
     else:
         plan_merge(parts.location, parts.run.adapter, head=head)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -137,10 +141,12 @@ class _Merging:
         parts, quantised = self.parts, self.parts.recipe.base.quantization != "none"
         metric = "accuracy" if parts.labels else "loss"
         run: Answered | None = None
-        bases: list[tuple[Onto, BaseLocation]] = [("unquantized", parts.location)]
+        bases: list[tuple[Onto, BaseLocation]] = []
         if quantised:
             run = self._answer(load_model(parts)[0], f"adapter on {parts.recipe.base.quantization} base")
-            bases.insert(0, ("dequantized", self._store_dequantized()))
+            bases.append(("dequantized", self._store_dequantized()))
+        if parts.recipe.adapter.method != "loftq":
+            bases.append(("unquantized", parts.location))
         references, candidates, floats = {}, [], []
         for onto, location in bases:
             model, _ = load_model(replace(parts, location=location), quantization="none", compute_dtype="float32")
@@ -340,17 +346,20 @@ def _set_dtype(folder: Path, dtype: str) -> None:
 def _write_in_memory(parts: Parts, folder: Path, max_shard_size: int | str) -> None:
     """What PEFT makes of adapters that are not merged weight by weight: the whole model in float32."""
     model, _ = load_model(parts, quantization="none", compute_dtype="float32")
-    if parts.recipe.adapter.embeddings:
-        _untie(model)
+    _untie(model)
     merged = model.merge_and_unload(safe_merge=True)
     merged.config.dtype = torch.float32
     merged.save_pretrained(folder, max_shard_size=max_shard_size or DEFAULT_SHARD)
 
 
 def _untie(model: Any) -> None:
-    """Give the head weights of its own where it shares them with an embedding that the adapter changes."""
+    """Give the head weights of its own where it shares them with an embedding, and the adapter changes one of them."""
     base = model.get_base_model()
-    head = base.get_output_embeddings()
-    if head is not None and base.config.tie_word_embeddings:
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    if head is None or not base.config.tie_word_embeddings:
+        return
+    if not any(isinstance(one, BaseTunerLayer | ModulesToSaveWrapper) for one in (head, embedding)):
+        return
+    if not isinstance(head, ModulesToSaveWrapper):  # whose trained copy is its own already
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
-        base.config.tie_word_embeddings = False
+    base.config.tie_word_embeddings = False

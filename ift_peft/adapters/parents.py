@@ -54,6 +54,7 @@ def _facts(parts: Parts) -> dict[str, str]:
         "base": f"{parts.location.public_name} ({parts.location.fingerprint()[:12]})",
         "chat template": parts.renderer.template_hash[:12],
         "base.head": recipe.base.head,
+        "modules trained whole": ", ".join(recipe.adapter.modules_to_save) or "none",
     }
     if recipe.base.head == "sequence-classification":
         facts["data.labels"] = ", ".join(recipe.data.label_words)
@@ -63,7 +64,9 @@ def _facts(parts: Parts) -> dict[str, str]:
 
 def _not_plain(parts: Parts) -> list[RunError]:
     config = adapter_config(parts)
-    if config.get("peft_type") != "LORA":
+    if parts.recipe.adapter.method == "loftq":  # a sum would bring what quantisation took twice, or in part
+        found = ["loftq, which makes up for what quantisation took from the base,"]
+    elif config.get("peft_type") != "LORA":
         found = [f"peft_type {config.get('peft_type')}"]
     else:
         plain = LoraConfig().to_dict()
@@ -112,6 +115,8 @@ def union_recipe(parents: Sequence[Parts], *, name: str, description: str) -> Re
     }
     if any(one["loss"] != dumps[0]["loss"] for one in dumps):
         del values["loss"]
+    kept = ("r", "lora_alpha", "target_modules", "modules_to_save")
+    values["adapter"] = {key: values["adapter"][key] for key in kept}  # the result is plain LoRA
     values["adapter"]["embeddings"] = any(recipe.adapter.embeddings for recipe in recipes)
     if not same_task(parents):
         values["data"] = _mix(parents)

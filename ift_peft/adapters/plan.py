@@ -26,6 +26,7 @@ from ift_peft.model.tokenizer import BaseLocation
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _NAME = "default"  # what PEFT calls the adapter of a model that has one
+_FIX = "the adapter is not of this base, or is damaged: train again"
 
 
 @dataclass(frozen=True)
@@ -112,14 +113,26 @@ def plan_merge(location: BaseLocation, adapter: Path, *, head: ClassHead | None)
     return Plan(model, ordered, untied, tuple(left_out))
 
 
+def check_tensors(location: BaseLocation, adapter: Path, *, head: ClassHead | None) -> None:
+    """Whether an adapter of any kind has all tensors that PEFT has a place for over this base, and no others.
+
+    Raises `Faults` or `MergeError` holding one for each that is not there, not known or of another shape.
+    """
+    model = _with_adapter(_skeleton(location, head), PeftConfig.from_pretrained(str(adapter)))
+    faults: list[IftPeftError] = []
+    _match_tensors(model, adapter, faults)
+    raise_all(faults)
+
+
 def _skeleton(location: BaseLocation, head: ClassHead | None) -> PreTrainedModel:
     if head is None:
         return skeleton(location)
     return skeleton(location, "sequence-classification", settings=head.settings())
 
 
-def _with_adapter(model: PreTrainedModel, config: LoraConfig) -> Any:
-    config.init_lora_weights = False  # nothing to initialise: there are no weights
+def _with_adapter(model: PreTrainedModel, config: PeftConfig) -> Any:
+    if isinstance(config, LoraConfig):
+        config.init_lora_weights = False  # nothing to initialise: there are no weights
     config.base_model_name_or_path = None
     with quiet(), torch.device("meta"):
         return get_peft_model(model, config).eval()
@@ -182,23 +195,11 @@ def _place_adapter(
     faults: list[IftPeftError],
 ) -> None:
     """Put every adapter tensor to the weight that it changes. PEFT says what each is called in file and in model."""
-    full = model.state_dict(keep_vars=True)
-    names = {id(tensor): name for name, tensor in full.items()}
-    wanted = get_peft_model_state_dict(model, state_dict=full, adapter_name=_NAME, save_embedding_layers=False)
-    found = tensors_of(adapter / ADAPTER_FILE)
-    fix = "the adapter is not of this base, or is damaged: train again"
-    for key in sorted(wanted.keys() | found.keys()):
-        there = found[key].shape if key in found else None
-        shape = tuple(wanted[key].shape) if key in wanted else None
-        if shape is None or there != shape:
-            what = f"{key} of shape {shape} in the adapter" if shape else "no tensor that PEFT has no place for"
-            faults.append(MergeError(expected=what, found=f"{key} of shape {there}" if there else "none", fix=fix))
-    for key in sorted(wanted.keys() & found.keys()):
-        inside = names[id(wanted[key])]
+    for key, inside in _match_tensors(model, adapter, faults).items():
         layer, local = _layer_of(model, inside)
         name = _bare(f"{layer}.weight" if layer else inside)
         if name not in expected:
-            faults.append(MergeError(expected=f"a base weight for {key}", found=f"no {name}", fix=fix))
+            faults.append(MergeError(expected=f"a base weight for {key}", found=f"no {name}", fix=_FIX))
             continue
         if name not in weights and name in tied:
             source = weights.get(tied[name])
@@ -210,7 +211,22 @@ def _place_adapter(
             weights[name] = replace(weight, replaced_by=key)
     for name, weight in weights.items():
         if weight.layer and weight.stored is None:
-            faults.append(MergeError(expected=f"a stored weight {name}", found="none", fix=fix))
+            faults.append(MergeError(expected=f"a stored weight {name}", found="none", fix=_FIX))
+
+
+def _match_tensors(model: Any, adapter: Path, faults: list[IftPeftError]) -> dict[str, str]:
+    """The adapter's tensors, in order, and what each is called in the model."""
+    full = model.state_dict(keep_vars=True)
+    names = {id(tensor): name for name, tensor in full.items()}
+    wanted = get_peft_model_state_dict(model, state_dict=full, adapter_name=_NAME, save_embedding_layers=False)
+    found = tensors_of(adapter / ADAPTER_FILE)
+    for key in sorted(wanted.keys() | found.keys()):
+        there = found[key].shape if key in found else None
+        shape = tuple(wanted[key].shape) if key in wanted else None
+        if shape is None or there != shape:
+            what = f"{key} of shape {shape} in the adapter" if shape else "no tensor that PEFT has no place for"
+            faults.append(MergeError(expected=what, found=f"{key} of shape {there}" if there else "none", fix=_FIX))
+    return {key: names.get(id(wanted[key]), "") for key in sorted(wanted.keys() & found.keys())}
 
 
 def _layer_of(model: Any, inside: str) -> tuple[str | None, str]:

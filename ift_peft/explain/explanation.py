@@ -182,5 +182,6 @@ def with_training_rows(
 ) -> list[Explanation]:
     """The explanations with the `rows` training rows that pulled most towards each answer, and most away from it."""
     answers = [one.learnt for one in explanations]
-    found = influence(model, answers, training, _loss(parts), rows=rows, reporter=reporter)
+    halved = parts.recipe.adapter.subtracts_its_start
+    found = influence(model, answers, training, _loss(parts), rows=rows, halved=halved, reporter=reporter)
     return [replace(one, influence=pulls) for one, pulls in zip(explanations, found, strict=True)]

@@ -20,6 +20,7 @@ from ift_peft.data.render import Rendered
 from ift_peft.data.row import Row
 from ift_peft.errors import RunError
 from ift_peft.infer.load import Parts, rows_trained_on
+from ift_peft.model.initialise import freeze_second_half
 from ift_peft.reporter import Reporter
 
 MOST_ROWS, FEWEST_ROWS = 1000, 50
@@ -114,15 +115,17 @@ def influence(
     loss: Loss,
     *,
     rows: int,
+    halved: bool = False,
     reporter: Reporter,
 ) -> list[Influence]:
     """For each of `answers`, the `rows` training rows whose gradients are most, and most oppositely, like its own.
 
     TracIn (Pruthi et al. 2020, arXiv:2002.08484) with the finished adapter as the only checkpoint, normalised: the
-    cosine between the gradients of `loss`, taken row by row over all adapter weights. `model` is a `PeftModel` with
-    its adapter on.
+    cosine between the gradients of `loss`, taken row by row over all adapter weights, without the second half of each
+    matrix where that was frozen (`halved`). `model` is a `PeftModel` with its adapter on.
     """
     with _adapter_weights(model) as weights:
+        frozen = freeze_second_half(model) if halved else 0
         wanted = torch.stack([_direction(loss(model, answer), weights) for answer in answers])
         reporter.stage("gradients of training rows", len(training.rows))
         similarities = torch.empty(len(training.rows), len(answers))
@@ -130,7 +133,7 @@ def influence(
             similarities[number] = wanted @ _direction(loss(model, row), weights)
             reporter.advance(number + 1)
         reporter.finish()
-        size = sum(weight.numel() for weight in weights)
+        size = sum(weight.numel() for weight in weights) - frozen
     return [_strongest(of_answer.tolist(), training, rows, size) for of_answer in similarities.T]
 
 

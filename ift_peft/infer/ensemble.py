@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ift_peft.adapter_methods import RANKED
 from ift_peft.errors import RunError, raise_all
 from ift_peft.infer.load import Parts, Question, load_members
 from ift_peft.infer.predict import Answer, answer_all
@@ -84,13 +85,15 @@ def _called(parts: Parts) -> str:
 
 
 def open_members(members: Sequence[Parts]) -> tuple[list[Member], list[str]]:
-    """The runs ready to answer, and notes on loading; those of one base share it, so that it is in memory once."""
+    """The runs ready to answer, and notes on loading; LoRA adapters of one base share it, held in memory once."""
     groups: dict[Any, list[int]] = {}
     for number, parts in enumerate(members):
         recipe = parts.recipe
         width = len(recipe.data.label_words) if recipe.base.head == "sequence-classification" else 0
         section = recipe.base.model_copy(update={"model": parts.location.fingerprint(), "revision": None})
-        groups.setdefault((section.model_dump_json(), width), []).append(number)
+        # PEFT lays adapters of one kind over a base, and of the kinds that are not LoRA's only with itself
+        apart = None if recipe.adapter.method in RANKED else number
+        groups.setdefault((section.model_dump_json(), width, apart), []).append(number)
     opened: dict[int, Member] = {}
     notes: list[str] = []
     for numbers in groups.values():

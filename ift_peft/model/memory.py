@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from ift_peft.errors import ModelError, first_line
-from ift_peft.model.adapter import lora_config
+from ift_peft.model.adapter import peft_config
 from ift_peft.model.base import quiet, skeleton
 from ift_peft.model.tokenizer import BaseLocation
 from ift_peft.sections import Adapter, Head, Quantization
@@ -102,7 +102,7 @@ def foresee(
     layers = int(getattr(text, "num_hidden_layers", 1))
     hidden = int(getattr(text, "hidden_size", 0))
     with quiet():
-        config = lora_config(adapter, bare, base_name=str(location.folder), revision=location.revision, head=head)
+        config = peft_config(adapter, bare, base_name=str(location.folder), revision=location.revision, head=head)
         model = get_peft_model(bare, config, low_cpu_mem_usage=True).train()
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         try:

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from transformers import PreTrainedModel
 
 from ift_peft.errors import ModelError, first_line
-from ift_peft.model.adapter import lora_config, matched_modules
+from ift_peft.model.adapter import matched_modules, peft_config
 from ift_peft.model.base import quiet
 from ift_peft.sections import Adapter, Head
 
@@ -26,7 +26,7 @@ def reach(bare: PreTrainedModel, adapter: Adapter, *, head: Head = "causal-lm") 
     stacks = expert_stacks(bare)
     try:
         with quiet(), torch.device("meta"):
-            config = lora_config(adapter, bare, base_name=bare.name_or_path, revision=None, head=head)
+            config = peft_config(adapter, bare, base_name=bare.name_or_path, revision=None, head=head)
             tuner = get_peft_model(bare, config, low_cpu_mem_usage=True).base_model
     except ValueError as error:
         raise ModelError(

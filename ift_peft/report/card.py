@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ift_peft.adapter_methods import NAMES, article
 from ift_peft.data.instructions import Asker
 from ift_peft.recipe import Recipe
 from ift_peft.sections import Data
@@ -12,14 +13,14 @@ _CARD = """---
 base_model: {base}
 library_name: peft
 pipeline_tag: {pipeline}
-tags: [lora, ift_peft]
+tags: [{tag}, ift_peft]
 ---
 
 # {name}
 
 {description}
 
-A LoRA adapter for `{base}`, {origin}.
+{article} {method} adapter for `{base}`, {origin}.
 
 ## Measured on {test_rows:,} held-out rows
 
@@ -65,6 +66,9 @@ def adapter_card(recipe: Recipe, *, base: str, scores: dict[str, Any], rows: int
         kind="AutoModelForSequenceClassification" if classifier else "AutoModelForCausalLM",
         classes=f", num_labels={len(data.label_words)}" if classifier else "",
         base=base,
+        tag=recipe.adapter.method,
+        method=NAMES[recipe.adapter.method],
+        article=article(recipe.adapter.method),
         name=recipe.name,
         description=recipe.description,
         origin=combined or trained,

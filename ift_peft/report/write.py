@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,8 @@ TEMPLATES: dict[Kind, tuple[str, Callable[[RunDir], dict[str, Any]]]] = {
 }
 
 
-def write_report(run: RunDir, output: Path | None = None) -> Path:
-    """Write the report of `run`, by default into it, and return where it is. Loads neither weights nor torch.
-
-    Everything that came from rows, labels or the recipe is escaped. A run without scores, such as one that failed, has
-    a report of what there is. Raises `RunError` for a run whose files are broken.
-    """
+@cache
+def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -36,7 +33,16 @@ def write_report(run: RunDir, output: Path | None = None) -> Path:
         lstrip_blocks=True,
     )
     environment.globals["as_text"] = Text
+    return environment
+
+
+def write_report(run: RunDir, output: Path | None = None) -> Path:
+    """Write the report of `run`, by default into it, and return where it is. Loads neither weights nor torch.
+
+    Everything that came from rows, labels or the recipe is escaped. A run without scores, such as one that failed, has
+    a report of what there is. Raises `RunError` for a run whose files are broken.
+    """
     path = output or run.path / NAME
     name, viewed = TEMPLATES[run.kind]
-    write_atomically(path, environment.get_template(name).render(**viewed(run)))
+    write_atomically(path, _environment().get_template(name).render(**viewed(run)))
     return path

@@ -23,6 +23,7 @@ from ift_peft.data.rows import held_out_rows, read_rows, set_aside, stream_rows,
 from ift_peft.data.store import RenderedSet, content_key, render_set
 from ift_peft.evaluate.measure import check_evaluation
 from ift_peft.evaluate.probes import Probe, make_probes
+from ift_peft.model.adapter import check_adapter
 from ift_peft.model.base import positions, skeleton
 from ift_peft.model.reach import reach
 from ift_peft.model.tokenizer import BaseLocation, ensure_pad_token, load_tokenizer, locate_base
@@ -88,6 +89,7 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
     if renderer.origin.startswith("fallback"):
         notes.append("the tokenizer has no chat template; 'User: …\\nAssistant: …' is used, and saved with the adapter")
     bare = skeleton(location, recipe.base.head)
+    check_adapter(recipe.adapter, bare, quantization=recipe.base.quantization)
     max_length = choose_max_length(recipe, positions(bare.config))
     notes += reach(bare, recipe.adapter, head=recipe.base.head)
     checked = None

@@ -165,7 +165,7 @@ def _train_and_measure(
     recipe: Recipe, prepared: Prepared, run: RunDir, reporter: Reporter, checkpoint: Path | None
 ) -> None:
     foreseen = foresee_memory(recipe, prepared, reporter)
-    session = open_session(recipe, prepared, run, reporter)
+    session = open_session(recipe, prepared, run, reporter, resumed=checkpoint)
     measuring = Measuring(session.model, prepared.renderer, recipe, prepared.test.rows, prepared.probes, reporter)
     before = measuring.of(adapter=False)
     meter = Meter(session.base.device)

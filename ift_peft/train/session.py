@@ -21,14 +21,15 @@ from ift_peft.data.fit import Fitted
 from ift_peft.errors import IftPeftError, RecipeError, TrainingError, first_line
 from ift_peft.evaluate.measure import resampling
 from ift_peft.infer.load import class_head
-from ift_peft.model.adapter import lora_config
 from ift_peft.model.base import LoadedBase, load_section
 from ift_peft.recipe import Recipe
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir
+from ift_peft.train.allocation import RankAllocation
 from ift_peft.train.arguments import sft_config, validation_arguments
 from ift_peft.train.checkpoints import newest_complete
 from ift_peft.train.losses import find_teacher
+from ift_peft.train.method import adapter_config, allocation_of, begin
 from ift_peft.train.prepare import Prepared
 from ift_peft.train.trainer import RunRecorder, SupervisedTrainer, non_finite, to_dataset
 from ift_peft.train.validation import (
@@ -61,6 +62,9 @@ class Session:
     validator: Validator | None
     go_on: str
     """The command that goes on with it after a signal."""
+    allocation: RankAllocation | None = None
+    frozen: int = 0
+    """Weights of the adapter that stay as they began."""
 
     @property
     def model(self) -> Any:
@@ -74,7 +78,7 @@ class Session:
     def parameters(self) -> tuple[int, int]:
         """Trained, and all."""
         trained, every = self.model.get_nb_trainable_parameters()
-        return int(trained), int(every)
+        return int(trained) - self.frozen, int(every)
 
     def fit(self, checkpoint: Path | None) -> None:
         """Train from `checkpoint`, or from the start, and leave the model with the weights that are kept.
@@ -86,6 +90,8 @@ class Session:
         if checkpoint is not None and _had_ended(checkpoint):
             self.take(checkpoint)
             return
+        if checkpoint is not None and self.allocation is not None:
+            self.allocation.restore(checkpoint)
         self._train(checkpoint)
         state = self.trainer.state
         if self.recorder.stop_requested and state.global_step < state.max_steps and not stopped_early(self.trainer):
@@ -175,11 +181,13 @@ def open_session(
     *,
     callbacks: Sequence[TrainerCallback] = (),
     start_from: Path | None = None,
+    resumed: Path | None = None,
     go_on: str | None = None,
 ) -> Session:
     """Load the base and lay a new adapter over it, ready to train in the folder of `run`.
 
-    The adapter begins with the weights of the one in the folder `start_from`, where that is given. `go_on` is the
+    The adapter begins with the weights of the one in the folder `start_from`, where that is given; `resumed` is the
+    checkpoint that will be gone on from, so that nothing is computed that is loaded from there. `go_on` is the
     command to tell after a signal, by default the one that resumes `run`.
     """
     base = load_section(prepared.location, recipe.base, head=class_head(recipe, prepared.tokenizer))
@@ -187,13 +195,18 @@ def open_session(
         reporter.note(note)
     recorder = RunRecorder(run, reporter)
     validator = None if prepared.validation is None else _validator(recipe, prepared, prepared.validation)
-    trainer = _build_trainer(recipe, prepared, base, run, recorder, validator=validator)
+    begun = resumed or start_from
+    trainer = _build_trainer(recipe, prepared, base, run, recorder, validator=validator, begun=begun)
+    frozen = begin(trainer.model, recipe, prepared, begun=begun is not None)
+    allocation = allocation_of(trainer.model, recipe)
+    if allocation is not None:
+        trainer.add_callback(allocation)
     for callback in callbacks:
         trainer.add_callback(callback)
     if start_from is not None:
         trainer.model.load_adapter(str(start_from), "default", is_trainable=True)
     command = go_on or resume_command(run)
-    session = Session(recipe, prepared, run, reporter, base, recorder, trainer, validator, command)
+    session = Session(recipe, prepared, run, reporter, base, recorder, trainer, validator, command, allocation, frozen)
     trained, every = session.parameters
     reporter.note(f"{trained:,} of {every:,} parameters are trained ({100 * trained / every:.2f} %)")
     return session
@@ -218,6 +231,7 @@ def _build_trainer(
     recorder: RunRecorder,
     *,
     validator: Validator | None,
+    begun: Path | None,
 ) -> SupervisedTrainer:
     arguments = sft_config(
         recipe.training,
@@ -231,7 +245,7 @@ def _build_trainer(
     teacher = None if location is None else load_section(location, recipe.base).model
     transformers.set_seed(arguments.seed)
     try:
-        trainer = _trainer(recipe, prepared, base, arguments, recorder, teacher=teacher, validator=validator)
+        trainer = _trainer(recipe, prepared, base, arguments, recorder, teacher, validator=validator, begun=begun)
     except (ValueError, RuntimeError, ImportError) as error:
         raise RecipeError(
             expected="a recipe that SFTTrainer takes", found=first_line(error), fix="change the setting named there"
@@ -250,9 +264,10 @@ def _trainer(
     base: LoadedBase,
     arguments: SFTConfig,
     recorder: RunRecorder,
-    *,
     teacher: PreTrainedModel | None,
+    *,
     validator: Validator | None,
+    begun: Path | None,
 ) -> SupervisedTrainer:
     return SupervisedTrainer(
         model=base.model,
@@ -260,20 +275,14 @@ def _trainer(
         eval_dataset=None if prepared.validation is None else to_dataset(prepared.validation.rendered),
         train_dataset=prepared.train.dataset.select_columns(["input_ids", "labels"]),
         processing_class=prepared.tokenizer,
-        peft_config=lora_config(
-            recipe.adapter,
-            base.model,
-            base_name=str(prepared.location.folder),
-            revision=prepared.location.revision,
-            head=recipe.base.head,
-            made=base.made,
-        ),
+        peft_config=adapter_config(recipe, prepared, base, begun=begun),
         callbacks=[recorder],
         epochs=prepared.epochs,
         lengths=prepared.lengths,
         loss=recipe.loss,
         teacher=teacher,
         validate=validator,
+        loraplus_lr_ratio=recipe.adapter.loraplus_lr_ratio,
         head=recipe.base.head,
     )
 

@@ -10,16 +10,20 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor
 from transformers import GenerationConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_optimizer import is_optimizer_factory
 from trl import SFTTrainer
 
 from ift_peft.data.render import Rendered
-from ift_peft.errors import TrainingError
+from ift_peft.errors import RecipeError, TrainingError
+from ift_peft.model.initialise import NAME
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir
 from ift_peft.sections import Head, Loss
+from ift_peft.train.allocation import orthogonality
 from ift_peft.train.batching import Epochs, EpochSampler
 from ift_peft.train.losses import ClassObjective, Objective
 
@@ -32,7 +36,8 @@ class SupervisedTrainer(SFTTrainer):
     The loss is TRL's (summed cross-entropy over supervised tokens divided by their number in the whole batch, over all
     accumulation steps) unless `loss` says otherwise; only the positions that predict a supervised token go through the
     language-model head. `teacher` is a model in evaluation mode on the same device; `validate` measures the model on
-    validation rows. With a classifier's `head`, rows take the place of supervised tokens.
+    validation rows. With a classifier's `head`, rows take the place of supervised tokens. AdaLoRA's penalty is added to
+    the loss in training.
     """
 
     def __init__(
@@ -44,12 +49,15 @@ class SupervisedTrainer(SFTTrainer):
         teacher: Any | None = None,
         head: Head = "causal-lm",
         validate: Validate | None = None,
+        loraplus_lr_ratio: float | None = None,
         **kwargs: Any,
     ) -> None:
         if head != "causal-lm":
             kwargs["model"].generation_config = GenerationConfig()  # where TRL writes the pad token
         super().__init__(*args, **kwargs)
         self.validate = validate
+        self.loraplus_lr_ratio = loraplus_lr_ratio
+        self.orth_reg_weight = float(getattr(self.model.peft_config[NAME], "orth_reg_weight", 0.0))
         self.model_accepts_loss_kwargs = True  # our loss divides by the tokens of all accumulation steps
         self.objective = (
             Objective(loss or Loss(), teacher=teacher, autocast=self.accelerator.autocast)
@@ -74,6 +82,10 @@ class SupervisedTrainer(SFTTrainer):
         loss = sums.loss / torch.as_tensor(count, device=sums.loss.device).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
+        if model.training and self.orth_reg_weight:
+            penalty = orthogonality(model)
+            loss = loss + self.orth_reg_weight * penalty / self.current_gradient_accumulation_steps
+            self._metrics["train"]["orthogonality"].append(float(penalty.detach()))
         if model.training:
             self.tokens_seen += int(inputs["attention_mask"].sum())
             self.padded_tokens_seen += inputs["attention_mask"].numel()
@@ -82,6 +94,30 @@ class SupervisedTrainer(SFTTrainer):
             for name, part in sums.parts.items() if len(sums.parts) > 1 else ():
                 metrics[name].append(float(part) / tokens)
         return (loss, None) if return_outputs else loss
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """As the trainer's own, or with two learning rates (LoRA+, Hayou et al. 2024, arXiv:2402.12354).
+
+        An adapted embedding learns at the rate of A: PEFT's default for it, 1e-6, would hold it still.
+        """
+        if self.loraplus_lr_ratio is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        if is_optimizer_factory(kind) or {"params", "model", "optimizer_dict"} & set(arguments):
+            raise RecipeError(
+                expected="adapter.loraplus_lr_ratio with an optimizer that takes groups of weights",
+                found=f"training.optim={self.args.optim}",
+                fix="remove training.optim, or adapter.loraplus_lr_ratio",
+            )
+        self.optimizer: Any = create_loraplus_optimizer(
+            self.model,
+            kind,
+            loraplus_lr_ratio=self.loraplus_lr_ratio,
+            loraplus_weight_decay=self.args.weight_decay,
+            loraplus_lr_embedding=arguments["lr"],
+            **arguments,
+        )
+        return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed

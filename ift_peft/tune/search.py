@@ -39,8 +39,9 @@ def default_search(recipe: Recipe) -> dict[str, Setting]:
     rate = float(own["training.learning_rate"])
     search: dict[str, Setting] = {
         "training.learning_rate": Span(low=rate / 10, high=rate * 10, log=True),
-        "adapter.r": tuple(sorted({*RANKS, recipe.adapter.r})),
     }
+    if recipe.adapter.method != "ia3":  # it has no rank
+        search["adapter.r"] = tuple(sorted({*RANKS, recipe.adapter.r}))
     epochs = float(own["training.num_train_epochs"])
     if int(recipe.training.get("max_steps", -1)) <= 0 and epochs.is_integer():
         search["training.num_train_epochs"] = Span(low=1, high=max(2, 2 * int(epochs)), integer=True)

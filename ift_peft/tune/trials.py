@@ -110,6 +110,7 @@ class Trials:
             self.rows.reporter(trial.number),
             callbacks=[watcher],
             start_from=self._best_checkpoint(previous[0]) if previous else None,
+            resumed=checkpoint,
             go_on="the same command",
         )
         watcher.session = session

@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model
 from torch.nn import functional as F
 
-from ift_peft.model.adapter import lora_config
+from ift_peft.model.adapter import peft_config
 from ift_peft.model.base import load_base, quiet
 from ift_peft.model.memory import Batch, Meter, foresee
 from ift_peft.model.tokenizer import locate_base
@@ -21,7 +21,7 @@ def main(base: str, rows: int, length: int, positions: int) -> None:
     needed = foresee(location, adapter, Batch(rows, length, positions), dtype=torch.float32)
     with quiet():
         bare = load_base(location, device="cpu").model
-        config = lora_config(adapter, bare, base_name=str(location.folder), revision=None)
+        config = peft_config(adapter, bare, base_name=str(location.folder), revision=None)
         model = get_peft_model(bare, config).train()
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad])
 
