@@ -1,6 +1,6 @@
 """The command `ift`. Imports nothing heavy until a command runs."""
 
-from ift_peft.cli import after, check, combine, compare, data, explain, harness, predict, training, tune
+from ift_peft.cli import after, check, combine, compare, data, explain, export, harness, predict, training, tune
 from ift_peft.cli.app import app
 
-__all__ = ["after", "app", "check", "combine", "compare", "data", "explain", "harness", "predict", "training", "tune"]
+__all__ = ["after", "app", "check", "combine", "compare", "data", "explain", "export", "harness", "predict", "training", "tune"]
