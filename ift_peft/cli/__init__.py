@@ -3,4 +3,17 @@
 from ift_peft.cli import after, check, combine, compare, data, explain, export, harness, predict, training, tune
 from ift_peft.cli.app import app
 
-__all__ = ["after", "app", "check", "combine", "compare", "data", "explain", "export", "harness", "predict", "training", "tune"]
+__all__ = [
+    "after",
+    "app",
+    "check",
+    "combine",
+    "compare",
+    "data",
+    "explain",
+    "export",
+    "harness",
+    "predict",
+    "training",
+    "tune",
+]

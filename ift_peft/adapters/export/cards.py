@@ -52,7 +52,7 @@ def card(parts: Parts, *sections: str, library: str | None = None) -> str:
     if library:
         body = body.replace("library_name: peft", f"library_name: {library}", 1)
     questions = f"## How it was asked\n\n{asked}" if asked else ""
-    limits = f"## Limits\n{rest.partition('## Limits')[2].rstrip()}"
+    limits = f"## Limits\n\n{rest.partition('## Limits')[2].strip()}"
     return "\n\n".join(part.strip() for part in (body, *sections, questions, _base(parts), limits) if part) + "\n"
 
 

@@ -83,7 +83,7 @@ class Family:
         """What divides each rotary frequency, (head_dim / 2,); None where nothing does (Llama 3.1 scales them)."""
         if self.config.rope_parameters["rope_type"] == "default":
             return None
-        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](self.config, torch.device("cpu"))
+        scaled: Tensor = ROPE_INIT_FUNCTIONS["llama3"](self.config, torch.device("cpu"))[0]
         powers = torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim
         plain: Tensor = 1.0 / float(self.config.rope_parameters["rope_theta"]) ** powers
         return plain / scaled

@@ -1,4 +1,4 @@
-"""GGUF files, written by the library `gguf` of llama.cpp: a model with its tokenizer and chat template, or an adapter."""
+"""GGUF files, written by llama.cpp's library `gguf`: a model with tokenizer and chat template, or an adapter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from ift_peft.adapters.checkpoint import reading, stored_tensors
-from ift_peft.adapters.export.families import Family, family_of
+from ift_peft.adapters.export.families import family_of
 from ift_peft.adapters.export.vocabulary import Vocabulary
 from ift_peft.adapters.plan import ADAPTER_FILE, plan_merge
 from ift_peft.errors import ExportError

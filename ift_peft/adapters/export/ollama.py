@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ift_peft.data.render import Renderer
 from ift_peft.data.row import Message
@@ -64,20 +65,17 @@ def go_template(renderer: Renderer) -> GoTemplate:
     return found
 
 
-def modelfile(
-    template: GoTemplate, *, gguf: str, stop: str, context: int, system: str | None, answer_tokens: int | None
-) -> str:
+def modelfile(template: GoTemplate, *, gguf: str, stop: str, context: int, system: str | None) -> str:
     """The Modelfile for the file `gguf` beside it. Answers are greedy, as they were measured."""
     text = template.text()
     if '"""' in text or (system is not None and '"""' in system):
-        raise _refused('three quotation marks in a row, which end a text of a Modelfile')
+        raise _refused("three quotation marks in a row, which end a text of a Modelfile")
     lines = [
         f"FROM ./{gguf}",
         f'TEMPLATE """{text}"""',
         *([f'SYSTEM """{system}"""'] if system else []),
         f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}",
         f"PARAMETER num_ctx {min(context, LARGEST_CONTEXT)}",
-        *([f"PARAMETER num_predict {answer_tokens}"] if answer_tokens else []),
         "PARAMETER temperature 0",
         "PARAMETER repeat_penalty 1",
     ]
@@ -88,67 +86,76 @@ def evaluate(template: str, messages: Sequence[Message]) -> str:
     """What Ollama makes of these messages by `template`, of the actions that `GoTemplate.text` writes.
 
     `.System` is the text of the system messages, `.Messages` are all of them (ollama/template/template.go, collate).
+    Raises `ValueError` for any other action.
     """
     system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
     pieces = _TAG.split(template)  # text, action, text, action, …
-    ends = _ends(pieces)
+    return _Evaluation([piece.strip() if at % 2 else piece for at, piece in enumerate(pieces)], system, messages).run()
 
-    def run(at: int, until: int, message: Message | None) -> str:
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """A template as texts (at even places) and actions (at odd ones), and what it is given."""
+
+    pieces: Sequence[str]
+    system: str
+    messages: Sequence[Message]
+
+    def run(self) -> str:
+        return self._run(0, len(self.pieces), None)
+
+    def _run(self, at: int, until: int, message: Message | None) -> str:
+        """The places from `at` until before `until`, inside a range over `message` if any."""
         made = []
         while at < until:
+            action = self.pieces[at]
             if at % 2 == 0:
-                made.append(pieces[at])
-                at += 1
-                continue
-            action = pieces[at].strip()
-            if action.startswith('"'):
-                made.append(json.loads(action))
-            elif action == ".System":
-                made.append(system)
-            elif action == ".Content" and message is not None:
-                made.append(message["content"])
-            elif action == "range .Messages":
-                made += [run(at + 1, ends[at][-1], one) for one in messages]
-                at = ends[at][-1]
-            elif action.startswith("if "):
-                made.append(branch(at, message))
-                at = ends[at][-1]
+                made.append(action)
+            elif action.startswith(("if ", "range ")):
+                stops = self._stops(at)
+                made.append(self._block(at, stops, message))
+                at = stops[-1]
             else:
-                raise ValueError(f"an action {action!r}")
+                made.append(self._value(action, message))
             at += 1
         return "".join(made)
 
-    def branch(at: int, message: Message | None) -> str:
-        for start, stop in zip([at, *ends[at]], ends[at], strict=False):
-            if holds(pieces[start].strip().removeprefix("else").strip().removeprefix("if "), message):
-                return run(start + 1, stop, message)
+    def _value(self, action: str, message: Message | None) -> str:
+        if action.startswith('"'):
+            return str(json.loads(action))
+        if action == ".System":
+            return self.system
+        if action == ".Content" and message is not None:
+            return message["content"]
+        raise ValueError(f"an action {action!r}")
+
+    def _block(self, at: int, stops: Sequence[int], message: Message | None) -> str:
+        if self.pieces[at] == "range .Messages":
+            return "".join(self._run(at + 1, stops[-1], one) for one in self.messages)
+        for start, stop in pairwise((at, *stops)):
+            if self._holds(self.pieces[start].removeprefix("else").strip().removeprefix("if "), message):
+                return self._run(start + 1, stop, message)
         return ""
 
-    def holds(condition: str, message: Message | None) -> bool:
+    def _holds(self, condition: str, message: Message | None) -> bool:
         role = re.fullmatch(r'eq \.Role "(\w+)"', condition)
         if role is not None and message is not None:
             return message["role"] == role[1]
         if condition not in ("", ".System"):
             raise ValueError(f"a condition {condition!r}")
-        return not condition or bool(system)
+        return not condition or bool(self.system)
 
-    return run(0, len(pieces), None)
-
-
-def _ends(pieces: Sequence[str]) -> dict[int, list[int]]:
-    """Of each block the places of its `else` and `end` actions."""
-    found: dict[int, list[int]] = {}
-    open_blocks: list[int] = []
-    for at in range(1, len(pieces), 2):
-        action = pieces[at].strip()
-        if action.startswith(("if ", "range ")):
-            open_blocks.append(at)
-            found[at] = []
-        elif action == "end":
-            found[open_blocks.pop()].append(at)
-        elif action.startswith("else"):
-            found[open_blocks[-1]].append(at)
-    return found
+    def _stops(self, at: int) -> list[int]:
+        """The places of the `else` and `end` actions of the block that begins at `at`."""
+        found, depth = [], 0
+        for place in range(at + 2, len(self.pieces), 2):
+            action = self.pieces[place]
+            if depth == 0 and (action == "end" or action.startswith("else")):
+                found.append(place)
+                if action == "end":
+                    return found
+            depth += action.startswith(("if ", "range ")) - (action == "end")
+        raise ValueError(f"no end of {self.pieces[at]!r}")
 
 
 def _prompt_of(renderer: Renderer) -> Render:

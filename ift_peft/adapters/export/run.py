@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ift_peft.adapters.checkpoint import sha256
-from ift_peft.adapters.export.building import Building, merged, ollama, peft, vllm
-from ift_peft.adapters.export.building import gguf as gguf_model
-from ift_peft.adapters.export.building import gguf_adapter
+from ift_peft.adapters.export.building import Building, merged, peft, vllm
 from ift_peft.adapters.export.cards import about
 from ift_peft.adapters.export.gguf_file import Outtype
+from ift_peft.adapters.export.llama import gguf, gguf_adapter, ollama
 from ift_peft.adapters.export.public import check_public
 from ift_peft.adapters.merge import scratch_beside
 from ift_peft.adapters.plan import ADAPTER_FILE
@@ -28,7 +27,7 @@ RECORD = "export.json"
 _BUILDERS: dict[Target, tuple[Callable[[Building], dict[str, Any]], tuple[Outtype, ...]]] = {
     "peft": (peft, ()),
     "merged": (merged, ("f32", "f16", "bf16")),
-    "gguf": (gguf_model, ("f16", "f32", "bf16", "q8_0")),
+    "gguf": (gguf, ("f16", "f32", "bf16", "q8_0")),
     "gguf-adapter": (gguf_adapter, ("f32", "f16")),
     "ollama": (ollama, ("f16", "f32", "bf16", "q8_0")),
     "vllm": (vllm, ()),
@@ -121,4 +120,3 @@ def _write_record(parts: Parts, to: Target, folder: Path, checked: dict[str, Any
         "git": git_state(),
     }
     write_atomically(folder / RECORD, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
-

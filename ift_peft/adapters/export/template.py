@@ -22,7 +22,7 @@ _SYSTEM: Message = {"role": "system", "content": "Be short."}
 
 
 def servable_template(renderer: Renderer) -> str:
-    """The chat template with `{% if true %}` where it has `{% generation %}`, and with thinking turned off where it can.
+    """The chat template with `{% if true %}` for `{% generation %}`, and with thinking turned off where that is needed.
 
     With `add_generation_prompt` alone, as servers render, it gives the prompts of training; that is checked, with and
     without a system message. Raises `ExportError` where it does not.

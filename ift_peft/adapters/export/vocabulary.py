@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer as llama.cpp has it, whose rules are compiled in: only what is known to be the same is taken.
+"""A Hugging Face tokenizer as llama.cpp has it, whose rules are compiled in: only what is known to be the same.
 
 llama.cpp knows how byte-level BPE cuts a text before merging by a name alone (`tokenizer.ggml.pre`). The name is looked
 up here by the rules that the tokenizer itself states. Every entry was compared with llama.cpp itself
@@ -40,8 +40,13 @@ _KNOWN: dict[tuple[str, ...], _Pre] = {
     ("Digits", _BYTE_LEVEL): _Pre("smollm"),
     (rf"{_WORDS}|\p{{N}}|{_REST}",): _Pre("qwen2"),
     (rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}",): _Pre("llama-bpe", ignore_merges=True),
-    (_HAN,): _Pre("qwen2", differs=("white space that ends in a line break and stands before text, if it is two or "
-    "more characters long, as a blank line is",)),
+    (_HAN,): _Pre(
+        "qwen2",
+        differs=(
+            "white space that ends in a line break and stands before text, if it is two or "
+            "more characters long, as a blank line is",
+        ),
+    ),
 }
 _NFC = "text that is not in Unicode's normal form NFC, which llama.cpp takes as it is"
 
@@ -176,8 +181,11 @@ def _check_by_score(pairs: Sequence[tuple[str, str]], vocab: Mapping[str, int]) 
         token
         for token, known in made.items()
         if any(
-            token[:at] in vocab and token[at:] in vocab and (token[:at], token[at:]) not in known
-            and _reachable(token[:at], made) and _reachable(token[at:], made)
+            token[:at] in vocab
+            and token[at:] in vocab
+            and (token[:at], token[at:]) not in known
+            and _reachable(token[:at], made)
+            and _reachable(token[at:], made)
             for at in range(1, len(token))
         )
     ]
