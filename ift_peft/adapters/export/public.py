@@ -15,7 +15,9 @@ from ift_peft.report.provenance import is_absolute
 
 # The content of a vocabulary is the base's own, and has pieces such as "/root" or "C:\\" in it.
 _VOCABULARY = {"tokenizer.json": ("vocab", "merges"), "gguf": ("tokenizer.ggml.tokens", "tokenizer.ggml.merges")}
-_HOMES = re.compile(r"(?:/(?:home|Users|root|mnt|tmp)/|[A-Za-z]:\\{1,2}Users\\)[^\s'\"<>|]+")
+_HOMES = re.compile(
+    r"file:/[^\s'\"<>|]+|(?:(?<![\w./\\<:])/(?:home|Users|root|mnt|tmp)/|\b[A-Za-z]:\\{1,2}Users\\)[^\s'\"<>|]+"
+)
 
 
 def check_public(folder: Path, *, places: Iterable[Path]) -> int:
@@ -59,7 +61,7 @@ def _place(text: str, known: Iterable[str]) -> str | None:
         if match and (len(Path(folder).parts) > 2 or text[match.end() : match.end() + 1] in "/\\" or match.end() == 0):
             return text[match.start() : match.end() + 60].split("\n")[0]
     home = _HOMES.search(text)
-    return home.group() if home and (home.start() == 0 or text[home.start() - 1] not in "./\\<:") else None
+    return home.group() if home else None
 
 
 def _texts(file: Path) -> Iterator[tuple[str, str, bool]]:
