@@ -34,6 +34,7 @@ from ift_peft.reporter import Silent
 from ift_peft.run_dir import RunDir
 
 gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
+quants = pytest.importorskip("gguf.quants")
 in_llama_cpp = pytest.mark.skipif(
     not available(), reason="not run in llama.cpp: needs the extra gguf-proof (llama-cpp-python)"
 )
@@ -104,10 +105,10 @@ def test_smaller_types_are_as_near_as_their_bits_allow(outtype: str, most: float
     written(parts.run.path / "merged", tmp_path / "m.gguf", outtype)
     weights = load_file(parts.run.path / "merged/model.safetensors")
     found = tensors(tmp_path / "m.gguf")["blk.0.ffn_up.weight"]
-    unpacked = torch.from_numpy(gguf.quants.dequantize(found.data, found.tensor_type)).reshape(512, 192)
+    unpacked = torch.from_numpy(quants.dequantize(found.data, found.tensor_type)).reshape(512, 192)
     wanted = weights["model.layers.0.mlp.up_proj.weight"]
     scale = wanted.abs() if outtype != "q8_0" else wanted.reshape(512, 6, 32).abs().amax(-1).repeat_interleave(32, 1)
-    assert ((unpacked - wanted).abs() <= most * scale + 1e-8).all()
+    assert ((unpacked - wanted).abs() <= most * scale + 3e-8).all()
     assert tensors(tmp_path / "m.gguf")["output_norm.weight"].tensor_type.name == "F32"
 
 
@@ -207,6 +208,6 @@ def test_a_wrong_file_is_caught_and_leaves_nothing(
             "arranged",
             lambda self, key, rows: arranged(self, key, rows) * (wrong if "up_proj" in key else 1.0),
         )
-    with pytest.raises(ExportError, match="within 0.001 of the model's"):
+    with pytest.raises(ExportError, match=r"within 0\.001 of the model's"):
         export(parts, to=to, outtype="f32", output=tmp_path / "out", reporter=Silent())
     assert not list(tmp_path.iterdir())

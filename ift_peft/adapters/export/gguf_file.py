@@ -217,14 +217,13 @@ def _write(
             whole = tensor()
             if not torch.isfinite(whole).all():
                 raise ExportError(expected=f"finite weights {name}", found="infinite ones, or none", fix="train again")
-            content = quantize(whole.contiguous().numpy(), kind)
-            if kind.name == "F16" and not np.isfinite(content).all():
+            if kind.name == "F16" and float(whole.abs().max()) > torch.finfo(torch.float16).max:
                 raise ExportError(
                     expected=f"weights {name} that float16 can hold",
                     found=f"as large as {float(whole.abs().max()):.3g}",
                     fix="--outtype bf16 or f32",
                 )
-            writer.write_tensor_data(content)
+            writer.write_tensor_data(quantize(whole.contiguous().numpy(), kind))
             reporter.advance(done)
         reporter.finish()
 
