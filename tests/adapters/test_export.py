@@ -29,8 +29,8 @@ from ift_peft.model.tokenizer import TINY
 from ift_peft.reporter import Silent
 from ift_peft.run_dir import RunDir
 
+pytestmark = pytest.mark.xdist_group("combine")  # the same trained runs
 IDS = torch.tensor([[2, 300, 400, 500, 4, 3]])
-ALL: tuple[Target, ...] = ("peft", "merged", "gguf", "gguf-adapter", "ollama", "vllm")
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_a_merge_that_is_not_of_this_adapter_is_not_taken(parts: Parts, tmp_path
     assert torch.equal(made, load_file(parts.run.path / "merged/model.safetensors")["model.norm.weight"])
 
 
-@pytest.mark.parametrize("to", ALL)
+@pytest.mark.parametrize("to", ["peft", "merged", "ollama", "vllm"])
 def test_a_local_path_stops_every_export_and_leaves_nothing(
     to: Target, parts: Parts, tmp_path: Path, unproved: None
 ) -> None:
