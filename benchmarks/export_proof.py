@@ -22,7 +22,6 @@ from ift_peft.adapters.export.run import Target, export
 from ift_peft.adapters.merge import merge
 from ift_peft.infer.load import open_parts
 from ift_peft.recipe import load_recipe
-from ift_peft.report.provenance import place_free
 from ift_peft.reporter import Silent
 from ift_peft.train.run import train
 
@@ -45,7 +44,8 @@ def measure(recipe: str, overrides: list[str], folder: Path) -> dict[str, Any]:
     for to, outtype in FORMS:
         done = export(parts, to=to, outtype=outtype, output=folder / f"{to}-{outtype}", reporter=Silent())
         found.append({"to": to, **done.checked})
-    settings = {"recipe": parts.recipe.name, "base": parts.location.public_name, "overrides": place_free(overrides)}
+    named = [one for one in overrides if not one.startswith("base.model=")]  # a folder of this machine, it may be
+    settings = {"recipe": parts.recipe.name, "base": parts.location.public_name, "overrides": named}
     return {**settings, "forms": found}
 
 
