@@ -83,3 +83,9 @@ class GateMissed(IftPeftError, RuntimeError):
     """A run that is whole, and whose scores miss what its recipe asks of them."""
 
     exit_code = 8
+
+
+class ExportError(IftPeftError, RuntimeError):
+    """A run that cannot be had in the form asked for, or whose exported form is not the same."""
+
+    exit_code = 9

@@ -94,7 +94,7 @@ def merge(
     else:
         plan_merge(parts.location, parts.run.adapter, head=head)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with _scratch(output) as scratch:
+    with scratch_beside(output) as scratch:
         size = _shard_size(parts, max_shard_size)
         merging = _Merging(parts, held_out_rows(parts), scratch, dtype, quantize, size, reason is not None, reporter)
         result = merging.result(output, prefer)
@@ -108,7 +108,7 @@ def merge(
 
 
 @contextmanager
-def _scratch(output: Path) -> Iterator[Path]:
+def scratch_beside(output: Path) -> Iterator[Path]:
     """A hidden folder beside `output`, gone at the end whatever happens."""
     folder = output.parent / f".{output.name}.{secrets.token_hex(4)}"
     folder.mkdir()

@@ -1,6 +1,19 @@
 """The command `ift`. Imports nothing heavy until a command runs."""
 
-from ift_peft.cli import after, check, combine, compare, data, explain, harness, pipeline, predict, training, tune
+from ift_peft.cli import (
+    after,
+    check,
+    combine,
+    compare,
+    data,
+    explain,
+    export,
+    harness,
+    pipeline,
+    predict,
+    training,
+    tune,
+)
 from ift_peft.cli.app import app
 
 __all__ = [
@@ -11,6 +24,7 @@ __all__ = [
     "compare",
     "data",
     "explain",
+    "export",
     "harness",
     "pipeline",
     "predict",

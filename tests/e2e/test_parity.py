@@ -27,6 +27,7 @@ OPENING = {  # commands that load a run's model, with what they need besides the
     "predict": ["text"],
     "evaluate": [],
     "merge": ["--output", "merged"],
+    "export": ["--to", "peft"],
     "explain": ["--text", "text"],
     "lm-eval": ["--tasks", "arc_easy"],
     "combine": ["RUN"],
