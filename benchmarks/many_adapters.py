@@ -32,7 +32,7 @@ from ift_peft.model.base import quiet
 from ift_peft.model.tokenizer import TINY
 
 ROWS, ADAPTERS, PROMPT = 16, 32, 32
-END = 2  # never likeliest on purpose: answers are of the length asked for, or the model's own
+END = 2
 
 
 def make_base(hidden: int, layers: int, vocabulary: int) -> LlamaForCausalLM:
@@ -153,7 +153,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         folders = make_adapters(base, r, Path(folder))
         loads, stack = loading(base, folders)
-        stock_loads, stock = stock_loading(copy.deepcopy(make_base(hidden, layers, len(tokenizer))), folders)
+        stock_loads, stock = stock_loading(make_base(hidden, layers, len(tokenizer)), folders)
     model = RowsModel(base, 0)
     slots = [stack.acquire(str(number)) for number in range(ROWS)]
     stock.set_adapter("0", inference_mode=True)
@@ -187,11 +187,13 @@ def main(
     for who, times in (("stacked", of_ours), ("PEFT", of_stock)):
         typer.echo(f"| {who} | " + " | ".join(f"{times[at]:.0f}" for at in (0, 1, 15, 31)) + " |")
     requests = [
-        Request(tuple(prompts[number % ROWS].tolist()), str(number % 8), 24 + number % 16, seed=number, temperature=1.0)
+        Request(tuple(prompts[number % ROWS].tolist()), str(number % 8), 6 + number % 5, seed=number, temperature=1.0)
         for number in range(32)
     ]
     rates = {
-        f"at most {rows}": throughput(Engine(base, tokenizer, end_token_ids={END}, adapters=stack, max_rows=rows), requests)
+        f"at most {rows}": throughput(
+            Engine(base, tokenizer, end_token_ids={END}, adapters=stack, max_rows=rows), requests
+        )
         for rows in (1, ROWS)
     }
     typer.echo("32 answers over 8 adapters, tokens/s: " + ", ".join(f"{way} {rate:.0f}" for way, rate in rates.items()))

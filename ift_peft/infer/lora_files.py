@@ -126,9 +126,7 @@ def shape_of(module: nn.Module | None) -> tuple[int, int] | None:
     return None
 
 
-def _fault_of_module(
-    name: str, pair: dict[str, Tensor], module: nn.Module | None, folder: Path
-) -> IftPeftError | None:
+def _fault_of_module(name: str, pair: dict[str, Tensor], module: nn.Module | None, folder: Path) -> IftPeftError | None:
     if len(pair) != 2:
         return None
     shape = shape_of(module)

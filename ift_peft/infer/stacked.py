@@ -109,8 +109,8 @@ class _Layer:
                 inner = a.transpose(1, 2)[self.index[:, None], given]
             else:
                 inner = torch.bmm(self._by_row(given).float(), a.transpose(1, 2))
-            if output.dtype == torch.float32:
-                return torch.baddbmm(output.view(*inner.shape[:2], -1), inner, b).view(output.shape)
+            if output.dtype == torch.float32 and output.dim() == 3:
+                return torch.baddbmm(output, inner, b)
             delta = torch.bmm(inner, b).view(output.shape)
         if self.rounds_first:
             return output + delta.to(output.dtype)
@@ -160,6 +160,7 @@ class StackedAdapters:
         self._handle = model.register_forward_pre_hook(self._seen, with_kwargs=True)
         self._kept: list[int] = []  # the slots of the rows whose matrices are copied; -1: to be copied again
         self._capacity = 0  # rows that there is room for copies of
+        self._selected: tuple[tuple[int, ...], bool] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -231,6 +232,9 @@ class StackedAdapters:
         With `keep` the rows' matrices stay copied between calls, and only those of rows that changed are copied
         again: for decoding, where the rows are nearly the same from step to step.
         """
+        if (tuple(slots), keep) == self._selected:
+            return
+        self._selected = (tuple(slots), keep)
         used = set(slots)
         if len(used) == 1:
             (slot,) = used
@@ -242,13 +246,12 @@ class StackedAdapters:
             before = self._kept + [-1] * len(slots)
             changed = [row for row, slot in enumerate(slots) if before[row] != slot]
             self._kept, self._capacity = list(slots), max(self._capacity, len(slots))
+        chosen, where = torch.tensor(slots), torch.tensor(changed, dtype=torch.long)
         for layer in self._layers.values():
-            device = layer.a.device
-            chosen = torch.tensor(slots, device=device)
             if keep:  # also where none of these rows adapts it: its copies must be those that `_kept` tells of
-                layer.keep(chosen, self._capacity, torch.tensor(changed, device=device, dtype=torch.long))
+                layer.keep(chosen.to(layer.a.device), self._capacity, where.to(layer.a.device))
             elif used & layer.used:
-                layer.each_of(chosen)
+                layer.each_of(chosen.to(layer.a.device))
             if not used & layer.used:
                 layer.off()
 
@@ -279,6 +282,7 @@ class StackedAdapters:
         for name, layer in self._layers.items():
             layer.write(slot, weights.get(name))
         self._kept = [-1 if kept == slot else kept for kept in self._kept]
+        self._selected = None
 
     def _require_free(self, name: str) -> None:
         with self._table:
@@ -294,7 +298,9 @@ class StackedAdapters:
 
     def _unknown(self, name: str) -> ModelError:
         return ModelError(
-            expected=f"an adapter out of {', '.join(self.names) or 'none loaded'}", found=repr(name), fix="load it first"
+            expected=f"an adapter out of {', '.join(self.names) or 'none loaded'}",
+            found=repr(name),
+            fix="load it first",
         )
 
 
