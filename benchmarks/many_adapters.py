@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,11 +79,12 @@ def timed(call: Callable[[], Any]) -> float:
 def loading(base: LlamaForCausalLM, folders: list[Path]) -> tuple[list[list[float]], StackedAdapters]:
     """Seconds to load each adapter, thrice onto an empty stack; the last one is kept."""
     runs = []
-    for _ in range(3):
+    for _ in range(2):
         stack = StackedAdapters(base, max_adapters=ADAPTERS)
-        runs.append([timed(lambda f=folder: stack.load(f.name, f)) for folder in folders])  # type: ignore[misc]
-        if len(runs) < 3:
-            stack.close()
+        runs.append([timed(partial(stack.load, folder.name, folder)) for folder in folders])
+        stack.close()
+    stack = StackedAdapters(base, max_adapters=ADAPTERS)
+    runs.append([timed(partial(stack.load, folder.name, folder)) for folder in folders])
     return runs, stack
 
 
@@ -92,7 +94,7 @@ def stock_loading(base: LlamaForCausalLM, folders: list[Path]) -> tuple[list[flo
         model = PeftModel.from_pretrained(base, folders[0], adapter_name="0")
         seconds = [time.perf_counter() - start]
         for folder in folders[1:]:
-            seconds.append(timed(lambda f=folder: model.load_adapter(str(f), f.name)))  # type: ignore[misc]
+            seconds.append(timed(partial(model.load_adapter, str(folder), folder.name)))
     return seconds, model.eval()
 
 

@@ -85,8 +85,9 @@ class _Row:
 class Engine:
     """Answers requests for one base and the adapters stacked on it, up to `max_rows` in one batch.
 
-    Either the caller steps it (`step`, `run`) or a thread of its own does (`start`, `stop`); `submit` and cancelling are
-    for any thread. `model` may also be a `PeftModel` of any method, which then answers every request without `adapters`.
+    Either the caller steps it (`step`, `run`) or a thread of its own does (`start`, `stop`); `submit` and cancelling
+    are for any thread. `model` may also be a `PeftModel` of any method, which then answers every request without
+    `adapters`.
     Raises `ModelError` for a base whose rows of different lengths cannot be run together.
     """
 

@@ -24,9 +24,28 @@ KEY = re.compile(r"(?P<module>.+)\.(?:lora_(?P<linear>[AB])\.weight|lora_embeddi
 MERGE = "merge it into its base and serve that (ift merge), or train it as plain LoRA"
 # What of a LoraConfig the weights' shapes and names say already, or what does not change the outputs.
 READ_ELSEWHERE = frozenset(
-    """alpha_pattern auto_mapping base_model_name_or_path exclude_modules fan_in_fan_out inference_mode init_lora_weights
-    layers_pattern layers_to_transform lora_alpha lora_dropout peft_type peft_version r rank_pattern revision
-    runtime_config target_modules task_type use_rslora""".split()
+    {
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_dropout",
+        "peft_type",
+        "peft_version",
+        "r",
+        "rank_pattern",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "use_rslora",
+    }
 )
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 

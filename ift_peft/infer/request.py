@@ -17,9 +17,9 @@ FinishReason = Literal["stop", "length", "cancelled"]
 class Request:
     """A prompt as token ids, the adapter that answers it (None: the base alone), and how.
 
-    Greedy at `temperature` 0. `seed` None draws one. `logprobs` is how many of the likeliest tokens are told beside each
-    token with its log-probability; None tells neither. `choices` are the allowed answers, as token ids: exactly one of
-    them is given.
+    Greedy at `temperature` 0. `seed` None draws one. `logprobs` is how many of the likeliest tokens are told beside
+    each token with its log-probability; None tells neither. `choices` are the allowed answers, as token ids: exactly
+    one of them is given.
     """
 
     prompt: tuple[int, ...]

@@ -21,7 +21,8 @@ def random_base(config: Any) -> Any:
 
 def make_adapter(base: Any, folder: Path, *, seed: int = 0, size: float = 0.15, **settings: Any) -> Any:
     """A `PeftModel` on a copy of `base` with random LoRA weights, saved in `folder`."""
-    model = get_peft_model(copy.deepcopy(base), LoraConfig(**{"target_modules": "all-linear", **settings}))
+    form = {"target_modules": "all-linear", "fan_in_fan_out": base.config.model_type == "gpt2", **settings}
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(**form))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -61,12 +61,13 @@ FAMILIES = {
     ),
 }
 LENGTHS = (5, 17, 2, 30, 9, 11, 3, 20)
+Stacked = tuple[StackedAdapters, dict[str | None, Any]]
 NAMES = (None, "0", "1", "2", "0", "1", "2", "2")
 NEW = 16
 PROMPTS = random_prompts(*LENGTHS, vocabulary=SIZE)
 
 
-def stacked(base: Any, folder: Path) -> tuple[StackedAdapters, dict[str | None, Any]]:
+def stacked(base: Any, folder: Path) -> Stacked:
     """Three adapters of other ranks on `base`, and the models of stock PEFT by name."""
     models = {str(n): make_adapter(base, folder / str(n), seed=n, r=r) for n, r in enumerate((4, 12, 8))}
     stack = StackedAdapters(base)
@@ -76,7 +77,7 @@ def stacked(base: Any, folder: Path) -> tuple[StackedAdapters, dict[str | None, 
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[StackedAdapters, dict[str | None, Any]]:
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Stacked:
     return stacked(random_base(FAMILIES["llama"]), tmp_path_factory.mktemp("llama"))
 
 
@@ -85,7 +86,7 @@ def engine_of(stack: StackedAdapters, **settings: Any) -> Engine:
 
 
 @pytest.fixture
-def engine(llama: tuple[StackedAdapters, dict[str | None, Any]]) -> Engine:
+def engine(llama: Stacked) -> Engine:
     return engine_of(llama[0])
 
 
@@ -129,7 +130,9 @@ def test_bases_that_cannot_be_padded_are_refused_by_name() -> None:
         Engine(mamba, TOKENIZER, end_token_ids={END})
     base = random_base(FAMILIES["gpt2"])
     forward = base.transformer.forward
-    base.transformer.forward = lambda *a, **k: forward(*a, **{**k, "position_ids": None})  # places counted with padding
+    base.transformer.forward = (  # places that count padding
+        lambda *a, **k: forward(*a, **{**k, "position_ids": None})
+    )
     with pytest.raises(ModelError, match="standard deviations where another row pads"):
         Engine(base, TOKENIZER, end_token_ids={END})
 
@@ -165,9 +168,7 @@ def test_draws_follow_temperature_and_top_p(engine: Engine) -> None:
     assert counts.tolist() == pytest.approx(expected.tolist(), abs=0.1)
 
 
-def test_logprobs_are_those_of_the_whole_text(
-    engine: Engine, llama: tuple[StackedAdapters, dict[str | None, Any]]
-) -> None:
+def test_logprobs_are_those_of_the_whole_text(engine: Engine, llama: Stacked) -> None:
     (one,) = engine.run([Request(PROMPTS[1], "1", 8, logprobs=2)])
     with torch.no_grad():
         logs = llama[1]["1"](torch.tensor([[*PROMPTS[1], *one.tokens]])).logits[0].log_softmax(-1)
@@ -242,7 +243,7 @@ def test_allowed_answers_are_given_whole_and_nothing_else(engine: Engine) -> Non
 
 
 def test_cancelling_frees_the_row_and_the_slot_and_leaves_the_others_as_they_are(
-    llama: tuple[StackedAdapters, dict[str | None, Any]], tmp_path: Path
+    llama: Stacked, tmp_path: Path
 ) -> None:
     stack, models = llama
     engine = engine_of(stack, max_rows=2)
@@ -269,9 +270,7 @@ def test_cancelling_frees_the_row_and_the_slot_and_leaves_the_others_as_they_are
     assert last.result(0).tokens == stock(models["2"], PROMPTS[2], NEW)
 
 
-def test_a_request_that_fails_leaves_the_others_as_they_are(
-    llama: tuple[StackedAdapters, dict[str | None, Any]], tmp_path: Path
-) -> None:
+def test_a_request_that_fails_leaves_the_others_as_they_are(llama: Stacked, tmp_path: Path) -> None:
     stack, models = llama
     engine = engine_of(stack)
     make_adapter(models[None], tmp_path / "x", size=1e30)
@@ -310,14 +309,17 @@ def test_requests_that_cannot_be_answered_are_refused_at_once(engine: Engine, re
 def test_answers_end_at_the_last_position_of_the_base(engine: Engine) -> None:
     (one,) = engine.run([Request(PROMPTS[3] * 2, "0", 50)])
     assert len(one.tokens) <= 4
+
+
+def test_a_full_queue_says_so(llama: Stacked) -> None:
+    engine = engine_of(llama[0], max_waiting=1)
+    engine.submit(Request(PROMPTS[0]))
     with pytest.raises(BusyError, match="fewer than 1"):
-        bounded = Engine(engine.adapters.model, TOKENIZER, end_token_ids={END}, max_waiting=1)  # type: ignore[union-attr]
-        for _ in range(2):
-            bounded.submit(Request(PROMPTS[0]))
+        engine.submit(Request(PROMPTS[0]))
 
 
 @pytest.fixture
-def started(llama: tuple[StackedAdapters, dict[str | None, Any]]) -> Iterator[Engine]:
+def started(llama: Stacked) -> Iterator[Engine]:
     engine = engine_of(llama[0], max_rows=4)
     engine.start()
     yield engine
@@ -325,7 +327,7 @@ def started(llama: tuple[StackedAdapters, dict[str | None, Any]]) -> Iterator[En
 
 
 def test_a_thread_answers_many_clients_and_adapters_come_and_go(
-    started: Engine, llama: tuple[StackedAdapters, dict[str | None, Any]], tmp_path: Path
+    started: Engine, llama: Stacked, tmp_path: Path
 ) -> None:
     stack, models = llama
     make_adapter(models[None], tmp_path / "x")
