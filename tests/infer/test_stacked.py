@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, GPT2Config, LlamaConfig, OPTConfig
 
-from ift_peft.errors import BusyError, ModelError
+from ift_peft.errors import BusyError, Faults, ModelError
 from ift_peft.infer.stacked import StackedAdapters
 from ift_peft.model.base import quiet
 from tests.infer.adapters import make_adapter, random_base
@@ -96,7 +96,7 @@ def test_adapters_on_embedding_and_head_are_added_as_peft_does(base: Any, tmp_pa
 
 @pytest.mark.parametrize("kind", ["bfloat16", "nf4"])
 def test_casts_are_those_of_peft(kind: str, base: Any, tmp_path: Path) -> None:
-    """Rows alone, since a processor's products in 16 bits differ with the batch; a bit off anywhere would show."""
+    """One adapter for all rows, for which not a bit may differ."""
     if kind == "nf4":  # bitsandbytes wants layers of whole blocks
         base = random_base(
             LlamaConfig(**{**LLAMA.to_dict(), "hidden_size": 64, "intermediate_size": 128, "head_dim": 16})
@@ -108,16 +108,18 @@ def test_casts_are_those_of_peft(kind: str, base: Any, tmp_path: Path) -> None:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
         )
         settings = {"dtype": torch.float32, "quantization_config": quantisation}
-    with quiet():
-        loaded = type(base).from_pretrained(tmp_path / "base", **settings)
+
+    def load() -> Any:
+        with quiet():
+            return type(base).from_pretrained(tmp_path / "base", **settings)
+
     make_adapter(base, tmp_path / "a", r=8, lora_alpha=8)
+    loaded = load()
     stack = StackedAdapters(loaded)
     stack.load("a", tmp_path / "a")
     stack.select([stack.acquire("a")])
-    found = logits(loaded)
-    stack.close()
-    wanted = logits(PeftModel.from_pretrained(loaded, tmp_path / "a").eval())
-    assert float((found - wanted).abs().max()) <= (0 if kind == "bfloat16" else 1e-4)
+    # PEFT on a base of its own: on some processors bitsandbytes lays weights out anew at the first forward.
+    assert torch.equal(logits(loaded), logits(PeftModel.from_pretrained(load(), tmp_path / "a").eval()))
 
 
 def test_nothing_remains_in_a_slot_that_is_used_again(base: Any, tmp_path: Path) -> None:
@@ -208,10 +210,10 @@ def test_weights_that_do_not_fit_are_refused_and_take_no_slot(base: Any, tmp_pat
     make_adapter(
         random_base(LlamaConfig(**{**LLAMA.to_dict(), "hidden_size": 64, "head_dim": 16})), tmp_path / "b", r=4
     )
-    with pytest.raises(ModelError, match="32 to 32 features"):
+    with pytest.raises(Faults, match="32 to 32 features"):
         stack.load("b", tmp_path / "b")
     make_adapter(random_base(GPT2), tmp_path / "c", r=4)
-    with pytest.raises(ModelError, match="no module of that name"):
+    with pytest.raises(Faults, match="no module of that name"):
         stack.load("c", tmp_path / "c")
     make_adapter(base, tmp_path / "d", r=4)
     weights = load_file(tmp_path / "d" / "adapter_model.safetensors")
