@@ -7,6 +7,7 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -105,13 +106,13 @@ class Engine:
         """`max_waiting` bounds the queue; at most `max_prompt_tokens` of several prompts are run in one step."""
         self.adapters, self.max_rows, self.max_waiting = adapters, max_rows, max_waiting
         self._tokenizer, self._end_tokens = tokenizer, frozenset(end_token_ids)
-        self._lock = threading.RLock() if adapters is None else adapters.lock
-        with self._lock:
+        self._lock = threading.RLock()
+        with self._running():
             self._select([0])
             pad = tokenizer.pad_token_id
             self._model = RowsModel(model, next(iter(self._end_tokens)) if pad is None else pad)
         self._positions = positions(model.config)
-        self._vocabulary = int(model.get_input_embeddings().num_embeddings)
+        self._vocabulary = len(model.get_input_embeddings().weight)
         self._max_prompt_tokens = max_prompt_tokens
         self._cache = RowsCache()
         self._rows: list[_Row] = []
@@ -156,7 +157,7 @@ class Engine:
 
     def step(self) -> bool:
         """Run prompts that wait, as far as there are rows for them, then one token for each row. False if idle."""
-        with self._lock:
+        with self._running():
             self._drop_cancelled()
             joining = self._next_prompts()
             if joining:
@@ -345,6 +346,9 @@ class Engine:
     def _release(self, row: _Row) -> None:
         if self.adapters is not None:
             self.adapters.release(row.slot)
+
+    def _running(self) -> AbstractContextManager[Any]:
+        return self._lock if self.adapters is None else self.adapters.running()
 
     def _select(self, slots: Sequence[int], *, keep: bool = False) -> None:
         if self.adapters is not None:

@@ -132,7 +132,7 @@ def answer_together(
         for number in numbers:
             fitted = [members[number].parts.fit_prompt(question) for question in questions[number]]
             prompts.append([prompt for prompt, _ in fitted])
-            truncated |= [cut for _, cut in fitted]
+            truncated |= np.array([cut for _, cut in fitted], dtype=bool)
         found = _probabilities([members[number] for number in numbers], prompts, labels)
         tables |= dict(zip(numbers, found, strict=True))
     found_together = together(np.stack([tables[number] for number in range(len(members))]), kind)

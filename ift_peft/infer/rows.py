@@ -19,7 +19,6 @@ from transformers.cache_utils import (
 from ift_peft.errors import ModelError
 
 ROOM = 64  # columns that are allocated beyond those in use
-HALF = (torch.bfloat16, torch.float16)
 
 
 class _RowsLayer(CacheLayerMixin):
@@ -216,7 +215,7 @@ class RowsModel:
         return self._try()
 
     def _try(self) -> str | None:
-        size = self.model.get_input_embeddings().num_embeddings
+        size = len(self.model.get_input_embeddings().weight)
         one, two = ([(7 * i + start) % size for i in range(n)] for start, n in ((3, 4), (5, 7)))
         wanted = torch.cat([self.prompts([[*row, 1]])[0] for row in (one, two)]).float()
         cache = RowsCache()
@@ -224,7 +223,8 @@ class RowsModel:
         for number, row in enumerate((one, two)):
             cache.join(prompts, number, len(row))
         off = (self.step([1, 1], cache).float() - wanted).abs().max() / wanted.std().clamp(min=1e-6)
-        exact = wanted.dtype not in HALF and next(self.model.parameters()).dtype == torch.float32
+        quantised = getattr(self.model, "is_quantized", False)
+        exact = not quantised and all(parameter.dtype == torch.float32 for parameter in self.model.parameters())
         if not off <= (0.01 if exact else 0.5):
             return f"whose logits change by {off:.2g} standard deviations where another row pads them"
         return None

@@ -143,13 +143,14 @@ class _Seen:
 class StackedAdapters:
     """LoRA adapters that load onto `model` and leave it at run time, each in time that does not depend on how many.
 
-    What `select` says holds for every forward until it is called again; whoever runs the model holds `lock` from one
-    to the other, and adapters are written between. Names are the caller's.
+    What `select` says holds for every forward until it is called again; where threads share the model, whoever runs it
+    does so inside `running`, and adapters are written between. Names are the caller's.
     """
 
     def __init__(self, model: nn.Module, *, max_adapters: int = 32, max_rank: int = 256) -> None:
         self.model, self.max_adapters, self.max_rank = model, max_adapters, max_rank
         self.lock = threading.RLock()
+        self._next = threading.Lock()  # held by who waits to write, so that steps without a pause let it in
         self._loading = threading.Lock()  # one adapter at a time
         self._table = threading.Lock()  # of the following three
         self._slots: dict[str, int] = {}
@@ -186,7 +187,7 @@ class StackedAdapters:
             with self._table:
                 slot = self._free.pop()
             try:
-                with self.lock, torch.no_grad():
+                with self._next, self.lock, torch.no_grad():
                     self._write(slot, weights)
             except BaseException:
                 with self._table:
@@ -224,6 +225,14 @@ class StackedAdapters:
                 del self._users[slot]
                 if slot not in self._slots.values():
                     self._free.append(slot)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Hold `lock` for a `select` and the forwards after it, once whoever waits to write has written."""
+        with self._next:
+            pass
+        with self.lock:
+            yield
 
     @torch.no_grad()
     def select(self, slots: Sequence[int], *, keep: bool = False) -> None:
