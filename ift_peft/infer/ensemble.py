@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ift_peft.data.row import Message
 from ift_peft.errors import RunError, raise_all
 from ift_peft.infer.likelihood import label_probabilities
-from ift_peft.infer.load import Parts, Question, load_members
+from ift_peft.infer.load import Parts, Question, stack_members
 from ift_peft.infer.predict import Answer
 from ift_peft.infer.stacked import StackedAdapters
 
@@ -108,7 +108,7 @@ def open_members(members: Sequence[Parts]) -> tuple[list[Member], list[str]]:
     opened: dict[int, Member] = {}
     notes: list[str] = []
     for numbers in groups.values():
-        model, names, stack, told = load_members([members[number] for number in numbers])
+        model, names, stack, told = stack_members([members[number] for number in numbers])
         notes += [note for note in told if note not in notes]
         opened |= {
             number: Member(members[number], model, name, stack) for number, name in zip(numbers, names, strict=True)

@@ -167,32 +167,45 @@ def _with_adapter(base: Any, parts: Parts) -> PeftModel:
     return model
 
 
-def load_members(members: Sequence[Parts]) -> tuple[Any, list[str], StackedAdapters | None, list[str]]:
+def load_members(members: Sequence[Parts]) -> tuple[Any, list[str], list[str]]:
     """The base of the first of `members`, loaded once, with the adapters of all on it; their names, and notes.
 
-    The adapters are stacked, so that one batch can use them all, where each is plain LoRA; else the model is a
-    `PeftModel` on which one is active at a time, at first the first, and a note says why. All must be of one base,
-    which is for the caller to see to.
+    The model is a `PeftModel`; the first adapter is the active one. All must be of one base, which is for the caller to
+    see to.
+    """
+    base = _load_base(members[0])
+    return *_with_adapters(base.model, members), base.notes
+
+
+def stack_members(members: Sequence[Parts]) -> tuple[Any, list[str], StackedAdapters | None, list[str]]:
+    """As `load_members`, with the adapters stacked, so that one batch can use them all, where each is plain LoRA.
+
+    Where one is not, or is alone, there is no stack; a note says why.
     """
     base = _load_base(members[0])
     notes = list(base.notes)
-    names = ["default", *(f"member{number}" for number in range(1, len(members)))]
     if len(members) > 1:
         stack = StackedAdapters(base.model, max_adapters=len(members))
+        names = [str(number) for number in range(len(members))]
         try:
             for name, parts in zip(names, members, strict=True):
                 stack.load(name, parts.run.adapter)
-            notes.append(f"{len(members)} adapters of one base answer in one batch")
-            return base.model, names, stack, notes
+            return base.model, names, stack, [*notes, f"{len(members)} adapters of one base answer in one batch"]
         except (ModelError, Faults) as error:
             stack.close()
             notes.append(f"{len(members)} adapters of one base answer one after the other: {error.found}")
-    model = _with_adapter(base.model, members[0])
+    model, names = _with_adapters(base.model, members)
+    return model, names, None, notes
+
+
+def _with_adapters(base: Any, members: Sequence[Parts]) -> tuple[PeftModel, list[str]]:
+    model = _with_adapter(base, members[0])
+    names = ["default", *(f"member{number}" for number in range(1, len(members)))]
     with quiet():
         for name, parts in zip(names[1:], members[1:], strict=True):
             model.load_adapter(str(parts.run.adapter), name)
     model.eval()
-    return model, names, None, notes
+    return model, names
 
 
 def held_out_rows(parts: Parts, data_path: Path | None = None) -> Fitted:

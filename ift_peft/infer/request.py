@@ -104,7 +104,7 @@ class Stream:
 
     def ready(self) -> list[Piece]:
         """The pieces that are there, without waiting; `done` says whether more will come, so ask it first."""
-        found = []
+        found: list[Piece] = []
         while True:
             try:
                 piece = self._pieces.get_nowait()
