@@ -28,6 +28,8 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """The text that is certain after one more token, which may be none."""
+        if self.stopped:
+            return ""
         self._new.append(token)
         if token in self._silent or BYTE.fullmatch(str(self._tokenizer.convert_ids_to_tokens(token))):
             return ""
