@@ -61,6 +61,10 @@ class ModelError(IftPeftError, ValueError):
     exit_code = 4
 
 
+class BusyError(IftPeftError, RuntimeError):
+    """No room at the moment: a full queue, or no slot for one more adapter. Nothing is wrong with what was asked."""
+
+
 class RunError(IftPeftError, RuntimeError):
     """A run folder that is missing, unfinished, or does not match what it is used with."""
 

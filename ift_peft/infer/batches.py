@@ -11,6 +11,7 @@ from ift_peft.data.render import IGNORE, Rendered
 from ift_peft.errors import ModelError
 
 Progress = Callable[[int, int], None]  # rows done, rows in all
+OnBatch = Callable[[Sequence[int]], None]  # the numbers of the rows of a batch that is about to be run
 
 
 def pad(rendered: Sequence[Rendered], pad_token_id: int) -> dict[str, Tensor]:

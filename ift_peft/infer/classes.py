@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ift_peft.data.render import IGNORE, Rendered
-from ift_peft.infer.batches import Progress, by_length, pad, require_finite
+from ift_peft.infer.batches import OnBatch, Progress, by_length, pad, require_finite
 
 
 def class_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -27,10 +27,12 @@ def all_class_logits(
     batch_size: int,
     pad_token_id: int,
     progress: Progress | None = None,
+    on_batch: OnBatch | None = None,
 ) -> Tensor:
     """Float32 logits (prompts, classes) on CPU, in the order of the prompts. Raises `ModelError` for NaN or infinity.
 
-    `progress` counts labels, as it does where each label is a text of its own.
+    `progress` counts labels, as it does where each label is a text of its own; `on_batch` is called with the numbers of
+    the prompts of each batch before it is run.
     """
     was_training = model.training
     model.eval()
@@ -39,6 +41,8 @@ def all_class_logits(
     found: list[Tensor] = [torch.empty(0)] * len(rows)
     done = 0
     for indices in by_length(rows, batch_size):
+        if on_batch is not None:
+            on_batch(indices)
         batch = {name: part.to(device) for name, part in pad([rows[i] for i in indices], pad_token_id).items()}
         logits = class_logits(model, batch)[0].float().cpu()
         for index, row in zip(indices, logits, strict=True):

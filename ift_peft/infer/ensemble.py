@@ -10,12 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ift_peft.adapter_methods import RANKED
+from ift_peft.data.row import Message
 from ift_peft.errors import RunError, raise_all
-from ift_peft.infer.load import Parts, Question, load_members
-from ift_peft.infer.predict import Answer, answer_all
+from ift_peft.infer.likelihood import label_probabilities
+from ift_peft.infer.load import Parts, Question, stack_members
+from ift_peft.infer.predict import Answer
+from ift_peft.infer.stacked import StackedAdapters
 from ift_peft.stages import Kind
 
 Floats = NDArray[np.float64]
+BATCH = 32  # rows: prompts times the members that share a base
 TIES = 1e-9  # weight of the mean probabilities in a vote: it decides ties and nothing else
 
 
@@ -39,15 +43,25 @@ def together(probabilities: Floats, kind: Kind) -> Floats:
 
 @dataclass(frozen=True)
 class Member:
-    """A run, and the model that its adapter, `adapter`, is one of."""
+    """A run, and the model that its adapter, `adapter`, is one of, on a `stack` or else by PEFT."""
 
     parts: Parts
     model: Any
     adapter: str
+    stack: StackedAdapters | None = None
+
+    @property
+    def slot(self) -> int:
+        assert self.stack is not None
+        with self.stack.holding(self.adapter) as slot:  # nothing is removed from a stack of members
+            return slot
 
     def activate(self) -> Any:
-        """The model with this member's adapter on."""
-        self.model.set_adapter(self.adapter, inference_mode=True)
+        """The model with this member's adapter on, for all rows."""
+        if self.stack is not None:
+            self.stack.select([self.slot])
+        else:
+            self.model.set_adapter(self.adapter, inference_mode=True)
         return self.model
 
 
@@ -97,9 +111,11 @@ def open_members(members: Sequence[Parts]) -> tuple[list[Member], list[str]]:
     opened: dict[int, Member] = {}
     notes: list[str] = []
     for numbers in groups.values():
-        model, names, told = load_members([members[number] for number in numbers])
+        model, names, stack, told = stack_members([members[number] for number in numbers])
         notes += [note for note in told if note not in notes]
-        opened |= {number: Member(members[number], model, name) for number, name in zip(numbers, names, strict=True)}
+        opened |= {
+            number: Member(members[number], model, name, stack) for number, name in zip(numbers, names, strict=True)
+        }
     return [opened[number] for number in range(len(members))], notes
 
 
@@ -110,14 +126,48 @@ def answer_together(
 
     A question is truncated where it was for any of them.
     """
-    answers = [
-        list(answer_all(member.activate(), member.parts, own, max_new_tokens=1))
-        for member, own in zip(members, questions, strict=True)
-    ]
-    if not answers[0]:
+    if not questions[0]:
         return
-    table = np.array([[[(one.probabilities or {})[label] for label in labels] for one in own] for own in answers])
-    for number, row in enumerate(together(table, kind)):
+    tables: dict[int, Floats] = {}
+    truncated = np.zeros(len(questions[0]), dtype=bool)
+    for numbers in _in_one_batch(members):
+        prompts = []
+        for number in numbers:
+            fitted = [members[number].parts.fit_prompt(question) for question in questions[number]]
+            prompts.append([prompt for prompt, _ in fitted])
+            truncated |= np.array([cut for _, cut in fitted], dtype=bool)
+        found = _probabilities([members[number] for number in numbers], prompts, labels)
+        tables |= dict(zip(numbers, found, strict=True))
+    found_together = together(np.stack([tables[number] for number in range(len(members))]), kind)
+    for row, cut in zip(found_together, truncated, strict=True):
         named = dict(zip(labels, map(float, row), strict=True))
-        truncated = any(own[number].truncated for own in answers)
-        yield Answer(labels[int(row.argmax())], named, truncated)
+        yield Answer(labels[int(row.argmax())], named, bool(cut))
+
+
+def _in_one_batch(members: Sequence[Member]) -> list[list[int]]:
+    """The numbers of the members that share a stack, and render alike; of others each alone."""
+    groups: dict[object, list[int]] = {}
+    for number, member in enumerate(members):
+        key = number if member.stack is None else (id(member.stack), member.parts.renderer.template_hash)
+        groups.setdefault(key, []).append(number)
+    return list(groups.values())
+
+
+def _probabilities(
+    members: Sequence[Member], prompts: Sequence[Sequence[Sequence[Message]]], labels: Sequence[str]
+) -> list[Floats]:
+    """Of each member, the probabilities (prompts, labels) of its own prompts: all rows of a batch, each its adapter."""
+    first = members[0]
+    flat = [prompt for own in prompts for prompt in own]
+    slots = (
+        [] if first.stack is None else [member.slot for member, own in zip(members, prompts, strict=True) for _ in own]
+    )
+
+    def on_batch(rows: Sequence[int]) -> None:
+        if first.stack is not None:
+            first.stack.select([slots[row] for row in rows])
+
+    found = label_probabilities(
+        first.activate(), first.parts.renderer, flat, labels, batch_size=BATCH, on_batch=on_batch
+    )
+    return np.split(found, len(members))

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ift_peft.data.classify import ClassRenderer
 from ift_peft.data.render import IGNORE, Rendered, TokenRenderer
 from ift_peft.data.row import Message
-from ift_peft.infer.batches import Progress, by_length, pad, require_finite
+from ift_peft.infer.batches import OnBatch, Progress, by_length, pad, require_finite
 from ift_peft.infer.classes import all_class_logits
 from ift_peft.infer.shared_prompt import answer_log_likelihoods, keeps_prompts
 
@@ -56,14 +56,20 @@ def answer_likelihoods(
     batch_size: int,
     pad_token_id: int,
     progress: Progress | None = None,
+    on_batch: OnBatch | None = None,
 ) -> list[Likelihood]:
-    """The likelihood of the supervised tokens of each row, given the tokens before them, in the order of the rows."""
+    """The likelihood of the supervised tokens of each row, given the tokens before them, in the order of the rows.
+
+    `on_batch` is called with the numbers of the rows of each batch before it is run.
+    """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     results: list[Likelihood | None] = [None] * len(rendered)
     done = 0
     for indices in by_length(rendered, batch_size):
+        if on_batch is not None:
+            on_batch(indices)
         batch = {k: v.to(device) for k, v in pad([rendered[i] for i in indices], pad_token_id).items()}
         logits, targets, rows = supervised_logits(model, batch)
         log_probs = -F.cross_entropy(logits.float(), targets, reduction="none")
@@ -87,12 +93,14 @@ def label_probabilities(
     *,
     batch_size: int,
     progress: Progress | None = None,
+    on_batch: OnBatch | None = None,
 ) -> NDArray[np.float64]:
     """The probability of each label as the answer to each prompt, float64 of shape (prompts, labels).
 
     A label's likelihood is the product over all its tokens and the end token, which makes labels of different length,
     and labels that begin alike, comparable; a row is normalised over the labels. Of a classifier with a head it is the
-    softmax of the head's logits.
+    softmax of the head's logits. `on_batch` is called with the numbers of the prompts, one for each row of a batch,
+    before that batch is run.
     """
     if isinstance(renderer, ClassRenderer):
         found = all_class_logits(
@@ -101,6 +109,7 @@ def label_probabilities(
             batch_size=batch_size,
             pad_token_id=renderer.tokenizer.pad_token_id,
             progress=progress,
+            on_batch=on_batch,
         )
         order = [renderer.classes.index(label) for label in labels]
         return np.asarray(found.double().softmax(dim=-1)[:, order])
@@ -108,10 +117,20 @@ def label_probabilities(
     rendered = renderer.render(conversations)
     groups = [rendered[start : start + len(labels)] for start in range(0, len(rendered), len(labels))]
     pad_token_id = renderer.tokenizer.pad_token_id
-    logs = _shared(model, groups, batch_size, pad_token_id, progress) if keeps_prompts(model) else None
+    logs = _shared(model, groups, batch_size, pad_token_id, progress, on_batch) if keeps_prompts(model) else None
     if logs is None:
+
+        def on_rows(rows: Sequence[int]) -> None:
+            if on_batch is not None:
+                on_batch([row // len(labels) for row in rows])
+
         likelihoods = answer_likelihoods(
-            model, rendered, batch_size=batch_size, pad_token_id=pad_token_id, progress=progress
+            model,
+            rendered,
+            batch_size=batch_size,
+            pad_token_id=pad_token_id,
+            progress=progress,
+            on_batch=on_rows,
         )
         logs = [one.log_probability for one in likelihoods]
     table = np.array(logs, dtype=np.float64).reshape(len(prompts), len(labels))
@@ -120,7 +139,12 @@ def label_probabilities(
 
 
 def _shared(
-    model: Any, groups: Sequence[Sequence[Rendered]], batch_size: int, pad_token_id: int, progress: Progress | None
+    model: Any,
+    groups: Sequence[Sequence[Rendered]],
+    batch_size: int,
+    pad_token_id: int,
+    progress: Progress | None,
+    on_batch: OnBatch | None,
 ) -> list[float] | None:
     """Log-likelihoods of all answers in order, each prompt run once; None where the model's cache does not allow it."""
     was_training = model.training
@@ -128,6 +152,8 @@ def _shared(
     results: list[list[float]] = [[] for _ in groups]
     done = 0
     for indices in by_length([group[0] for group in groups], batch_size):
+        if on_batch is not None:
+            on_batch(indices)
         found = answer_log_likelihoods(model, [groups[index] for index in indices], pad_token_id=pad_token_id)
         if found is None:
             model.train(was_training)

@@ -17,9 +17,10 @@ from ift_peft.data.instructions import Asker, ask_held_out, askers
 from ift_peft.data.render import TokenRenderer
 from ift_peft.data.row import Message, Row
 from ift_peft.data.rows import from_saved, read_rows, read_rows_of, set_aside, stream_rows
-from ift_peft.errors import RunError, raise_all
+from ift_peft.errors import Faults, ModelError, RunError, raise_all
 from ift_peft.infer.parity import parity_faults
-from ift_peft.model.base import ClassHead, load_section, quiet
+from ift_peft.infer.stacked import StackedAdapters
+from ift_peft.model.base import ClassHead, LoadedBase, load_section, quiet
 from ift_peft.model.tokenizer import BaseLocation, ensure_pad_token, load_tokenizer, locate_base
 from ift_peft.recipe import Recipe
 from ift_peft.run_dir import ADAPTER_FILES, RunDir
@@ -126,34 +127,71 @@ def load_model(
 
     `quantization` and `compute_dtype` replace those the run was trained with. The model is a `PeftModel`.
     """
+    base = _load_base(parts, quantization=quantization, compute_dtype=compute_dtype)
+    return _with_adapter(base.model, parts), base.notes
+
+
+def _load_base(
+    parts: Parts, *, quantization: Quantization | None = None, compute_dtype: str | None = None
+) -> LoadedBase:
     for name in ADAPTER_FILES:
         if not (parts.run.adapter / name).is_file():
             raise RunError(expected=f"adapter/{name}", found=f"none in {parts.run.path}", fix="train again")
-    base = load_section(
+    return load_section(
         parts.location,
         parts.recipe.base,
         quantization=quantization,
         compute_dtype=compute_dtype,
         head=class_head(parts.recipe, parts.tokenizer),
     )
+
+
+def _with_adapter(base: Any, parts: Parts) -> PeftModel:
     with quiet():
-        model = PeftModel.from_pretrained(base.model, parts.run.adapter)
+        model = PeftModel.from_pretrained(base, parts.run.adapter)
     model.eval()
-    return model, base.notes
+    return model
 
 
 def load_members(members: Sequence[Parts]) -> tuple[Any, list[str], list[str]]:
     """The base of the first of `members`, loaded once, with the adapters of all on it; their names, and notes.
 
-    The first is the active one. All must be of one base, which is for the caller to see to.
+    The model is a `PeftModel`; the first adapter is the active one. All must be of one base, which is for the caller to
+    see to.
     """
-    model, notes = load_model(members[0])
+    base = _load_base(members[0])
+    return *_with_adapters(base.model, members), base.notes
+
+
+def stack_members(members: Sequence[Parts]) -> tuple[Any, list[str], StackedAdapters | None, list[str]]:
+    """As `load_members`, with the adapters stacked, so that one batch can use them all, where each is plain LoRA.
+
+    Where one is not, or is alone, there is no stack; a note says why.
+    """
+    base = _load_base(members[0])
+    notes = list(base.notes)
+    if len(members) > 1:
+        stack = StackedAdapters(base.model, max_adapters=len(members))
+        names = [str(number) for number in range(len(members))]
+        try:
+            for name, parts in zip(names, members, strict=True):
+                stack.load(name, parts.run.adapter)
+            return base.model, names, stack, [*notes, f"{len(members)} adapters of one base answer in one batch"]
+        except (ModelError, Faults) as error:
+            stack.close()
+            notes.append(f"{len(members)} adapters of one base answer one after the other: {error.found}")
+    model, names = _with_adapters(base.model, members)
+    return model, names, None, notes
+
+
+def _with_adapters(base: Any, members: Sequence[Parts]) -> tuple[PeftModel, list[str]]:
+    model = _with_adapter(base, members[0])
     names = ["default", *(f"member{number}" for number in range(1, len(members)))]
     with quiet():
         for name, parts in zip(names[1:], members[1:], strict=True):
             model.load_adapter(str(parts.run.adapter), name)
     model.eval()
-    return model, names, notes
+    return model, names
 
 
 def held_out_rows(parts: Parts, data_path: Path | None = None) -> Fitted:

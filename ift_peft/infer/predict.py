@@ -10,9 +10,12 @@ from transformers import TextStreamer
 
 from ift_peft.data.render import Renderer
 from ift_peft.data.row import Message
+from ift_peft.errors import ModelError
+from ift_peft.infer.engine import Engine
 from ift_peft.infer.generation import continue_all, room
 from ift_peft.infer.likelihood import label_probabilities
 from ift_peft.infer.load import Parts, Question
+from ift_peft.infer.request import Request
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,9 @@ def answer_all(
     batch_size: int = 32,
     on_text: Callable[[str], None] | None = None,
 ) -> Iterator[Answer]:
-    """An answer to each question, in order. Generation is greedy; `on_text` receives it as it is generated."""
+    """An answer to each question, in order. Generation is greedy; `on_text` receives it as it is generated, which is
+    one question at a time; without it up to `batch_size` are answered together, where the base allows it.
+    """
     fitted = [parts.fit_prompt(question) for question in questions]
     if parts.labels:
         for start in range(0, len(fitted), batch_size):
@@ -52,10 +57,28 @@ def answer_all(
             for (_, truncated), row in zip(batch, probabilities, strict=True):
                 named = dict(zip(parts.labels, map(float, row), strict=True))
                 yield Answer(max(named, key=lambda label: named[label]), named, truncated)
+    elif on_text is None and (engine := _engine(model, parts, max_rows=batch_size)) is not None:
+        assert isinstance(parts.renderer, Renderer)
+        ids = parts.renderer.prompts([prompt for prompt, _ in fitted])
+        for (_, truncated), found in zip(
+            fitted,
+            engine.run([Request(tuple(one), max_new_tokens=max_new_tokens) for one in ids]),
+            strict=True,
+        ):
+            yield Answer(found.text.strip(), None, truncated)
     else:
         for prompt, truncated in fitted:
             text = generate(model, parts, prompt, max_new_tokens=max_new_tokens, on_text=on_text)
             yield Answer(text, None, truncated)
+
+
+def _engine(model: Any, parts: Parts, *, max_rows: int) -> Engine | None:
+    """An engine that gives the tokens of `generate` to many prompts at once; None for a base that it does not take."""
+    assert isinstance(parts.renderer, Renderer)  # a classifier has labels and is not asked to write
+    try:
+        return Engine(model, parts.tokenizer, end_token_ids={parts.renderer.end_token_id}, max_rows=max_rows)
+    except ModelError:
+        return None
 
 
 class _CallbackStreamer(TextStreamer):

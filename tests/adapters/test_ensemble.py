@@ -15,7 +15,7 @@ from ift_peft.cli import app
 from ift_peft.errors import RunError
 from ift_peft.evaluate.ensemble import ensemble_scores, evaluate_ensemble
 from ift_peft.evaluate.metrics import Resampling
-from ift_peft.infer.ensemble import check_members, open_members, together
+from ift_peft.infer.ensemble import answer_together, check_members, open_members, together
 from ift_peft.infer.load import open_parts
 from ift_peft.reporter import Silent
 from ift_peft.run_dir import RunDir
@@ -65,6 +65,20 @@ def test_a_base_is_in_memory_once(one: RunDir, two: RunDir, elsewhere: RunDir, c
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("combine")
+def test_adapters_of_one_base_answer_in_one_batch(one: RunDir, two: RunDir) -> None:
+    members, notes = open_members([open_parts(run) for run in (one, two)])
+    assert "2 adapters of one base answer in one batch" in notes
+    rows: list[int] = []
+    members[0].model.register_forward_pre_hook(
+        lambda _, __, named: rows.append(len(named["input_ids"])), with_kwargs=True
+    )
+    questions = [[member.parts.ask(text) for text in TEXTS] for member in members]
+    assert len(list(answer_together(members, questions, labels=("负面", "正面"), kind="vote"))) == len(TEXTS)
+    assert set(rows) == {len(members) * len(TEXTS)}
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("combine")
 def test_members_score_what_their_runs_say(one: RunDir, two: RunDir) -> None:
     scores = evaluate_ensemble([one, two, one], "mean_probs", data=None, reporter=Silent())
     names = ["/".join(run.path.parts[-2:]) for run in (one, two)]
@@ -72,7 +86,7 @@ def test_members_score_what_their_runs_say(one: RunDir, two: RunDir) -> None:
     for name, run in zip((f"{names[0]} (1)", names[1]), (one, two), strict=True):
         stored = run.read("scores.json")
         assert scores["members"][name]["accuracy"] == stored["adapter"]["accuracy"]
-        assert scores["members"][name]["nll"] == stored["calibration"]["adapter"]["nll"]
+        assert scores["members"][name]["nll"] == pytest.approx(stored["calibration"]["adapter"]["nll"], abs=2e-6)
     printed = ift("evaluate", one.path, two.path, "--ensemble", "vote")
     assert printed.exit_code == 0, printed.output
     voted = evaluate_ensemble([one, two], "vote", data=None, reporter=Silent())

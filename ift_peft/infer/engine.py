@@ -1,0 +1,355 @@
+"""Continuous batching: rows join the batch after their own prompt was run and leave it at any step."""
+
+from __future__ import annotations
+
+import random
+import secrets
+import threading
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ift_peft.errors import BusyError, IftPeftError, ModelError, raise_all
+from ift_peft.infer.request import Completion, FinishReason, Piece, Request, Stream
+from ift_peft.infer.rows import RowsCache, RowsModel
+from ift_peft.infer.sampling import Choices, TokenLogprob, draw, logprob_of
+from ift_peft.infer.stacked import StackedAdapters
+from ift_peft.infer.text import TextStream
+from ift_peft.model.base import positions
+
+
+class _Row:
+    """One request in the batch, or waiting for it."""
+
+    def __init__(self, stream: Stream, slot: int, limit: int, tokenizer: Any, end_token: int) -> None:
+        request = stream.request
+        self.stream, self.slot, self.limit = stream, slot, limit
+        self.text = TextStream(tokenizer, request.stop)
+        self.choices = None if request.choices is None else Choices(request.choices, end_token)
+        self.generator = random.Random(stream.seed)
+        self.count = 0
+        self.token = -1  # the last one, which the next step is given
+        self._tokens: list[int] = []  # since the last piece
+        self._logprobs: list[TokenLogprob] = []
+
+    def choose(self, logits: Tensor, likeliest: int) -> int:
+        """The next token, by its logits (vocabulary,)."""
+        request = self.stream.request
+        allowed = None if self.choices is None else torch.tensor(self.choices.allowed(), device=logits.device)
+        if request.temperature > 0:
+            among = logits if allowed is None else logits[allowed]
+            place = draw(among, temperature=request.temperature, top_p=request.top_p, generator=self.generator)
+        elif allowed is None:
+            place = likeliest
+        else:
+            place = int(logits[allowed].argmax())
+        token = place if allowed is None else int(allowed[place])
+        if request.logprobs is not None:
+            self._logprobs.append(logprob_of(logits, token, request.logprobs))
+        return token
+
+    def take(self, token: int, end_tokens: Collection[int]) -> FinishReason | None:
+        """Go on by one token; why the answer ends with it, if it does."""
+        self.token, self.count = token, self.count + 1
+        self._tokens.append(token)
+        complete = self.choices is not None and self.choices.take(token)
+        if token in end_tokens:
+            return self._last("stop")
+        text = self.text.push(token)
+        if self.text.stopped or complete:
+            return self._last("stop", text)
+        if self.count == self.limit:
+            return self._last("length", text)
+        if text:
+            self._put(text)
+        return None
+
+    def cancel(self) -> None:
+        self._last("cancelled")
+        self.stream.end("cancelled")
+
+    def _last(self, reason: FinishReason, text: str = "") -> FinishReason:
+        text += self.text.finish()
+        if text or self._tokens:
+            self._put(text)
+        return "stop" if self.text.stopped and reason == "length" else reason
+
+    def _put(self, text: str) -> None:
+        self.stream.put(Piece(text, tuple(self._tokens), tuple(self._logprobs)))
+        self._tokens, self._logprobs = [], []
+
+
+class Engine:
+    """Answers requests for one base and the adapters stacked on it, up to `max_rows` in one batch.
+
+    Either the caller steps it (`step`, `run`) or a thread of its own does (`start`, `stop`); `submit` and cancelling
+    are for any thread. `model` may also be a `PeftModel` of any method, which then answers every request without
+    `adapters`.
+    Raises `ModelError` for a base whose rows of different lengths cannot be run together.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        end_token_ids: Collection[int],
+        adapters: StackedAdapters | None = None,
+        max_rows: int = 16,
+        max_waiting: int | None = None,
+        max_prompt_tokens: int = 4096,
+    ) -> None:
+        """`max_waiting` bounds the queue; at most `max_prompt_tokens` of several prompts are run in one step."""
+        self.adapters, self.max_rows, self.max_waiting = adapters, max_rows, max_waiting
+        self._tokenizer, self._end_tokens = tokenizer, frozenset(end_token_ids)
+        self._lock = threading.RLock()
+        with self._running():
+            self._select([0])
+            pad = tokenizer.pad_token_id
+            self._model = RowsModel(model, next(iter(self._end_tokens)) if pad is None else pad)
+        self._positions = positions(model.config)
+        self._vocabulary = len(model.get_input_embeddings().weight)
+        self._max_prompt_tokens = max_prompt_tokens
+        self._cache = RowsCache()
+        self._rows: list[_Row] = []
+        self._waiting: deque[_Row] = deque()
+        self._wake = threading.Condition()  # guards `_waiting` and the following
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+
+    @property
+    def running(self) -> int:
+        """Rows in the batch."""
+        return len(self._rows)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that are not yet in the batch."""
+        return len(self._waiting)
+
+    def submit(self, request: Request, *, on_change: Callable[[], None] | None = None) -> Stream:
+        """Put a request into the queue. Its adapter is the one of that name now, whatever is loaded or removed later.
+
+        Raises `ModelError` or `Faults` for a request that cannot be answered, `BusyError` where the queue is full.
+        """
+        limit = self._limit(request)
+        if request.adapter is not None and self.adapters is None:
+            raise ModelError(expected="no adapter", found=repr(request.adapter), fix="give the engine `adapters`")
+        seed = secrets.randbits(63) if request.seed is None else request.seed
+        stream = Stream(request, seed, on_change)
+        with self._wake:
+            if self._stopping:
+                raise BusyError(expected="an engine that takes requests", found="one that stops", fix="try again later")
+            if self.max_waiting is not None and len(self._waiting) >= self.max_waiting:
+                raise BusyError(
+                    expected=f"fewer than {self.max_waiting} requests waiting",
+                    found=str(len(self._waiting)),
+                    fix="try again later",
+                )
+            slot = 0 if self.adapters is None else self.adapters.acquire(request.adapter)
+            self._waiting.append(_Row(stream, slot, limit, self._tokenizer, min(self._end_tokens)))
+            self._wake.notify()
+        return stream
+
+    def step(self) -> bool:
+        """Run prompts that wait, as far as there are rows for them, then one token for each row. False if idle."""
+        with self._running():
+            self._drop_cancelled()
+            joining = self._next_prompts()
+            if joining:
+                self._run_prompts(joining)
+            if self._rows:
+                self._run_step()
+        return bool(self._rows or self._waiting)
+
+    def run(self, requests: Sequence[Request]) -> list[Completion]:
+        """The answers to all, in order. Raises what the first failed request failed with."""
+        streams: list[Stream] = []
+        try:
+            for request in requests:
+                while self._full():
+                    self._turn()
+                streams.append(self.submit(request))
+            while not all(stream.done for stream in streams):
+                self._turn()
+        except BaseException:
+            for stream in streams:
+                stream.cancel()
+            raise
+        return [stream.result() for stream in streams]
+
+    def start(self) -> None:
+        """Step in a thread of its own, which sleeps while there is nothing to do."""
+        with self._wake:
+            if self._thread is not None:
+                raise RuntimeError("the engine's thread is running")
+            self._stopping = False
+            self._thread = threading.Thread(target=self._drive, name="engine", daemon=True)
+            self._thread.start()
+
+    def stop(self, *, drain: bool = True) -> None:
+        """Take no more requests and end the thread, after those that it has (`drain`), or with them cancelled."""
+        with self._wake:
+            self._stopping = True
+            if not drain:
+                for row in [*self._rows, *self._waiting]:
+                    row.stream.cancel()
+            self._wake.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        with self._wake:
+            self._thread, self._stopping = None, False
+
+    def _drive(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._waiting or self._rows or self._stopping):
+                    self._wake.wait()
+                if self._stopping and not (self._waiting or self._rows):
+                    return
+            self.step()
+
+    def _turn(self) -> None:
+        """One step, or the time of one where a thread makes them."""
+        if self._thread is None:
+            self.step()
+        else:
+            threading.Event().wait(0.005)
+
+    def _full(self) -> bool:
+        return self.max_waiting is not None and len(self._waiting) >= self.max_waiting
+
+    def _limit(self, request: Request) -> int:
+        """New tokens that a request can have. Raises `ModelError` or `Faults` for one that cannot be answered."""
+        faults: list[IftPeftError] = []
+
+        def need(condition: bool, expected: str, found: object) -> None:
+            if not condition:
+                faults.append(ModelError(expected=expected, found=str(found), fix="correct the request"))
+
+        tokens = [*request.prompt, *(token for one in request.choices or () for token in one)]
+        need(bool(request.prompt), "a prompt of at least one token", "none")
+        need(all(0 <= token < self._vocabulary for token in tokens), f"token ids below {self._vocabulary}", "others")
+        need(request.max_new_tokens > 0, "max_new_tokens above 0", request.max_new_tokens)
+        need(request.temperature >= 0, "a temperature of 0 or more", request.temperature)
+        need(0 < request.top_p <= 1, "top_p above 0 and at most 1", request.top_p)
+        need(all(request.stop), "stop strings that are not empty", repr(request.stop))
+        need(0 <= (request.logprobs or 0) <= self._vocabulary, "logprobs of 0 or more", request.logprobs)
+        limit = request.max_new_tokens
+        if self._positions is not None:
+            left = self._positions - len(request.prompt)
+            need(left > 0, f"a prompt shorter than the base's {self._positions} positions", len(request.prompt))
+            limit = min(limit, left)
+        if request.choices is not None:
+            need(bool(request.choices) and all(request.choices), "choices of at least one token each", "an empty one")
+            longest = max(map(len, request.choices), default=0)
+            need(longest <= limit, f"choices of at most {limit} tokens", longest)
+        raise_all(faults)
+        return limit
+
+    def _drop_cancelled(self) -> None:
+        for row in [row for row in self._rows if row.stream.cancelled]:
+            row.cancel()
+            self._leave(row)
+        with self._wake:
+            gone = [row for row in self._waiting if row.stream.cancelled]
+            if gone:
+                self._waiting = deque(row for row in self._waiting if row not in gone)
+        for row in gone:
+            row.cancel()
+            self._release(row)
+
+    def _next_prompts(self) -> list[_Row]:
+        """Take from the queue what there are rows for."""
+        joining: list[_Row] = []
+        longest = 0
+        with self._wake:
+            while self._waiting and len(self._rows) + len(joining) < self.max_rows:
+                longest = max(longest, len(self._waiting[0].stream.request.prompt))
+                if joining and longest * (len(joining) + 1) > self._max_prompt_tokens:
+                    break
+                joining.append(self._waiting.popleft())
+        return joining
+
+    def _run_prompts(self, joining: list[_Row]) -> None:
+        """Run prompts together, take the first token of each, and let those that go on join the rows."""
+        try:
+            self._select([row.slot for row in joining])
+            logits, cache = self._model.prompts([row.stream.request.prompt for row in joining])
+        except Exception as error:
+            if len(joining) == 1:  # one that fails leaves the others as they are
+                self._fail(joining[0], error)
+            else:
+                for row in joining:
+                    self._run_prompts([row])
+            return
+        ended = self._advance(joining, logits)
+        for number, row in enumerate(joining):
+            if row in ended:
+                self._release(row)
+            else:
+                self._cache.join(cache, number, len(row.stream.request.prompt))
+                self._rows.append(row)
+
+    def _run_step(self) -> None:
+        try:
+            self._select([row.slot for row in self._rows], keep=True)
+            logits = self._model.step([row.token for row in self._rows], self._cache)
+        except Exception as error:  # what the cache holds is unknown now
+            rows, self._rows, self._cache = self._rows, [], RowsCache()
+            for row in rows:
+                self._fail(row, error)
+            return
+        for row in self._advance(self._rows, logits):
+            self._leave(row)
+
+    def _advance(self, rows: Sequence[_Row], logits: Tensor) -> list[_Row]:
+        """One more token for each row; the rows that ended, or failed, with it."""
+        greatest, likeliest = logits.max(dim=-1)
+        finite, tokens = torch.isfinite(greatest).tolist(), likeliest.tolist()
+        ended = []
+        for row, whole, token, own in zip(rows, finite, tokens, logits, strict=True):
+            try:
+                if not whole:
+                    raise ModelError(
+                        expected="finite logits",
+                        found=f"NaN or infinity for {row.stream.request.adapter or 'the base'}",
+                        fix="check the adapter's weights, or load the base in float32 or bfloat16",
+                    )
+                reason = row.take(row.choose(own, token), self._end_tokens)
+            except Exception as error:
+                row.stream.fail(error)
+                ended.append(row)
+                continue
+            if reason is not None:
+                row.stream.end(reason)
+                ended.append(row)
+        return ended
+
+    def _leave(self, row: _Row) -> None:
+        """Take a row out of the batch; the last takes its place."""
+        at = self._rows.index(row)
+        self._cache.leave(at)
+        last = self._rows.pop()
+        if at < len(self._rows):
+            self._rows[at] = last
+        self._release(row)
+
+    def _fail(self, row: _Row, error: Exception) -> None:
+        row.stream.fail(error)
+        self._release(row)
+
+    def _release(self, row: _Row) -> None:
+        if self.adapters is not None:
+            self.adapters.release(row.slot)
+
+    def _running(self) -> AbstractContextManager[Any]:
+        return self._lock if self.adapters is None else self.adapters.running()
+
+    def _select(self, slots: Sequence[int], *, keep: bool = False) -> None:
+        if self.adapters is not None:
+            self.adapters.select(slots, keep=keep)
