@@ -24,14 +24,18 @@ from transformers import (
 )
 
 from ift_peft.errors import ModelError, RecipeError
+from ift_peft.evaluate.ensemble import evaluate_ensemble
 from ift_peft.model.base import ClassHead, load_base
 from ift_peft.model.tokenizer import locate_base
 from ift_peft.recipe import load_recipe, recipes_root
+from ift_peft.reporter import Silent
 from ift_peft.run_dir import RunDir
+from ift_peft.train.run import train
 from tests.conftest import Ift
 
 FILMS = recipes_root() / "data" / "films"
 CLASSES = ("negative", "positive")
+PLAIN = ("evaluation.forgetting=false", "evaluation.unseen_instructions=null", "evaluation.perturbation=null")
 SHORT = ("base.device=cpu", "base.quantization=none", "data.max_train_rows=96", "data.max_test_rows=24")
 
 
@@ -76,9 +80,6 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def bert_run(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    from ift_peft.reporter import Silent
-    from ift_peft.train.run import train
-
     recipe = load_recipe(
         "sst2-classifier", [f"base.model={bert}", "training.max_length=64", "training.num_train_epochs=6", *SHORT]
     )
@@ -142,8 +143,6 @@ def test_the_built_in_llama_learns_to_classify(tmp_path: Path) -> None:
     from ift_peft.explain.explanation import explain
     from ift_peft.infer.load import load_model, open_parts
     from ift_peft.infer.predict import answer_all
-    from ift_peft.reporter import Silent
-    from ift_peft.train.run import train
 
     words = [("dreadful", "negative"), ("wonderful", "positive")]
     rows = [{"text": f"{word} {'film ' * (i % 9)}", "label": label} for i in range(48) for word, label in words]
@@ -177,9 +176,6 @@ def test_the_built_in_llama_learns_to_classify(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_gradient_accumulation_does_not_change_the_curve(bert: Path, tmp_path: Path) -> None:
-    from ift_peft.reporter import Silent
-    from ift_peft.train.run import train
-
     curves = []
     for batch, steps in ((8, 1), (2, 4)):
         recipe = load_recipe(
@@ -228,8 +224,6 @@ def test_a_roberta_opens_again_and_takes_as_many_tokens_as_it_can(bert: Path, tm
     from ift_peft.adapters.merge import merge
     from ift_peft.infer.load import load_model, open_parts
     from ift_peft.infer.predict import answer_all
-    from ift_peft.reporter import Silent
-    from ift_peft.train.run import train
 
     tokenizer = AutoTokenizer.from_pretrained(bert)
     set_seed(0)
@@ -263,8 +257,6 @@ def test_a_roberta_opens_again_and_takes_as_many_tokens_as_it_can(bert: Path, tm
 def test_a_head_over_a_16_bit_base_is_trained_and_kept_in_float32(bert: Path, tmp_path: Path) -> None:
     from ift_peft.infer.likelihood import label_probabilities
     from ift_peft.infer.load import held_out_rows, load_model, open_parts
-    from ift_peft.reporter import Silent
-    from ift_peft.train.run import train
 
     overrides = [f"base.model={bert}", *SHORT, "base.compute_dtype=bfloat16", "training.max_length=64"]
     recipe = load_recipe("sst2-classifier", [*overrides, "training.max_steps=4", "training.learning_rate=1e-5"])
@@ -317,9 +309,6 @@ def test_what_a_classifier_cannot_do_is_refused(override: str, told: str) -> Non
 
 @pytest.mark.slow
 def test_a_random_bert_learns_from_real_sentences(bert: Path, shared: Path, tmp_path: Path) -> None:
-    from ift_peft.reporter import Silent
-    from ift_peft.train.run import train
-
     folder = shared / "data" / "sst2_sentence"
     overrides = [f"data.train={folder / 'train.tsv'}", f"data.test={folder / 'test.tsv'}", "data.header=false"]
     overrides += ["data.columns.text=0", "data.columns.label=1", "data.max_train_rows=1500", "data.max_test_rows=600"]
@@ -328,3 +317,21 @@ def test_a_random_bert_learns_from_real_sentences(bert: Path, shared: Path, tmp_
     scores = train(load_recipe("sst2-classifier", overrides), root=tmp_path, reporter=Silent()).read("scores.json")
     assert scores["adapter"]["accuracy"]["low"] > 0.55
     assert scores["change"]["accuracy"]["low"] > 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("bert_run")
+def test_a_bert_and_a_gpt_answer_together(bert_run: RunDir, tmp_path: Path) -> None:
+    """Each on a base of its own, one by a head and one in words, of the same labels and rows."""
+    gpt = train(load_recipe("sst2", ["training.max_steps=4", *SHORT, *PLAIN]), root=tmp_path, reporter=Silent())
+    scores = evaluate_ensemble([bert_run, gpt], "mean_probs", data=None, reporter=Silent())
+    for run, own in zip((bert_run, gpt), scores["members"].values(), strict=True):
+        assert own["accuracy"] == run.read("scores.json")["adapter"]["accuracy"]
+    found = []
+    for run in (bert_run, gpt):
+        lines = run.read_lines("predictions.jsonl")
+        found.append([[line["adapter"][label] for label in scores["labels"]] for line in lines])
+    means = np.mean(found, axis=0)
+    truth = [scores["labels"].index(line["answer"]) for line in bert_run.read_lines("predictions.jsonl")]
+    assert scores["ensemble"]["accuracy"]["value"] == pytest.approx(np.mean(means.argmax(axis=1) == truth))
+    assert scores["verdict"]

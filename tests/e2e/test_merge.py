@@ -9,15 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ift_peft.adapters import merge as merging
 from ift_peft.adapters import plan as planning
 from ift_peft.adapters import shards
 from ift_peft.adapters.merge import merge
-from ift_peft.adapters.plan import Plan
 from ift_peft.errors import MergeError
 from ift_peft.infer.load import open_parts
 from ift_peft.recipe import load_recipe
@@ -26,57 +23,6 @@ from ift_peft.run_dir import RunDir
 from ift_peft.train.run import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("short_run")]
-
-
-def requantized(weight: Tensor) -> Tensor:
-    if weight.dim() < 2:
-        return weight
-    packed, state = quantize_4bit(weight.contiguous(), quant_type="nf4")
-    return dequantize_4bit(packed, state)
-
-
-def without_layer(plan: Plan) -> Plan:
-    """The plan with one weight left as it was."""
-    skipped = next(weight for weight in plan.weights if weight.layer and "layers.2.mlp.down_proj" in weight.name)
-    kept = [
-        planning.Weight(one.name, one.key, one.shape, one.stored) if one is skipped else one for one in plan.weights
-    ]
-    return Plan(plan.model, tuple(kept), plan.untied, plan.left_out)
-
-
-def plant(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    by_layer = shards.merged_by_layer
-    if name == "onto the re-quantised base":
-        monkeypatch.setattr(
-            shards,
-            "merged_by_layer",
-            lambda layer, weight, stored, adapter: requantized(by_layer(layer, weight, stored, adapter)),
-        )
-    elif name == "scaling dropped":
-
-        def unscaled(layer: Any, weight: Any, stored: Tensor, adapter: Path) -> Tensor:
-            scaling = layer.scaling["default"]
-            layer.scaling["default"] = 1.0
-            try:
-                return by_layer(layer, weight, stored, adapter)
-            finally:
-                layer.scaling["default"] = scaling
-
-        monkeypatch.setattr(shards, "merged_by_layer", unscaled)
-    else:
-        plan_merge = planning.plan_merge
-        monkeypatch.setattr(merging, "plan_merge", lambda *args, **kwargs: without_layer(plan_merge(*args, **kwargs)))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("fault", ["onto the re-quantised base", "scaling dropped", "one layer skipped"])
-def test_a_wrong_merge_is_caught_in_every_type_and_leaves_nothing(
-    fault: str, dtype: str, short_run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plant(fault, monkeypatch)
-    with pytest.raises(MergeError, match="a difference of"):
-        merge(open_parts(short_run), output=tmp_path / "merged", dtype=dtype, reporter=Silent())
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_broken_tie_is_caught(stories: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
