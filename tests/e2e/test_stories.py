@@ -1,4 +1,4 @@
-"""A real pretrained Llama of 260,000 parameters through all that comes after training (test_pipeline.py: a pipeline)."""
+"""A real pretrained Llama of 260,000 parameters through all that comes after training; test_pipeline.py: a pipeline."""
 
 from __future__ import annotations
 
