@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -26,6 +27,7 @@ def _no_network(socket_disabled: None) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["COLUMNS"] = "120"
     cache = tempfile.mkdtemp(prefix="ift_peft-tests-")
     os.environ["IFT_PEFT_CACHE"] = cache
     atexit.register(shutil.rmtree, cache, ignore_errors=True)
@@ -55,7 +57,23 @@ Ift = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def ift(tmp_path: Path) -> Ift:
+def ift(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ift:
+    """Run the command line in this process, in a folder of its own: a process of its own takes seconds to import."""
+    from ift_peft.cli import app
+
+    def run(*arguments: str, stdin: str = "", cwd: Path = tmp_path) -> subprocess.CompletedProcess[str]:
+        with monkeypatch.context() as patched:
+            patched.chdir(cwd)
+            done = CliRunner().invoke(app, list(arguments), input=stdin)
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture
+def fresh_ift(tmp_path: Path) -> Ift:
     """Run the command line in a fresh process without network, in a folder of its own."""
 
     def run(*arguments: str, stdin: str = "", cwd: Path = tmp_path) -> subprocess.CompletedProcess[str]:
