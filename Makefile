@@ -51,10 +51,10 @@ merge: $(STAMP)  ## merge RUN's adapter into its base
 	$(BIN)/ift merge $(RUN)
 
 test: $(DEV)  ## run all tests
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2
 
 test-fast: $(DEV)  ## run the tests that take a minute in all
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 lint: $(DEV)  ## ruff, mypy, import-linter
 	$(BIN)/ruff check .

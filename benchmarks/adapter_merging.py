@@ -23,7 +23,7 @@ from peft.tuners.lora.layer import LoraLayer
 from benchmarks.record import write_result
 from ift_peft.adapters.parents import union_recipe, union_rows
 from ift_peft.adapters.weight_search import search, search_rows
-from ift_peft.adapters.weighted import PRUNING, Combination, add_combined, own_weights
+from ift_peft.adapters.weighted import Combination, add_combined, own_weights
 from ift_peft.console import ConsoleReporter
 from ift_peft.data.row import Row
 from ift_peft.evaluate.intervals import Floats, wilson
@@ -32,7 +32,7 @@ from ift_peft.infer.ensemble import together
 from ift_peft.infer.likelihood import label_probabilities
 from ift_peft.infer.load import Parts, held_out_rows, load_members, open_parts
 from ift_peft.recipe import load_recipe, recipes_root
-from ift_peft.stages import Kind, Method
+from ift_peft.stages import PRUNING, Kind, Method
 from ift_peft.train.run import train
 
 LANGUAGES = ("zh", "en")

@@ -21,6 +21,8 @@ NAMES: dict[Method, str] = {
 }
 # Saved as PEFT's LoRA; the others are PEFT types of their own.
 RANKED: tuple[Method, ...] = ("lora", "rslora", "dora", "pissa", "olora", "loftq", "eva")
+# What they add to a weight adds up, and is all that they change.
+COMBINES: tuple[Method, ...] = ("lora", "rslora", "pissa", "olora", "eva")
 # Begun as a part of the base's weights, which a second, frozen half takes away again.
 SUBTRACTS_ITS_START: tuple[Method, ...] = ("pissa", "olora")
 

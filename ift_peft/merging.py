@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from ift_peft.adapters.combine import Asked, combine, parents_of
-from ift_peft.adapters.parents import check_parents, same_task, union_held_out, union_recipe
+from ift_peft.adapters.parents import check_parents, union_held_out, union_recipe
 from ift_peft.data.row import Row
-from ift_peft.errors import RecipeError, raise_all
 from ift_peft.evaluate.compare import Predictions, compare, predict_rows
 from ift_peft.evaluate.measure import resampling
 from ift_peft.infer.batches import Progress
@@ -37,7 +37,6 @@ def train_merging(recipe: Recipe, *, root: Path, reporter: Reporter, into: RunDi
     merging = recipe.merging
     assert merging is not None
     recipes = parent_recipes(recipe)
-    _check_sources(recipes)
     hashes = inputs_of({f"parent {name}": own for name, own in recipes.items()})
     with made_of_parts(recipe, "merging", root, into=into) as run:
         for number, (name, own) in enumerate(recipes.items(), start=1):
@@ -58,20 +57,6 @@ def train_merging(recipe: Recipe, *, root: Path, reporter: Reporter, into: RunDi
     return run
 
 
-def _check_sources(recipes: Mapping[str, Recipe]) -> None:
-    raise_all(
-        [
-            RecipeError(
-                expected=f"parent {name} on one source, which is a domain of its own",
-                found=f"{len(own.data.sources)} sources",
-                fix="set data.train and data.test for it",
-            )
-            for name, own in recipes.items()
-            if own.data.sources
-        ]
-    )
-
-
 def _recipe_of_all(recipe: Recipe, parents: Sequence[Parts], part: dict[str, Any]) -> Recipe:
     """That of the adapter trained on the rows of all domains: what the parents have alike, and `part` over it."""
     name = f"{recipe.name}.{TOGETHER}"
@@ -80,11 +65,12 @@ def _recipe_of_all(recipe: Recipe, parents: Sequence[Parts], part: dict[str, Any
 
 
 def _combined(recipe: Recipe, parents: Sequence[Parts], one: Combining, root: Path, reporter: Reporter) -> RunDir:
-    name, asked = f"{recipe.name}.{one.called.replace(', ', '-').replace(' ', '-')}", one.model_dump(mode="json")
+    name = f"{recipe.name}.{re.sub('[^A-Za-z0-9._]+', '-', one.called)}"
+    asked = one.model_dump(mode="json")
     for run in runs_called(root, name):
         entries = run.read("manifest.json")
         same = entries.get("asked") == asked and entries.get("combined_from") == parents_of(parents)
-        if same and entries.get("status") == "succeeded" and entries.get("versions") == versions():
+        if same and run.is_whole and entries.get("versions") == versions():
             reporter.note(f"{one.called}: combined before, {name}/{run.path.name}")
             return run
     reporter.note(one.called)
@@ -99,11 +85,9 @@ def _measure(recipe: Recipe, run: RunDir, merging: Merging, reporter: Reporter) 
     parts = {name: open_parts(open_run(part.path)) for name, part in run.parts.items()}
     parents = {name: parts[name] for name in merging.parents}
     rows, notes = union_held_out(list(parents.values()), reporter)
-    one_task = same_task(list(parents.values()))
     domains = {
-        name: (list(rows) if one_task else [row for row in rows if row.source == number], own.labels)
+        name: ([row for row in rows if row.source == number], own.labels)
         for number, (name, own) in enumerate(parents.items())
-        if not (one_task and number)
     }
     arms = _answers(parts, domains, reporter)
     for kind in merging.ensembles:

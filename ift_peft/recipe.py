@@ -11,12 +11,12 @@ from typing import Annotated, Any, Self, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from ift_peft.adapter_methods import conflicts, why_not_over
+from ift_peft.adapter_methods import COMBINES, conflicts, why_not_over
 from ift_peft.errors import Faults, IftPeftError, RecipeError, raise_all
 from ift_peft.recipe_files import YAML_SUFFIXES, anchor_paths, read_pools, section_of
 from ift_peft.sections import Adapter, Base, Data, Evaluation, Loss, Section
 from ift_peft.selection import Tune, Validation
-from ift_peft.stages import AT_ONCE, OF_ALL, Merging, Pipeline, fields_of, holes, in_order
+from ift_peft.stages import AT_ONCE, OF_ALL, TOGETHER, Merging, Pipeline, fields_of, holes, in_order
 from ift_peft.training_fields import RESERVED, fits, training_fields
 from ift_peft.yaml_source import Location, YamlSource, laid_over, read_yaml
 
@@ -79,6 +79,17 @@ class Recipe(Section):
     @classmethod
     def _nothing_is_empty(cls, value: Any) -> Any:
         return {} if value is None else value
+
+
+def require_one_task(recipe: Recipe, *, by: str) -> None:
+    """Raises `RecipeError` for a recipe of several adapters, which `by` does not take."""
+    several = "pipeline" if recipe.pipeline is not None else "merging"
+    if recipe.pipeline is not None or recipe.merging is not None:
+        raise RecipeError(
+            expected=f"the recipe of one task for {by}",
+            found=f"{recipe.name}, a recipe with {several}",
+            fix="ift train takes it; for the others write the part as a recipe of its own",
+        )
 
 
 def recipes_root() -> Path:
@@ -178,9 +189,11 @@ def stage_recipes(recipe: Recipe, source: YamlSource | None = None) -> dict[str,
     for name, part in parts.items():
         place = ("pipeline", *(("stages", name) if name in pipeline.stages else (AT_ONCE,)))
         own = _part_source(recipe, source, name, part, place=place)
-        columns = own.values["data"].get("columns") if isinstance(own.values.get("data"), dict) else None
+        data = own.values["data"] if isinstance(own.values.get("data"), dict) else {}
+        columns = data.get("columns")
         if isinstance(columns, dict) and columns.get("answer") is None and columns.get("label") is None:
-            columns["answer"] = name if name in pipeline.stages else pipeline.document
+            what = "answer" if data.get("labels") is None else "label"
+            columns[what] = name if name in pipeline.stages else pipeline.document
         sources[name] = own
     found = _validate_all(sources)
     order = in_order({name: str(found[name].data.columns.text) for name in pipeline.stages})
@@ -190,13 +203,20 @@ def stage_recipes(recipe: Recipe, source: YamlSource | None = None) -> dict[str,
 def parent_recipes(recipe: Recipe, source: YamlSource | None = None) -> dict[str, Recipe]:
     """The recipe of each parent in `merging`, as those of stages are made. Raises `RecipeError` or `Faults`."""
     assert recipe.merging is not None
-    parents = recipe.merging.parents
-    return _validate_all(
-        {
-            name: _part_source(recipe, source, name, part, place=("merging", "parents", name))
-            for name, part in parents.items()
-        }
-    )
+    sources = {}
+    for name, part in recipe.merging.parents.items():
+        sources[name] = _part_source(recipe, source, name, part, place=("merging", "parents", name))
+        own = part.get("data")
+        if isinstance(own, dict) and "train" in own and "test" not in own:  # its domain is not that of the common one
+            sources[name].values["data"]["test"] = None
+    return _validate_all(sources)
+
+
+def parts_of(recipe: Recipe) -> dict[str, Recipe]:
+    """The recipes of all that a recipe of several adapters trains by rows of its own, by name; none of one task."""
+    if recipe.pipeline is not None:
+        return stage_recipes(recipe)
+    return parent_recipes(recipe) if recipe.merging is not None else {}
 
 
 def _validate_all(sources: dict[str, YamlSource]) -> dict[str, Recipe]:
@@ -210,16 +230,28 @@ def _validate_all(sources: dict[str, YamlSource]) -> dict[str, Recipe]:
     return found
 
 
+# Mappings that are one value: those of a part stand in the place of the common ones, and are not laid over them.
+_REPLACED = {
+    "data": ("labels",),
+    "adapter": ("rank_pattern", "alpha_pattern"),
+    "evaluation": ("target", "unseen_instructions"),
+}
+
+
 def _part_source(
     recipe: Recipe, source: YamlSource | None, name: str, part: dict[str, Any], *, place: Location
 ) -> YamlSource:
     """The recipe with `part`, which stands at `place` in its source, over it."""
     common = recipe.model_dump(mode="json", exclude={*OF_ALL, "description"} - {"base"})
-    data, own = common["data"], part.get("data")
-    for either in (("instruction", "instructions"), ("train", "sources")):
-        if isinstance(own, dict) and any(key in own for key in either):
-            for key in either:
-                data.pop(key, None)
+    for section, keys in _REPLACED.items():
+        for key in keys if isinstance(part.get(section), dict) else ():
+            if key in part[section]:
+                common[section].pop(key, None)
+    own = part.get("data")
+    for one, other in (("instruction", "instructions"), ("train", "sources")):
+        for key, rival in ((one, other), (other, one)):
+            if isinstance(own, dict) and key in own:
+                common["data"].pop(rival, None)
     lines = {} if source is None else dict(source.lines)
     lines |= {at[len(place) :]: line for at, line in lines.items() if at[: len(place)] == place and at != place}
     where = recipe.name if source is None else source.name
@@ -239,9 +271,36 @@ def _faults_of_parts(recipe: Recipe, source: YamlSource) -> Iterable[IftPeftErro
         if recipe.pipeline is not None:
             yield from _pipeline_faults(recipe, recipe.pipeline, source)
         if recipe.merging is not None:
-            parent_recipes(recipe, source)
+            yield from _merging_faults(recipe.merging, parent_recipes(recipe, source))
     except IftPeftError as error:
         yield from error.faults if isinstance(error, Faults) else (error,)
+
+
+def _merging_faults(merging: Merging, parents: dict[str, Recipe]) -> Iterable[RecipeError]:
+    """What is wrong with the parents together. Raises what is wrong with `together`."""
+    for name, own in parents.items():
+        if own.data.sources:
+            yield RecipeError(
+                expected=f"parent {name} on one source, which is a domain of its own",
+                found=f"{len(own.data.sources)} sources",
+                fix="set data.train and data.test for it",
+            )
+        if own.adapter.method not in COMBINES:
+            yield RecipeError(
+                expected=f"parent {name} by a method whose deltas add up: {', '.join(COMBINES)}",
+                found=own.adapter.method,
+                fix="change its adapter.method",
+            )
+    first, *others = parents.values()
+    if any(own.data == first.data for own in others):
+        yield RecipeError(
+            expected="parents with rows of their own, each a domain",
+            found="two with the same section data",
+            fix="set data.train and data.test of a parent; ift combine makes one adapter of several of one task",
+        )
+    if merging.together is not None:
+        alike = laid_over(first.model_dump(mode="json"), merging.together)
+        validate(YamlSource(f"merging.{TOGETHER}", alike))
 
 
 def _pipeline_faults(recipe: Recipe, pipeline: Pipeline, source: YamlSource) -> Iterable[IftPeftError]:
@@ -250,7 +309,7 @@ def _pipeline_faults(recipe: Recipe, pipeline: Pipeline, source: YamlSource) -> 
         yield RecipeError(
             expected="data.train and data.test as files beside pipeline: its held-out rows must be those of all stages",
             found="data.sources" if recipe.data.sources else "no data.test",
-            fix="set data.test, and sources within the stages",
+            fix="set data.train and data.test",
         )
     try:
         found = stage_recipes(recipe, source)
@@ -261,6 +320,21 @@ def _pipeline_faults(recipe: Recipe, pipeline: Pipeline, source: YamlSource) -> 
         yield RecipeError(expected=f"pipeline.stages to be {error}", found=f"them at {where}", fix="take one link out")
         return
     texts = {name: str(found[name].data.columns.text) for name in found}
+    taken = {hole for text in (*texts.values(), pipeline.document) for hole in holes(text)}
+    for name in pipeline.stages:
+        if name not in taken:
+            near = difflib.get_close_matches(name, [one for one in pipeline.stages if one != name], n=1)
+            yield RecipeError(
+                expected=f"the answer of stage {name} in the prompt of another, or in pipeline.document",
+                found="it in none",
+                fix=f"did you mean {near[0]!r}?" if near else f"put {{{name}}} where it belongs, or remove the stage",
+            )
+        if found[name].data.sources:
+            yield RecipeError(
+                expected=f"stage {name} on one source: data.train and data.test",
+                found=f"{len(found[name].data.sources)} sources",
+                fix="put the rows into one file",
+            )
     asked = fields_of((texts[name] for name in pipeline.stages), pipeline.stages)
     known = {*pipeline.stages, *asked}
     unknown = [hole for hole in holes(pipeline.document) if hole not in known]

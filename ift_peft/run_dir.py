@@ -137,6 +137,12 @@ class RunDir:
         return kind
 
     @property
+    def is_whole(self) -> bool:
+        """Whether the run succeeded, and its adapter is as training left it."""
+        manifest = self.read("manifest.json")
+        return manifest.get("status") == "succeeded" and manifest.get("adapter_sha256") == self.adapter_hashes()
+
+    @property
     def parts(self) -> dict[str, RunDir]:
         """The runs that this one is made of, by name; none where it has an adapter of its own."""
         parts = self.read("manifest.json").get("parts", {})

@@ -264,6 +264,8 @@ class Source(Section):
     """What scores and `--source` call it; without one, the last part of its Hub id, its folder, or that of its file."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """How often each of its rows is seen in an epoch; a fraction draws that share of them anew in every epoch."""
+    max_train_rows: Count | None = None
+    """Take this many of its rows, drawn with `data.seed`."""
     test: str | None = None
     train_split: str | None = None
     test_split: str | None = None
@@ -340,7 +342,8 @@ class Data(Section):
             faults.append("data.labels to be set where an instruction has {labels}")
         if self.augment is not None and not all(part.label_words for part in parts):
             faults.append("augment only with labels: a changed text may lose what a free answer takes from it")
-        if self.streaming and (self.max_train_rows or self.quality or self.augment):
+        limited = self.max_train_rows or any(source.max_train_rows for source in self.sources)
+        if self.streaming and (limited or self.quality or self.augment):
             faults.append("no max_train_rows, quality or augment where rows are streamed: they need all rows at once")
         if faults:
             raise ValueError("; ".join(faults))

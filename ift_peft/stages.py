@@ -26,6 +26,7 @@ Part = Annotated[dict[str, Any], BeforeValidator(_or_nothing)]
 """What of the recipe's other sections is different in a stage or a parent, in their form."""
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 Method = Literal["linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+PRUNING: tuple[Method, ...] = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 Kind = Literal["mean_logits", "mean_probs", "vote"]
 
 
@@ -51,8 +52,8 @@ class Pipeline(Section):
         faults += _of_all({**self.stages, AT_ONCE: self.at_once or {}})
         if not set(holes(self.document)) & set(self.stages):
             faults.append("the answer of a stage in document, as {" + next(iter(self.stages), "name") + "}")
-        if "pass_at_k" in self.metrics:
-            faults.append("metrics other than pass_at_k")
+        if "pass_at_k" in self.metrics or not self.metrics:
+            faults.append("metrics, other than pass_at_k")
         if faults:
             raise ValueError(f"a section with {'; '.join(faults)}")
         return self
@@ -67,6 +68,14 @@ class Combining(Section):
     rank: Count | None = None
     search: Count | None = None
     """Choose weights and density by this many trials."""
+
+    @model_validator(mode="after")
+    def _takes_them(self) -> Self:
+        if self.density is not None and self.method not in PRUNING:
+            raise ValueError(f"a way without density, which only {', '.join(PRUNING)} have")
+        if self.rank is not None and self.method == "linear":
+            raise ValueError("linear without rank, which is exact at the sum of the ranks; svd takes one")
+        return self
 
     @property
     def called(self) -> str:
@@ -96,6 +105,9 @@ class Merging(Section):
             faults.append(f"no parent that is called {TOGETHER}")
         faults += _of_all({**self.parents, TOGETHER: self.together or {}})
         names = [one.called for one in self.combine]
+        faults += [f"no parent that is called {name}" for name in self.parents if name in ("base", *names)]
+        if self.together is not None and "data" in self.together:
+            faults.append(f"no data in {TOGETHER}: its rows are those of the parents")
         faults += [f"{name} once in combine" for name in dict.fromkeys(names) if names.count(name) > 1]
         faults += [
             f"a weight for each of {len(self.parents)} parents in {one.called}"

@@ -10,12 +10,29 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
+from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+# Files whose tests share runs that take seconds to train: each group is for one worker. Of pytest-xdist's own marks for
+# this, pytest 9.2 makes nothing: it no longer lets a plugin change the ids of tests.
+SHARING = {
+    "adapters": ("test_combine", "test_ensemble", "test_export", "test_gguf_file"),
+    "planted": ("test_planted_merges",),
+    "classifier": ("test_classifier",),
+    "data recipes": ("test_data_recipes",),
+    "short run": ("test_harness", "test_merge", "test_report", "test_run"),
+    "explain": ("test_attribution", "test_explain", "test_influence"),
+    **{
+        name: (f"test_{name}",)
+        for name in ("merging", "mix", "parity", "pipeline", "safety", "stories", "engine", "validation", "study")
+    },
+    "methods": ("e2e/test_methods",),
+}
 OFFLINE = ROOT / "tests" / "offline"  # holds a sitecustomize that refuses sockets
 
 
@@ -31,6 +48,18 @@ def pytest_configure(config: pytest.Config) -> None:
     cache = tempfile.mkdtemp(prefix="ift_peft-tests-")
     os.environ["IFT_PEFT_CACHE"] = cache
     atexit.register(shutil.rmtree, cache, ignore_errors=True)
+
+
+class _BySharedRuns(LoadScopeScheduling):
+    """Tests of a group one after another on one worker, all others as workers are free."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0].removesuffix(".py")
+        return next((group for group, files in SHARING.items() if file.endswith(files)), nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _BySharedRuns:
+    return _BySharedRuns(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

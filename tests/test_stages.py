@@ -82,12 +82,37 @@ def test_a_recorded_pipeline_has_the_same_stages(diamond: Path, tmp_path: Path) 
         ("pipeline.metrics=[pass_at_k]", "other than pass_at_k"),
         ("data.test=null", "no data.test"),
         ("tune.trials=2", "tune in the recipe of one task|tune"),
+        ("pipeline.metrics=[]", "metrics, other"),
+        ("pipeline.stages.frist.training.max_steps=2", "stage frist in the prompt .*\n.*\n.*did you mean 'first'"),
+        ("pipeline.stages.left.data.sources=[{train: rows.jsonl}]", "stage left on one source"),
         ("pipeline.stages.At.data.columns.text=what", "match pattern"),
     ],
 )
 def test_what_makes_no_pipeline_is_refused(diamond: Path, override: str, told: str) -> None:
     with pytest.raises((RecipeError, Faults), match=told):
         load_recipe(str(diamond), [override])
+
+
+def test_what_a_stage_sets_as_one_value_is_not_mixed_with_the_common_one(diamond: Path) -> None:
+    own = ("data.labels={0: no, 1: yes}", "evaluation.target.accuracy=0.5", "adapter.rank_pattern={q_proj: 2}")
+    stage = "pipeline.stages.left"
+    found = stage_recipes(
+        load_recipe(
+            str(diamond),
+            [
+                *own,
+                f"{stage}.data.labels={{2: red, 3: blue}}",
+                f"{stage}.evaluation.target={{}}",
+                f"{stage}.adapter.rank_pattern={{v_proj: 4}}",
+                "pipeline.at_once.data.labels=null",
+                "pipeline.at_once.evaluation.target={}",
+            ],
+        )
+    )
+    assert found["left"].data.label_words == ("red", "blue") and found["left"].evaluation.target == {}
+    assert found["left"].adapter.rank_pattern == {"v_proj": 4}
+    assert found["first"].data.label_words == ("no", "yes") and found["first"].evaluation.target == {"accuracy": 0.5}
+    assert found["first"].data.columns.label == "first" and found["first"].data.columns.answer is None
 
 
 def test_faults_of_several_stages_are_told_together_with_their_lines(diamond: Path) -> None:

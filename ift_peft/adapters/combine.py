@@ -21,7 +21,7 @@ from ift_peft.adapters.parents import (
     union_rows,
 )
 from ift_peft.adapters.weight_search import TRAINED_ON, SearchRows, Tried, search, search_rows
-from ift_peft.adapters.weighted import PRUNING, Combination, add_combined, own_weights
+from ift_peft.adapters.weighted import Combination, add_combined, own_weights
 from ift_peft.data.row import Row
 from ift_peft.data.rows import to_saved
 from ift_peft.errors import IftPeftError, RunError, first_line, raise_all
@@ -35,7 +35,7 @@ from ift_peft.report.write import write_report
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir, create_run, write_atomically
 from ift_peft.sections import Adapter
-from ift_peft.stages import Method
+from ift_peft.stages import PRUNING, Method
 
 DENSITY = 0.5
 

@@ -11,7 +11,7 @@ import numpy as np
 import optuna
 
 from ift_peft.adapters.parents import same_task, saved_rows, union_rows, without_trained
-from ift_peft.adapters.weighted import PRUNING, Combination, add_combined
+from ift_peft.adapters.weighted import Combination, add_combined
 from ift_peft.data.fit import fit_rows
 from ift_peft.data.instructions import ask_held_out
 from ift_peft.data.render import TokenRenderer
@@ -23,6 +23,7 @@ from ift_peft.evaluate.compare import predict_rows
 from ift_peft.infer.load import Parts, rows_trained_on
 from ift_peft.recipe import Recipe
 from ift_peft.reporter import Reporter
+from ift_peft.stages import PRUNING
 
 ROWS = 100  # of each run, drawn by the seed
 MOST = 1.5  # largest weight that is tried

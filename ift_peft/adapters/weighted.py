@@ -22,7 +22,6 @@ from torch import Tensor
 from ift_peft.model.base import quiet
 from ift_peft.stages import Method
 
-PRUNING: tuple[Method, ...] = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 RANDOM: tuple[Method, ...] = ("dare_linear", "dare_ties")
 Arithmetic = Callable[[list[Tensor], Tensor, float], Tensor]
 _ARITHMETIC: dict[Method, Arithmetic] = {

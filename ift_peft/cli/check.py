@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -36,15 +36,31 @@ def check(
 
     Example: ift check sentiment --rows 3
     """
+    from ift_peft.console import out
+    from ift_peft.recipe import load_recipe, parts_of
+    from ift_peft.run_dir import write_atomically
+
+    loaded = load_recipe(recipe, overrides or ())
+    reports = []
+    for name, part in (parts_of(loaded) or {"": loaded}).items():
+        if name:
+            out.print(f"{name}\n", style="bold", markup=False)
+        reports.append(_check(part, rows=rows))
+    report = reports[0] if len(reports) == 1 else {"recipe": loaded.name, "parts": reports}
+    if json_file is not None:
+        write_atomically(json_file, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
+    if any(found["severity"] == "error" for one in reports for found in one["findings"]):
+        raise typer.Exit(DataError.exit_code)
+
+
+def _check(loaded: Recipe, *, rows: int) -> dict[str, Any]:
+    """Print what is wrong with the rows of one task, and what of them is learnt; the same as plain values."""
     from ift_peft.console import err, out
     from ift_peft.data.instructions import ask_held_out, asked_first, askers
     from ift_peft.data.quality import apply
     from ift_peft.data.rows import read_rows
-    from ift_peft.recipe import load_recipe
-    from ift_peft.run_dir import write_atomically
     from ift_peft.sections import Quality
 
-    loaded = load_recipe(recipe, overrides or ())
     read, test = read_rows(loaded.data)
     by_source = askers(loaded.data)
     train, test = asked_first(read, by_source), ask_held_out(test, by_source)
@@ -69,12 +85,8 @@ def check(
     _print_counts(parts, read={"training": len(train), "held-out": len(test)}, max_length=max_length)
     for row, ids in list(zip(parts["training"].rows, parts["training"].rendered, strict=True))[:rows]:
         _print_mask(row, ids, renderer)
-    if json_file is not None:
-        counts = {name: _counts(part) for name, part in parts.items()}
-        report = {"recipe": loaded.name, "rows": counts, "findings": [found.to_json() for found in findings]}
-        write_atomically(json_file, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
-    if refused:
-        raise typer.Exit(DataError.exit_code)
+    counts = {name: _counts(part) for name, part in parts.items()}
+    return {"recipe": loaded.name, "rows": counts, "findings": [found.to_json() for found in findings]}
 
 
 def _tokenizing(recipe: Recipe) -> tuple[TokenRenderer, int | None]:

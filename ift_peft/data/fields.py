@@ -87,13 +87,14 @@ def text_of(values: dict[str, Any], column: str | int) -> str:
         if not value.strip():
             raise RecordFault(f"text under {column!r}", "an empty cell", "fill or remove the row")
         return value
-    filled = {name: _filled(values, name) for name in names}
+    filled = {name: filled_with(values, name) for name in names}
     if not any(value.strip() for value in filled.values()):
         raise RecordFault(f"text under {' or '.join(map(repr, filled))}", "empty cells", "fill or remove the row")
     return HOLE.sub(lambda hole: filled[hole[1]], key)
 
 
-def _filled(values: dict[str, Any], name: str) -> str:
+def filled_with(values: dict[str, Any], name: str) -> str:
+    """What a template puts in the place of `name`: text, which may be empty, or a number. Raises `RecordFault`."""
     value = cell(values, name)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise RecordFault(

@@ -33,6 +33,8 @@ def read_rows(data: Data) -> tuple[list[Row], list[Row]]:
         rows = _read(part, part.train, part.train_split, faults)
         if not rows and not faults:
             faults.append(_nothing("training", part.train))
+        if data.sources:
+            rows = sampled(rows, data.sources[number].max_train_rows, data.seed)
         train += [replace(row, source=number) for row in rows] if number else rows
     held_out = _held_out(data, faults)
     test = [row for rows in held_out for row in rows] if held_out else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ift_peft.data.fields import RecordFault, text_of, unfold
+from ift_peft.data.fields import RecordFault, filled_with, unfold
 from ift_peft.data.formats import to_row
 from ift_peft.data.rows import raise_faults, sampled
 from ift_peft.data.sources import Record, read_source
@@ -19,7 +19,7 @@ from ift_peft.infer.predict import Answer
 from ift_peft.recipe import Recipe, stage_recipes
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir
-from ift_peft.stages import AT_ONCE, fields_of
+from ift_peft.stages import AT_ONCE, fields_of, holes
 
 PREDICTIONS = "predictions.jsonl"
 
@@ -31,23 +31,42 @@ def held_out_requests(recipe: Recipe) -> list[tuple[Values, str]]:
     """
     assert recipe.pipeline is not None and recipe.data.test is not None
     data, faults = recipe.data, list[IftPeftError]()
-    recipes = stage_recipes(recipe)
+    recipes, document = stage_recipes(recipe), recipe.pipeline.document
+    all_of_them = list(recipes.values())
     recipes.pop(AT_ONCE, None)
     fields = fields_of((str(own.data.columns.text) for own in recipes.values()), recipes)
+    taken = {hole for own in all_of_them for hole in holes(str(own.data.columns.text))} | set(holes(document))
     records: Sequence[Record] = read_source(str(data.test), faults, split=data.test_split, header=data.header)
     if data.records is not None:
         records = list(unfold(records, data.records, faults))
     found = []
     for record in records:
         try:
-            values = {name: text_of(record.values, name) for name in fields}
-            values |= {name: to_row(record, own.data).answer for name, own in recipes.items()}
-            found.append((values, record.where))
+            found.append((_wanted(record, fields, recipes, taken), record.where))
         except RecordFault as fault:
             expected, what, fix = fault.args
             faults.append(DataError(expected=expected, found=f"{what} at {record.where}", fix=fix))
     raise_faults(faults)
     return sampled(found, data.max_test_rows, data.seed)
+
+
+def _wanted(record: Record, fields: Sequence[str], recipes: dict[str, Recipe], taken: set[str]) -> Values:
+    """Request and wanted answers of one record. Raises `RecordFault`.
+
+    What other stages are trained to read under a stage's name must be what that stage answers.
+    """
+    values = {name: filled_with(record.values, name) for name in fields}
+    if not any(value.strip() for value in values.values()):
+        raise RecordFault(f"text under {' or '.join(map(repr, fields))}", "empty cells", "fill or remove the row")
+    for name, own in recipes.items():
+        values[name] = to_row(record, own.data).answer
+        if name in taken and filled_with(record.values, name) != values[name]:
+            raise RecordFault(
+                f"in the column {name!r}, which other stages are trained on, what stage {name} answers",
+                f"{filled_with(record.values, name)!r:.60}, and the answer {values[name]!r:.60}",
+                "write the answers into that column, or call the stage otherwise",
+            )
+    return values
 
 
 def evaluate_pipeline(run: RunDir, *, reporter: Reporter, keep: bool = False) -> dict[str, Any]:
@@ -79,7 +98,8 @@ def evaluate_pipeline(run: RunDir, *, reporter: Reporter, keep: bool = False) ->
         right = answers if first else stage(f"writing {own.name} from the wanted answers", own, given)
         for values, answer in zip(piped, answers, strict=True):
             values[own.name] = answer.text
-        names = own.parts.recipe.evaluation.metrics or recipe.pipeline.metrics
+        own_metrics = [name for name in own.parts.recipe.evaluation.metrics if name != "pass_at_k"]
+        names = own_metrics or recipe.pipeline.metrics
         texts = [[one.text for one in side] for side in (right, answers)]
         found = _compared(own, [values[own.name] for values in given], *texts, names=names, section=section)
         scores[own.name] = {

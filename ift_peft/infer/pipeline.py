@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ift_peft.data.fields import RecordFault, filled_with
 from ift_peft.data.render import Renderer
 from ift_peft.errors import DataError, raise_all
 from ift_peft.infer.ensemble import Member, open_members
@@ -60,16 +61,19 @@ class Chain:
                     fix='give them by --input FILE, a JSON object a line: {"' + fields[0] + '": …}',
                 )
             given = {fields[0]: given}
-        raise_all(
-            [
-                DataError(
-                    expected=f"text under {name!r}", found=f"{', '.join(given) or 'nothing'}{place}", fix="fill it in"
-                )
-                for name in fields
-                if not isinstance(given.get(name), str) or not given[name].strip()
-            ]
-        )
-        return {name: given[name] for name in fields}
+        values, faults = Values(), []
+        for name in fields:
+            try:
+                values[name] = filled_with(dict(given), name)
+            except RecordFault as fault:
+                expected, found, fix = fault.args
+                faults.append(DataError(expected=expected, found=f"{found}{place}", fix=fix))
+        raise_all(faults)
+        if not any(value.strip() for value in values.values()):
+            raise DataError(
+                expected=f"text under {' or '.join(map(repr, fields))}", found=f"nothing{place}", fix="fill it in"
+            )
+        return values
 
 
 def open_chain(run: RunDir, *, at_once: bool = False) -> tuple[Chain, list[str]]:

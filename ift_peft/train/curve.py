@@ -18,7 +18,7 @@ from ift_peft.evaluate.contrast import contrast
 from ift_peft.evaluate.intervals import Estimate
 from ift_peft.evaluate.measure import resampling
 from ift_peft.model.tokenizer import locate_base
-from ift_peft.recipe import Recipe
+from ift_peft.recipe import Recipe, require_one_task
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir, open_run, versions
 from ift_peft.train.run import train
@@ -44,6 +44,7 @@ def learning_curve(
     Runs that an earlier curve.json in `output` names, and that still fit, are taken from there. Raises `RecipeError`
     where the recipe has fewer rows than asked for, before anything is trained.
     """
+    require_one_task(recipe, by="a learning curve")
     if recipe.data.streaming:
         raise RecipeError(expected="rows that are read at once", found="data.streaming", fix="data.streaming=false")
     there = len(read_rows(recipe.data)[0])

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from ift_peft.data.rows import raise_faults
 from ift_peft.errors import IftPeftError, RunError, faults_of
-from ift_peft.recipe import Recipe, dump_recipe
+from ift_peft.recipe import Recipe
 from ift_peft.report.write import write_report
 from ift_peft.reporter import Reporter, Silent
 from ift_peft.run_dir import Kind, RunDir, RunIsBusy, create_run, runs_called, versions
@@ -81,25 +81,36 @@ def unfinished(run: RunDir) -> RunDir:
 def found_or_trained(recipe: Recipe, inputs: dict[str, Any], root: Path, reporter: Reporter, *, told: str) -> RunDir:
     """The run of `recipe` below `root`: an earlier one of the same `inputs`, finished if it was not, or a new one."""
     for run in earlier_runs(recipe, inputs, root):
-        if run.status == "succeeded":
-            reporter.note(f"{told}: trained before, {run.path.parent.name}/{run.path.name}")
+        called = f"{run.path.parent.name}/{run.path.name}"
+        if run.status != "succeeded":
+            finished = resume(run, reporter=reporter)  # raises where another process is at it
+            reporter.note(f"{told}: went on with {called}")
+            return finished
+        if run.is_whole:
+            reporter.note(f"{told}: trained before, {called}")
             return run
-        with suppress(RunIsBusy):
-            reporter.note(f"{told}: going on with {run.path.parent.name}/{run.path.name}")
-            return resume(run, reporter=reporter)
+        reporter.note(f"{told}: {called} is not as training left it, and is not taken")
     reporter.note(told)
     return train(recipe, root=root, reporter=reporter)
 
 
 def earlier_runs(recipe: Recipe, inputs: dict[str, Any], root: Path) -> list[RunDir]:
-    """Runs of the same settings, inputs and versions: those that succeeded, then the interrupted; the newest first."""
+    """Runs of the same settings, inputs and versions: those that succeeded, then the interrupted; the newest first.
+
+    Rows and base are compared by content: where their files lie may have changed.
+    """
     found = []
-    wanted = dump_recipe(recipe)
     for run in runs_called(root, recipe.name):
         entries = run.read("manifest.json")
         same = entries.get("inputs") == inputs and entries.get("versions") == versions()
-        if not same or entries.get("status") not in ("succeeded", "interrupted", "running"):
-            continue
-        if dump_recipe(run.recipe()) == wanted:
-            found.append(run)
+        if same and entries.get("status") in ("succeeded", "interrupted", "running"):
+            found += [run] if _settings(run.recipe()) == _settings(recipe) else []
     return sorted(found, key=lambda run: run.status != "succeeded")
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """All of a recipe but words about it, and places whose content is among the inputs of a run."""
+    values = recipe.model_dump(mode="json", exclude={"description": True, "base": {"model", "revision"}})
+    for part in (values["data"], *values["data"]["sources"]):
+        part.pop("train"), part.pop("test")
+    return values

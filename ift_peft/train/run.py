@@ -9,13 +9,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ift_peft.errors import RecipeError, RunError
+from ift_peft.errors import RunError
 from ift_peft.evaluate.forgetting import general_texts
 from ift_peft.evaluate.run import Measuring
 from ift_peft.evaluate.safety import safety_prompts
 from ift_peft.model.base import choose_device, choose_dtype, quiet
 from ift_peft.model.memory import Meter
-from ift_peft.recipe import Recipe
+from ift_peft.recipe import Recipe, require_one_task
 from ift_peft.report.card import adapter_card
 from ift_peft.report.write import write_report
 from ift_peft.reporter import Reporter
@@ -34,10 +34,7 @@ def train(recipe: Recipe, *, root: Path, reporter: Reporter) -> RunDir:
     Raises `RecipeError`, `DataError` or `ModelError` before a run folder exists, `TrainingError` for a run that could
     not finish, and `Interrupted` after a signal.
     """
-    if recipe.pipeline is not None:
-        raise RecipeError(
-            expected="the recipe of one task", found="one with pipeline", fix="train it by train_pipeline, or ift train"
-        )
+    require_one_task(recipe, by="one training")
     prepared = prepare(recipe, reporter)
     device = choose_device(recipe.base.device)
     dtype = choose_dtype(recipe.base.compute_dtype, device)

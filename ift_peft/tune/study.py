@@ -14,7 +14,7 @@ from ift_peft.evaluate.gates import reached
 from ift_peft.evaluate.measure import check_metrics
 from ift_peft.evaluate.safety import safety_prompts
 from ift_peft.model.base import quiet
-from ift_peft.recipe import Recipe, dump_recipe
+from ift_peft.recipe import Recipe, dump_recipe, require_one_task
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir, write_atomically
 from ift_peft.selection import Tune, Validation
@@ -61,6 +61,7 @@ def tune(recipe: Recipe, *, root: Path, fresh: bool, reporter: Reporter) -> RunD
 
 
 def _completed(recipe: Recipe, reporter: Reporter) -> tuple[Recipe, Search]:
+    require_one_task(recipe, by="a search")
     """The recipe with `validation` and `tune`, and what is searched. Raises `RecipeError` for what cannot be."""
     if recipe.data.streaming:
         raise RecipeError(expected="rows that are read at once", found="data.streaming", fix="data.streaming=false")

@@ -190,7 +190,6 @@ def mixed(one: RunDir, other: RunDir, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("combine")
 def test_all_of_the_first_is_the_first(one: RunDir, alone: RunDir) -> None:
     found, expected = lines(alone, "predictions.jsonl"), lines(one, "predictions.jsonl")
     for mine, theirs in zip(found, expected, strict=True):
@@ -203,7 +202,6 @@ def test_all_of_the_first_is_the_first(one: RunDir, alone: RunDir) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("combine")
 def test_the_result_is_a_run_like_any_other(one: RunDir, alone: RunDir, tmp_path: Path) -> None:
     assert open_run(alone.path).recipe().data == one.recipe().data
     assert evaluate_run(alone, data=None, reporter=Silent()) == alone.read("scores.json")
@@ -221,7 +219,6 @@ def test_the_result_is_a_run_like_any_other(one: RunDir, alone: RunDir, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("combine")
 def test_two_tasks_become_a_mix_named_after_their_runs(one: RunDir, other: RunDir, mixed: RunDir) -> None:
     scores, recipe = mixed.read("scores.json"), mixed.recipe()
     assert recipe.data.source_names == ("small", "other")
@@ -240,7 +237,6 @@ def test_two_tasks_become_a_mix_named_after_their_runs(one: RunDir, other: RunDi
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("combine")
 def test_dare_gives_the_same_file_again(one: RunDir, other: RunDir, mixed: RunDir, tmp_path: Path) -> None:
     again = combined([one, other], tmp_path, method="dare_ties", seed=5)
     weights = [(run.adapter / "adapter_model.safetensors").read_bytes() for run in (mixed, again)]
@@ -248,7 +244,6 @@ def test_dare_gives_the_same_file_again(one: RunDir, other: RunDir, mixed: RunDi
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("combine")
 def test_other_bases_and_forms_are_refused_with_the_difference(
     one: RunDir, two: RunDir, elsewhere: RunDir, tmp_path: Path
 ) -> None:
@@ -274,7 +269,6 @@ def test_other_bases_and_forms_are_refused_with_the_difference(
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("combine")
 def test_held_out_rows_that_another_run_learnt_are_left_out(one: RunDir, tmp_path: Path) -> None:
     """A run that was trained on all rows of the first, its held-out ones among them."""
     copy = RunDir(tmp_path / "runs" / "learnt" / "1")
@@ -293,7 +287,6 @@ def test_held_out_rows_that_another_run_learnt_are_left_out(one: RunDir, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("combine")
 def test_a_search_reads_no_held_out_row_and_takes_the_best(
     one: RunDir, two: RunDir, other: RunDir, tmp_path: Path
 ) -> None:

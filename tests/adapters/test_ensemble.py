@@ -36,7 +36,6 @@ def predicted(folder: Path, *arguments: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("combine")
 def test_an_ensemble_is_the_mean_of_what_predict_says(
     one: RunDir, two: RunDir, elsewhere: RunDir, classifier: RunDir, tmp_path: Path
 ) -> None:
@@ -55,7 +54,6 @@ def test_an_ensemble_is_the_mean_of_what_predict_says(
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("combine")
 def test_a_base_is_in_memory_once(one: RunDir, two: RunDir, elsewhere: RunDir, classifier: RunDir) -> None:
     members, _ = open_members([open_parts(run) for run in (one, elsewhere, two, classifier)])
     assert members[0].model is members[2].model
@@ -64,7 +62,6 @@ def test_a_base_is_in_memory_once(one: RunDir, two: RunDir, elsewhere: RunDir, c
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("combine")
 def test_adapters_of_one_base_answer_in_one_batch(one: RunDir, two: RunDir) -> None:
     members, notes = open_members([open_parts(run) for run in (one, two)])
     assert "2 adapters of one base answer in one batch" in notes
@@ -78,7 +75,6 @@ def test_adapters_of_one_base_answer_in_one_batch(one: RunDir, two: RunDir) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("combine")
 def test_members_score_what_their_runs_say(one: RunDir, two: RunDir) -> None:
     scores = evaluate_ensemble([one, two, one], "mean_probs", data=None, reporter=Silent())
     names = ["/".join(run.path.parts[-2:]) for run in (one, two)]
@@ -94,7 +90,6 @@ def test_members_score_what_their_runs_say(one: RunDir, two: RunDir) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("combine")
 def test_other_rows_labels_and_texts_among_the_runs_are_refused(
     one: RunDir, two: RunDir, other: RunDir, tmp_path: Path
 ) -> None:

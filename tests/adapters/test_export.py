@@ -29,7 +29,6 @@ from ift_peft.model.tokenizer import TINY
 from ift_peft.reporter import Silent
 from ift_peft.run_dir import RunDir
 
-pytestmark = pytest.mark.xdist_group("combine")  # the same trained runs
 IDS = torch.tensor([[2, 300, 400, 500, 4, 3]])
 
 

@@ -38,7 +38,6 @@ quants = pytest.importorskip("gguf.quants")
 in_llama_cpp = pytest.mark.skipif(
     not available(), reason="not run in llama.cpp: needs the extra gguf-proof (llama-cpp-python)"
 )
-pytestmark = pytest.mark.xdist_group("combine")  # the same trained runs
 ABOUT = About("small", "A small model.", "tiny", None, "apache-2.0", "small")
 SMALL = {
     "vocab_size": 8192,

@@ -25,7 +25,7 @@ from ift_peft.reporter import Silent
 from ift_peft.run_dir import RunDir
 from tests.e2e.test_families import FAMILIES, trained, write_base
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("planted")]
+pytestmark = pytest.mark.slow
 
 SMALL = 1e-5  # of an adapter that changes logits by less than the bound on them
 Tensors = dict[str, Tensor]

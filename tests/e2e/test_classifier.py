@@ -87,7 +87,6 @@ def bert_run(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("bert_run")
 def test_stock_libraries_open_the_adapter_to_the_same_answers(bert: Path, bert_run: RunDir) -> None:
     """Head and new pooler are saved with the adapter: a base with another random head gives the same answers."""
     set_seed(99)
@@ -107,7 +106,6 @@ def test_stock_libraries_open_the_adapter_to_the_same_answers(bert: Path, bert_r
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("bert_run")
 def test_the_merged_classifier_answers_as_the_run(bert_run: RunDir, ift: Ift, tmp_path: Path) -> None:
     merged = ift("merge", str(bert_run.path), "--output", str(tmp_path / "merged"))
     assert merged.returncode == 0, merged.stderr
@@ -125,7 +123,6 @@ def test_the_merged_classifier_answers_as_the_run(bert_run: RunDir, ift: Ift, tm
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("bert_run")
 def test_evaluating_the_run_again_gives_its_scores(bert_run: RunDir, ift: Ift) -> None:
     """The base is measured with the random head that it had in training."""
     again = ift("evaluate", str(bert_run.path))
@@ -320,7 +317,6 @@ def test_a_random_bert_learns_from_real_sentences(bert: Path, shared: Path, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("bert_run")
 def test_a_bert_and_a_gpt_answer_together(bert_run: RunDir, tmp_path: Path) -> None:
     """Each on a base of its own, one by a head and one in words, of the same labels and rows."""
     gpt = train(load_recipe("sst2", ["training.max_steps=4", *SHORT, *PLAIN]), root=tmp_path, reporter=Silent())

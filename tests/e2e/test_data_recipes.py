@@ -21,7 +21,7 @@ FEW = (
     "evaluation.bootstrap_samples=200",
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("data recipes")]
+pytestmark = pytest.mark.slow
 
 
 def trained(ift: Ift, folder: Path, *arguments: str) -> RunDir:

@@ -24,7 +24,7 @@ from ift_peft.run_dir import RunDir
 from tests.conftest import Ift
 
 pytest.importorskip("lm_eval", reason="needs the extra ift_peft[lm-eval]")
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("short_run")]
+pytestmark = pytest.mark.slow
 
 CHOICES = ("负面", "正面")
 ASKED = "请将以下文本分类为正面或负面。\n{text}"

@@ -22,7 +22,7 @@ from ift_peft.reporter import Silent
 from ift_peft.run_dir import RunDir
 from ift_peft.train.run import train
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("short_run")]
+pytestmark = pytest.mark.slow
 
 
 def test_a_broken_tie_is_caught(stories: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

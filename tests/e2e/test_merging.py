@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ift_peft.errors import RecipeError, RunError
+from ift_peft.data.rows import read_rows
+from ift_peft.errors import Faults, RecipeError, RunError
 from ift_peft.evaluate.compare import predict_rows
 from ift_peft.infer.ensemble import together
 from ift_peft.infer.load import held_out_rows, load_members, open_parts
 from ift_peft.merging import train_merging
-from ift_peft.recipe import Recipe, load_recipe
+from ift_peft.recipe import Recipe, load_recipe, parent_recipes
 from ift_peft.reporter import Silent
 from ift_peft.run_dir import RunDir, open_run
+from ift_peft.sections import Data, Source
+from ift_peft.train.once import found_or_trained, inputs_of
 from tests.e2e.test_every_recipe import FEW
 from tests.train.small import small
 
@@ -97,6 +102,38 @@ def test_what_was_made_before_is_taken_and_one_way_more_is_one_run_more(run: Run
     assert "<html" in (again.path / "report.html").read_text("utf-8")
 
 
+def test_a_run_whose_adapter_was_changed_is_not_taken(run: RunDir, root: Path, tmp_path: Path) -> None:
+    own = parent_recipes(run.recipe())["goods"]
+    inputs = inputs_of({"goods": own})["goods"]
+    assert found_or_trained(own, inputs, root, Silent(), told="goods") == run.parts["goods"]
+    copied = RunDir(shutil.copytree(run.parts["goods"].path, tmp_path / own.name / run.parts["goods"].path.name))
+    assert found_or_trained(own, inputs, tmp_path, Silent(), told="goods") == copied
+    (copied.adapter / "adapter_model.safetensors").write_bytes(b"")
+    assert not copied.is_whole
+    assert found_or_trained(own, inputs, tmp_path, Silent(), told="goods") != copied
+
+
+def test_the_adapter_of_all_is_trained_on_the_rows_of_its_parents_and_no_others(run: RunDir) -> None:
+    rows = {name: part.read("manifest.json")["rows"]["train"]["rows"] for name, part in run.parts.items()}
+    assert rows["together"] == rows["goods"] + rows["weather"]
+    limited = load_recipe("adapter-merging", ["merging.together=null"])
+    parts = {name: own.data.max_train_rows for name, own in parent_recipes(limited).items()}
+    assert parts == {"reviews": 1200, "topics": None}
+    few = Data(
+        sources=tuple(
+            Source(
+                train=str(one.data.train),
+                test=str(one.data.test),
+                columns=one.data.columns,
+                labels=one.data.labels,
+                max_train_rows=16 if number else None,
+            )
+            for number, one in enumerate(parent_recipes(limited).values())
+        )
+    )
+    assert Counter(row.source for row in read_rows(few)[0])[1] == 16
+
+
 def test_a_combination_is_a_run_and_the_comparison_is_none(run: RunDir) -> None:
     assert open_run(run.parts["linear"].path).kind == "adapter"
     with pytest.raises(RunError, match="several adapters compared"):
@@ -110,14 +147,20 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_trained(root: Path,
         ("merging.parents.weather.data.labels=[cold]", "different"),
         ('merging.parents={"goods": {}}', "at least two parents"),
         ("pipeline.document='{a}'", "pipeline"),
+        ('merging.parents={"linear": {}, "base": {}}', "no parent that is called linear"),
+        ('merging.parents={"one": {}, "two": {}}', "two with the same section data"),
+        ('merging.combine=[{"method": "linear", "density": 0.5}]', "without density"),
+        ('merging.combine=[{"method": "linear", "rank": 3}]', "without rank"),
+        ("merging.together.training.learning_rat=1", "did you mean 'learning_rate'"),
+        ("merging.together.data.labels=[a, b]", "no data in together"),
+        ("merging.parents.weather.adapter.method=ia3", "whose deltas add up"),
     ):
-        with pytest.raises(RecipeError, match=told):
+        with pytest.raises((RecipeError, Faults), match=told):
             recipe(tmp_path / "rows", override)
     rows = str(tmp_path / "rows" / "rows.jsonl")
     sources = f"merging.parents.goods.data.sources={json.dumps([{'train': rows}, {'train': rows}])}"
     with pytest.raises(RecipeError, match="2 sources"):
-        train_merging(recipe(tmp_path / "rows", sources), root=tmp_path / "runs", reporter=Silent())
-    assert not (tmp_path / "runs").exists()
+        recipe(tmp_path / "rows", sources)
 
 
 def test_the_recipe_that_ships_trains_and_is_measured(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from ift_peft.run_dir import RunDir, open_run
 from ift_peft.train.run import resume, train
 from tests.e2e.small_base import make_base
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("adapter_methods")]
+pytestmark = pytest.mark.slow
 METHODS = get_args(Method)
 CaseOf = Callable[[str, str], tuple[Case, RunDir]]
 

@@ -25,7 +25,7 @@ from ift_peft.reporter import Silent
 from ift_peft.run_dir import RunDir
 from ift_peft.train.run import train
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("mixed_run")]
+pytestmark = pytest.mark.slow
 
 
 def lines(run: RunDir, name: str) -> list[dict[str, Any]]:

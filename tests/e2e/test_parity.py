@@ -21,7 +21,7 @@ from ift_peft.run_dir import RunDir
 from ift_peft.train.run import train
 from tests.train.small import small
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("parity")]
+pytestmark = pytest.mark.slow
 
 OPENING = {  # commands that load a run's model, with what they need besides the run
     "predict": ["text"],

@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 
 from ift_peft.cli import app
 from ift_peft.errors import DataError, RecipeError, RunError
-from ift_peft.infer.pipeline import answer_stage, open_chain, walk
+from ift_peft.evaluate.pipeline import held_out_requests
+from ift_peft.infer.pipeline import Chain, Stage, answer_stage, open_chain, walk
 from ift_peft.infer.predict import answer_all
-from ift_peft.recipe import Recipe, load_recipe, stage_recipes
+from ift_peft.recipe import Recipe, load_recipe, require_one_task, stage_recipes
 from ift_peft.reporter import Silent
 from ift_peft.run_dir import ANY, RunDir, open_run
 from ift_peft.train.once import earlier_runs, inputs_of, unfinished
@@ -160,6 +161,44 @@ def test_an_interrupted_pipeline_goes_on_where_it_was(run: RunDir, root: Path, t
     assert sum("trained before" in note for note in told.notes) == 5
     with pytest.raises(RunError, match="has succeeded"):
         unfinished(finished)
+
+
+def test_a_column_that_is_not_what_its_stage_answers_is_refused(tmp_path: Path) -> None:
+    """The content would be trained on codes and asked with words."""
+    coded = "pipeline.stages.language.data.labels={zh: Chinese, en: English}"
+    with pytest.raises(DataError, match="in the column 'language', which other stages are trained on") as told:
+        held_out_requests(recipe(tmp_path / "rows", coded))
+    assert "'zh', and the answer 'Chinese'" in str(told.value) or "'en', and the answer 'English'" in str(told.value)
+    assert len(held_out_requests(recipe(tmp_path / "rows"))) == 6
+
+
+def test_numbers_are_fields_as_in_training(tmp_path: Path) -> None:
+    numbered = ("pipeline.stages.topic.data.columns.text='{request} {year}'", "pipeline.at_once=null")
+    one = recipe(tmp_path / "rows", *numbered)
+    for name in ("train", "test"):
+        path = tmp_path / "rows" / f"{name}.jsonl"
+        rows = [{**json.loads(line), "year": 2000} for line in path.read_text("utf-8").splitlines()]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    assert held_out_requests(one)[0][0]["year"] == "2000"
+    assert Chain((Stage("topic", None, "{request} {year}"),), None, "{topic}").request({"request": "a", "year": 7}) == {  # type: ignore[arg-type]
+        "request": "a",
+        "year": "7",
+    }
+
+
+def test_what_is_for_one_task_says_so_and_check_looks_at_every_part(tmp_path: Path) -> None:
+    one = recipe(tmp_path / "rows")
+    for refused in (lambda: train(one, root=tmp_path, reporter=Silent()), lambda: require_one_task(one, by="a search")):
+        with pytest.raises(RecipeError, match="one task"):
+            refused()
+    report = tmp_path / "report.json"
+    files = [f"data.{name}={tmp_path / 'rows' / name}.jsonl" for name in ("train", "test")]
+    done = CliRunner().invoke(app, ["check", "article", *files, "--json", str(report)])
+    assert done.exit_code == 0, done.output
+    parts = json.loads(report.read_text("utf-8"))["parts"]
+    assert [part["recipe"] for part in parts] == [
+        f"article.{name}" for name in ("topic", "outline", "content", "at_once")
+    ]
 
 
 def test_faults_of_all_stages_are_told_before_anything_is_trained(tmp_path: Path) -> None:

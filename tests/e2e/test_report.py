@@ -11,7 +11,7 @@ from ift_peft.run_dir import RunDir
 from tests.conftest import Ift
 from tests.report.browser import check, looks
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("short_run")]
+pytestmark = pytest.mark.slow
 
 
 def test_a_run_ends_in_a_report_that_a_browser_shows_whole(short_run: RunDir, printed: str, tmp_path: Path) -> None:

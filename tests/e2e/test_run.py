@@ -25,7 +25,7 @@ from ift_peft.run_dir import RunDir, list_runs, open_run
 from ift_peft.train.run import resume
 from tests.conftest import Ift
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("short_run")]
+pytestmark = pytest.mark.slow
 
 
 def test_the_run_holds_everything_and_says_so(short_run: RunDir, printed: str) -> None:

@@ -20,7 +20,7 @@ from ift_peft.run_dir import RunDir
 from ift_peft.train.run import train
 from tests.train.small import small
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("stories")]
+pytestmark = pytest.mark.slow
 SETTINGS = ("training.max_steps=4", "training.max_length=256", "adapter.embeddings=false", "adapter.lora_dropout=0")
 
 

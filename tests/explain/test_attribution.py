@@ -19,7 +19,7 @@ from ift_peft.infer.likelihood import answer_likelihoods, label_probabilities
 from ift_peft.infer.load import Parts, held_out_rows
 from tests.explain.conftest import CUES, QUERY
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cued_run")]
+pytestmark = pytest.mark.slow
 
 
 def texts(parts: Parts, count: int) -> list[str]:

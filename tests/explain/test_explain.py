@@ -23,7 +23,7 @@ from ift_peft.run_dir import RunDir
 from tests.conftest import Ift
 from tests.explain.conftest import QUERY
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cued_run")]
+pytestmark = pytest.mark.slow
 
 
 def test_lines_of_standard_input_are_explained_in_words_html_and_json(

@@ -19,7 +19,7 @@ from ift_peft.reporter import Silent
 from ift_peft.run_dir import open_run
 from tests.explain.conftest import QUERY, cued_rows, write_rows
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cued_run")]
+pytestmark = pytest.mark.slow
 
 
 def test_a_copy_of_the_query_helped_most_and_a_mislabelled_copy_opposed(model: Any, parts: Parts) -> None:
