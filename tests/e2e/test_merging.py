@@ -153,7 +153,7 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_trained(root: Path,
         ('merging.combine=[{"method": "linear", "rank": 3}]', "without rank"),
         ("merging.together.training.learning_rat=1", "did you mean 'learning_rate'"),
         ("merging.together.data.labels=[a, b]", "no data in together"),
-        ("merging.parents.weather.adapter.method=ia3", "whose deltas add up"),
+        ("merging.parents.weather.adapter.method=dora", "whose deltas add up"),
     ):
         with pytest.raises((RecipeError, Faults), match=told):
             recipe(tmp_path / "rows", override)

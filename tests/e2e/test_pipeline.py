@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ift_peft.cli import app
-from ift_peft.errors import DataError, RecipeError, RunError
+from ift_peft.errors import DataError, Faults, RecipeError, RunError
 from ift_peft.evaluate.pipeline import held_out_requests
 from ift_peft.infer.pipeline import Chain, Stage, answer_stage, open_chain, walk
 from ift_peft.infer.predict import answer_all
@@ -166,7 +166,7 @@ def test_an_interrupted_pipeline_goes_on_where_it_was(run: RunDir, root: Path, t
 def test_a_column_that_is_not_what_its_stage_answers_is_refused(tmp_path: Path) -> None:
     """The content would be trained on codes and asked with words."""
     coded = "pipeline.stages.language.data.labels={zh: Chinese, en: English}"
-    with pytest.raises(DataError, match="in the column 'language', which other stages are trained on") as told:
+    with pytest.raises(Faults, match="in the column 'language', which other stages are trained on") as told:
         held_out_requests(recipe(tmp_path / "rows", coded))
     assert "'zh', and the answer 'Chinese'" in str(told.value) or "'en', and the answer 'English'" in str(told.value)
     assert len(held_out_requests(recipe(tmp_path / "rows"))) == 6
@@ -196,7 +196,8 @@ def test_what_is_for_one_task_says_so_and_check_looks_at_every_part(tmp_path: Pa
     done = CliRunner().invoke(app, ["check", "article", *files, "--json", str(report)])
     assert done.exit_code == 0, done.output
     parts = json.loads(report.read_text("utf-8"))["parts"]
-    assert [part["recipe"] for part in parts] == [
+    names = ("topic", "outline", "content", "at_once")
+    assert [part["recipe"] for part in parts] == [f"article.{name}" for name in names]
         f"article.{name}" for name in ("topic", "outline", "content", "at_once")
     ]
 
@@ -224,7 +225,7 @@ def test_what_takes_one_adapter_refuses_a_pipeline(run: RunDir, tmp_path: Path) 
 def test_a_request_without_its_fields_is_refused(run: RunDir) -> None:
     chain, _ = open_chain(run)
     assert chain.fields == ("request",) and chain.request({"request": "a", "other": 1}) == {"request": "a"}
-    for empty in ("", {"text": "a"}, {"request": 3}):
+    for empty in ("", {"text": "a"}, {"request": ["a"]}):
         with pytest.raises(DataError, match="request"):
             chain.request(empty)
 
