@@ -198,8 +198,6 @@ def test_what_is_for_one_task_says_so_and_check_looks_at_every_part(tmp_path: Pa
     parts = json.loads(report.read_text("utf-8"))["parts"]
     names = ("topic", "outline", "content", "at_once")
     assert [part["recipe"] for part in parts] == [f"article.{name}" for name in names]
-        f"article.{name}" for name in ("topic", "outline", "content", "at_once")
-    ]
 
 
 def test_faults_of_all_stages_are_told_before_anything_is_trained(tmp_path: Path) -> None:
