@@ -21,8 +21,11 @@ from tests.conftest import OFFLINE, ROOT, Ift
 
 SETTINGS = (
     "base.device=cpu",
-    "data.max_train_rows=160",
-    "data.max_test_rows=20",
+    "data.max_train_rows=96",
+    "data.max_test_rows=8",
+    "evaluation.forgetting=false",
+    "evaluation.unseen_instructions=null",
+    "evaluation.perturbation=null",
     "training.num_train_epochs=3",
     "training.logging_steps=1",
     "training.per_device_train_batch_size=4",
@@ -57,7 +60,7 @@ def test_an_interrupted_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_p
     cut.mkdir()
     uninterrupted = start(whole)
     interrupted = start(cut)
-    run = wait_for_steps(interrupted, cut, 47)
+    run = wait_for_steps(interrupted, cut, 28)
     interrupted.send_signal(signal.SIGINT)
     interrupted.wait(timeout=300)
     message = (cut / "stderr").read_text("utf-8")
