@@ -8,7 +8,7 @@ RUN    ?= runs/$(RECIPE)/latest
 RECIPE ?= sentiment
 
 .DEFAULT_GOAL := help
-.PHONY: help train tune check resume evaluate predict merge test test-fast lint clean
+.PHONY: help train tune check resume evaluate predict merge export pipeline test test-fast lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,6 +49,12 @@ predict: $(STAMP)  ## answer TEXT with RUN
 
 merge: $(STAMP)  ## merge RUN's adapter into its base
 	$(BIN)/ift merge $(RUN)
+
+export: $(STAMP)  ## write RUN for other software: TO=peft|merged|gguf|gguf-adapter|ollama|vllm
+	$(BIN)/ift export $(RUN) --to $(or $(TO),peft)
+
+pipeline: $(STAMP)  ## take TEXT through the stages of RUN, e.g. RECIPE=article
+	$(BIN)/ift pipeline $(RUN) $(if $(TEXT),"$(TEXT)")
 
 test: $(DEV)  ## run all tests
 	$(BIN)/python -m pytest -n 2
