@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ift_peft.adapter_methods import NAMES as METHODS
+from ift_peft.adapter_methods import Method, article
 from ift_peft.adapters.checkpoint import sha256
 from ift_peft.adapters.fidelity import Answered, Divergence
 from ift_peft.adapters.plan import ADAPTER_FILE
@@ -112,11 +114,15 @@ def weights_of(onto: Onto, quantization: str) -> str:
     return "the unquantised base" if onto == "unquantized" else f"the base's {quantization} weights, dequantised,"
 
 
+def as_merge(card: str, method: Method) -> str:
+    """The text of an adapter's card, calling it the merge of that adapter."""
+    adapter = f"{article(method)} {METHODS[method]} adapter"
+    return card.replace(f"\n{adapter} for", f"\nA merge of a{adapter[1:]} into", 1)
+
+
 def _describe(parts: Parts, written: Candidate, metric: str) -> None:
     card = (parts.run.adapter / "README.md").read_text("utf-8").split("\n## Use", 1)[0]
-    card = card.replace("library_name: peft", "library_name: transformers").replace(
-        "A LoRA adapter for", "A merge of a LoRA adapter into"
-    )
+    card = as_merge(card.replace("library_name: peft", "library_name: transformers"), parts.recipe.adapter.method)
     packed = " and quantised to nf4 again" if written.quantization == "nf4" else ""
     value = f"{metric} {written.metric.value:.3f} ({written.metric.low:.3f} to {written.metric.high:.3f})"
     write_atomically(

@@ -20,6 +20,7 @@ from peft.utils import ModulesToSaveWrapper, merge_utils
 from torch import Tensor
 
 from ift_peft.model.base import quiet
+from ift_peft.model.initialise import whole_in_float32
 from ift_peft.stages import Method
 
 RANDOM: tuple[Method, ...] = ("dare_linear", "dare_ties")
@@ -72,6 +73,7 @@ def add_combined(model: Any, parents: Sequence[str], how: Combination, *, name: 
         rank = sum(ranks)
     with quiet():
         model.add_adapter(name, _config(model, first, layers, parents, rank))
+    whole_in_float32(model, name)
     model.set_adapter(name, inference_mode=True)
     lost = whole = 0.0
     with seeded(how.seed):

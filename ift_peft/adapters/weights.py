@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,7 +49,10 @@ def probe_weights(model: Any) -> dict[str, Probed]:
         elif isinstance(module, BaseTunerLayer):
             base = module.get_base_layer()
             if isinstance(base, nn.Linear | Conv1D | nn.Embedding):
-                found[f"{bare_name(path)}.weight"] = _of_layer(module)
+                weight, bias = _of_layer(module)
+                found[f"{bare_name(path)}.weight"] = weight
+                if bias is not None:
+                    found[f"{bare_name(path)}.bias"] = bias
             else:
                 left_out |= {f"{bare_name(path)}.{name}" for name, _ in base.named_parameters()}
     for path, parameter in model.named_parameters(remove_duplicate=False):
@@ -98,24 +101,33 @@ def _of_adapter(path: str) -> bool:
     return ".original_module." in path or "default" in path.split(".")
 
 
-def _of_layer(layer: Any) -> Probed:
-    """Of an adapted linear module or embedding, by its forward without bias."""
+def _of_layer(layer: Any) -> tuple[Probed, Probed | None]:
+    """Weight and bias of an adapted linear module or embedding, by its forward.
+
+    The bias is what it makes of nothing: (IA)3 scales outputs, and the base's own bias with them.
+    """
     alone = copy.deepcopy(layer).double().eval()
     base = alone.get_base_layer()
-    weight, bias = base.weight, getattr(base, "bias", None)
+    weight, directions = base.weight, _directions(base.weight.shape[1]).to(base.weight.device)
     computed = _DORA if any(getattr(layer, "use_dora", {}).values()) else 0.0
+    norm = float(weight.norm())
+    if isinstance(base, nn.Embedding):
+        scale = float(getattr(base, "scalar_embed_scale", 1.0))  # Gemma's embeddings are scaled
+        product = torch.cat([alone(rows) / scale @ directions for rows in _numbers(weight).split(_ROWS)])
+        return Probed(product.cpu(), norm, computed), None
+    inputs = weight.shape[1] if isinstance(base, nn.Linear) else weight.shape[0]
+    offset = alone(torch.zeros(1, inputs, dtype=torch.float64, device=weight.device))
+    bias = replace(_of_tensor(offset[0]), computed=computed) if base.bias is not None or offset.any() else None
     if isinstance(base, nn.Linear):
-        product = alone(_directions(weight.shape[1]).to(weight.device).T)
-        product = (product if bias is None else product - bias).T
-        return Probed(product.cpu(), float(weight.norm()), computed)
-    directions, parts = _directions(weight.shape[1]).to(weight.device), []
-    for rows in torch.arange(weight.shape[0], device=weight.device).split(_ROWS):
-        if isinstance(base, nn.Embedding):
-            part = alone(rows) / float(getattr(base, "scalar_embed_scale", 1.0))  # Gemma's embeddings are scaled
-        else:  # Conv1D: a weight is stored as its inputs by its outputs
-            part = alone(nn.functional.one_hot(rows, weight.shape[0]).double()) - bias
-        parts.append(part @ directions)
-    return Probed(torch.cat(parts).cpu(), float(weight.norm()), computed)
+        product = (alone(directions.T) - offset).T
+    else:  # Conv1D: a weight is stored as its inputs by its outputs
+        parts = (nn.functional.one_hot(rows, inputs).double() for rows in _numbers(weight).split(_ROWS))
+        product = torch.cat([(alone(part) - offset) @ directions for part in parts])
+    return Probed(product.cpu(), norm, computed), bias
+
+
+def _numbers(weight: Tensor) -> Tensor:
+    return torch.arange(weight.shape[0], device=weight.device)
 
 
 def _of_tensor(tensor: Tensor) -> Probed:

@@ -21,6 +21,7 @@ from ift_peft.errors import Faults, ModelError, RunError, raise_all
 from ift_peft.infer.parity import parity_faults
 from ift_peft.infer.stacked import StackedAdapters
 from ift_peft.model.base import ClassHead, LoadedBase, load_section, quiet
+from ift_peft.model.initialise import whole_in_float32
 from ift_peft.model.tokenizer import BaseLocation, ensure_pad_token, load_tokenizer, locate_base
 from ift_peft.recipe import Recipe
 from ift_peft.run_dir import ADAPTER_FILES, RunDir
@@ -149,8 +150,15 @@ def _load_base(
 def _with_adapter(base: Any, parts: Parts) -> PeftModel:
     with quiet():
         model = PeftModel.from_pretrained(base, parts.run.adapter)
+        _unrounded(model, parts, "default")
     model.eval()
     return model
+
+
+def _unrounded(model: PeftModel, parts: Parts, name: str) -> None:
+    """Load modules that were trained whole once more where PEFT has rounded them to the type of the base."""
+    if whole_in_float32(model, name):
+        model.load_adapter(str(parts.run.adapter), name)
 
 
 def load_members(members: Sequence[Parts]) -> tuple[Any, list[str], list[str]]:
@@ -190,6 +198,7 @@ def _with_adapters(base: Any, members: Sequence[Parts]) -> tuple[PeftModel, list
     with quiet():
         for name, parts in zip(names[1:], members[1:], strict=True):
             model.load_adapter(str(parts.run.adapter), name)
+            _unrounded(model, parts, name)
     model.eval()
     return model, names
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import torch
+from accelerate.utils import recursively_apply
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -210,17 +211,36 @@ def _check_classes(location: BaseLocation, head: ClassHead) -> None:
 
 def _in_float32(model: PreTrainedModel) -> None:
     """Make what stands on top of a base float32, as PEFT makes adapters: it is trained, and steps are small."""
-
-    def in_its_type(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        dtype = next(module.parameters()).dtype
-        return tuple(
-            one.to(dtype) if isinstance(one, torch.Tensor) and one.is_floating_point() else one for one in arguments
-        )
-
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in HEAD_NAMES and any(True for _ in module.parameters()):
             module.float()
-            module.register_forward_pre_hook(in_its_type)
+            module.register_forward_pre_hook(_in_its_type, with_kwargs=True)
+
+
+def wide_inside(module: nn.Module, *, outside: torch.dtype) -> None:
+    """Make `module` float32 amid others of the type `outside`: what goes in is cast, and what comes out cast back.
+
+    Autocast would do so in training alone; measurements, and a CPU, have none.
+    """
+
+    def back(_: nn.Module, __: Any, given: Any) -> Any:
+        return _cast(given, outside)
+
+    module.float()
+    module.register_forward_pre_hook(_in_its_type, with_kwargs=True)
+    module.register_forward_hook(back)
+
+
+def _in_its_type(
+    module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    dtype = next(module.parameters()).dtype
+    return _cast(arguments, dtype), _cast(named, dtype)
+
+
+def _cast(values: Any, dtype: torch.dtype) -> Any:
+    """Every tensor of floats in `values` in this type; what else is in there as it is."""
+    return recursively_apply(lambda one: one.to(dtype) if one.is_floating_point() else one, values)
 
 
 def load_section(

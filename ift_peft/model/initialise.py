@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from peft import EvaConfig, LoraConfig, initialize_lora_eva_weights
 from peft.tuners.lora import Linear, LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ift_peft.errors import ModelError
+from ift_peft.model.base import wide_inside
 from ift_peft.sections import Adapter, Head
 
 NAME = "default"  # of a run's adapter, in PEFT
@@ -135,3 +137,19 @@ def in_float32(model: Any) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def whole_in_float32(model: Any, name: str = NAME) -> bool:
+    """Let the modules that the adapter `name` trains whole be float32 over a base of 16 bits; whether there are any.
+
+    PEFT casts what goes into its own layers, not what goes into these, and opens them in the type of the base. Called
+    once for each adapter; what was loaded into them before was rounded.
+    """
+    found = False
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper) and name in wrapper.modules_to_save:
+            outside = next(wrapper.original_module.parameters()).dtype
+            if outside in (torch.bfloat16, torch.float16):
+                wide_inside(wrapper.modules_to_save[name], outside=outside)
+                found = True
+    return found

@@ -14,6 +14,8 @@ from ift_peft.model.adapter import matched_modules, peft_config
 from ift_peft.model.base import quiet
 from ift_peft.sections import Adapter, Head
 
+_DECOMPOSES = ("pissa", "olora", "loftq")  # begun as parts of each linear module's weight
+
 
 def reach(bare: PreTrainedModel, adapter: Adapter, *, head: Head = "causal-lm") -> list[str]:
     """Notes on what `adapter` changes besides linear modules, and on what it leaves out; `bare` is used up by it.
@@ -35,6 +37,12 @@ def reach(bare: PreTrainedModel, adapter: Adapter, *, head: Head = "causal-lm") 
             fix="change the setting named there, or list target_modules without the experts'",
         ) from error
     reached = set(tuner.targeted_parameter_names)
+    if reached and adapter.method in _DECOMPOSES:
+        raise ModelError(
+            expected=f"linear modules only for {adapter.method}, which begins as a decomposition of each",
+            found=f"experts and routers among the targets, which are parameters: {_patterns(reached)}",
+            fix="list target_modules without the experts and their routers, or set adapter.method=lora",
+        )
     notes = []
     if reached:
         notes.append(f"adapted as parameters, being no linear modules: {_patterns(reached)}")

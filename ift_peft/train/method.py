@@ -23,6 +23,7 @@ from ift_peft.model.initialise import (
     begin_with_residual,
     freeze_second_half,
     in_float32,
+    whole_in_float32,
 )
 from ift_peft.recipe import Recipe
 from ift_peft.train.allocation import RankAllocation
@@ -54,6 +55,7 @@ def begin(model: Any, recipe: Recipe, prepared: Prepared, *, begun: bool) -> int
     """
     adapter = recipe.adapter
     in_float32(model)
+    whole_in_float32(model)
     if adapter.subtracts_its_start and not begun:
         begin_with_base(model, adapter)
     if adapter.method == "loftq" and not begun:

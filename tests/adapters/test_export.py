@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import stat
 import subprocess
@@ -12,11 +14,15 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from trl.chat_template_utils import qwen3_chat_template
 
+from ift_peft.adapters.certificate import as_merge
 from ift_peft.adapters.export import llama
+from ift_peft.adapters.export import run as exporting
+from ift_peft.adapters.export.building import Building, peft
 from ift_peft.adapters.export.ollama import evaluate, go_template, modelfile
 from ift_peft.adapters.export.public import check_public
 from ift_peft.adapters.export.run import Target, export
@@ -25,9 +31,14 @@ from ift_peft.adapters.merge import merge
 from ift_peft.data.render import Renderer
 from ift_peft.errors import ExportError, IftPeftError
 from ift_peft.infer.load import Parts, load_model, open_parts
+from ift_peft.model.base import quiet
+from ift_peft.model.initialise import base_weight
 from ift_peft.model.tokenizer import TINY
 from ift_peft.reporter import Silent
 from ift_peft.run_dir import RunDir
+from ift_peft.train.run import train
+from tests.e2e.small_base import make_base
+from tests.train.small import small
 
 IDS = torch.tensor([[2, 300, 400, 500, 4, 3]])
 
@@ -46,6 +57,15 @@ def parts(one: RunDir, tmp_path_factory: pytest.TempPathFactory) -> Parts:
 def unproved(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where llama-cpp-python is not installed."""
     monkeypatch.setattr(llama, "available", lambda: False)
+
+
+@pytest.fixture(scope="module")
+def loftq(tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    """A run whose adapter fits quantised weights only, over a base of one layer."""
+    folder = tmp_path_factory.mktemp("loftq")
+    over = (f"base.model={make_base(folder / 'base')}", "base.quantization=nf4", "adapter.embeddings=false")
+    recipe = small(folder, *over, "adapter.method=loftq", "training.max_steps=2", "base.device=cpu")
+    return open_parts(train(recipe, root=folder / "runs", reporter=Silent()))
 
 
 def write(parts: Parts, to: Target, output: Path, **options: Any) -> dict[str, Any]:
@@ -81,6 +101,48 @@ def test_stock_peft_loads_the_adapter_from_any_folder(parts: Parts, tmp_path: Pa
     assert ids == parts.renderer.prompts([chat])[0]
     card = (folder / "README.md").read_text("utf-8")
     assert "license: apache-2.0" in card and "python -c" in card and "正面还是负面？" in card
+
+
+def as_the_card_says(folder: Path, base: Path) -> Any:
+    """The model that the code in an export's card makes."""
+    code = (folder / "README.md").read_text("utf-8").partition("```python\n")[2].partition("```")[0]
+    code = code.replace('folder = "."', f"folder = {str(folder)!r}")
+    names: dict[str, Any] = {}
+    with quiet():
+        exec(re.sub(r'base = ".*?"', f"base = {str(base)!r}", code), names)
+    return names["model"].eval()
+
+
+def test_an_adapter_over_quantised_weights_is_loaded_over_them(loftq: Parts, tmp_path: Path) -> None:
+    write(loftq, "peft", tmp_path / "out")
+    stock, ours = as_the_card_says(tmp_path / "out", loftq.location.folder), load_model(loftq)[0]
+    layers = {name: layer for name, layer in ours.named_modules() if isinstance(layer, LoraLayer)}
+    assert len(layers) == 7
+    for name, layer in layers.items():
+        theirs = stock.get_submodule(name)
+        assert torch.equal(base_weight(theirs.get_base_layer()), base_weight(layer.get_base_layer())), name
+        assert torch.equal(theirs.get_delta_weight("default"), layer.get_delta_weight("default")), name
+    # bitsandbytes multiplies packed weights by bfloat16 on some processors
+    assert (logits(stock) - logits(ours)).abs().max() < 0.2
+    full, _ = load_model(loftq, quantization="none", compute_dtype="float32")
+    assert (logits(full) - logits(ours)).abs().max() > 0.4, "over no other weights"
+    assert "over nf4 weights; over the unquantised base" in (tmp_path / "out/README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("to", ["gguf-adapter", "vllm"])
+def test_loftq_is_refused_where_it_would_lie_on_the_unquantised_base(to: Target, loftq: Parts, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="needs the extra gguf")
+    with pytest.raises(ExportError, match=r"loftq, which makes up for[\s\S]*--to merged"):
+        write(loftq, to, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_card_of_a_merge_names_the_method(loftq: Parts, tmp_path: Path) -> None:
+    merge(loftq, output=loftq.run.path / "merged", dtype="float32", reporter=Silent())
+    write(loftq, "merged", tmp_path / "out")
+    for folder in (loftq.run.path / "merged", tmp_path / "out"):
+        assert "\nA merge of a LoftQ adapter into `base`," in (folder / "README.md").read_text("utf-8")
+    assert as_merge("\nAn (IA)³ adapter for `b`", "ia3") == "\nA merge of an (IA)³ adapter into `b`"
 
 
 def test_the_merged_model_ends_where_training_ended_and_keeps_its_certificate(parts: Parts, tmp_path: Path) -> None:
@@ -163,6 +225,15 @@ def test_paths_are_found_in_metadata_of_weights(tmp_path: Path) -> None:
             check_public(folder, places=(place,))
 
 
+def test_paths_are_found_in_files_that_are_no_text(tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(b"\x0a\x0e\xff\xfe\x80\x00spm")
+    assert check_public(tmp_path, places=(Path("/srv/private"),)) == 1
+    file.write_bytes(b"\x0a\x0e\xff\xfe\x80 /srv/private/base \x00spm")
+    with pytest.raises(ExportError, match="/srv/private/base"):
+        check_public(tmp_path, places=(Path("/srv/private"),))
+
+
 def test_what_only_looks_like_a_path_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "card.md").write_text(
         "rows/s, and/or 1/2, https://example.com/home/page, </think>, Qwen/Qwen3-0.6B, ./adapter", "utf-8"
@@ -187,6 +258,39 @@ def test_an_export_that_is_there_is_replaced_only_when_told_to(parts: Parts, tmp
         write(parts, "peft", tmp_path / "other", outtype="f16")
 
 
+def test_what_comes_to_the_output_meanwhile_is_not_replaced(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(building: Building) -> dict[str, Any]:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/thesis.txt").write_text("mine", "utf-8")
+        return peft(building)
+
+    monkeypatch.setitem(exporting._BUILDERS, "peft", (build, ()))
+    with pytest.raises(ExportError, match="--force"):
+        write(parts, "peft", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_an_export_that_cannot_be_put_in_place_leaves_the_earlier_one(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(parts, "peft", tmp_path / "out")
+    (tmp_path / "out/mark.txt").write_text("earlier", "utf-8")
+    rename = os.replace
+
+    def failing(source: Path, target: Path) -> None:
+        if Path(source).name == "out" and Path(source).parent != tmp_path:
+            raise OSError("no space")
+        rename(source, target)
+
+    monkeypatch.setattr(exporting.os, "replace", failing)
+    with pytest.raises(OSError, match="no space"):
+        write(parts, "peft", tmp_path / "out", force=True)
+    assert (tmp_path / "out/mark.txt").read_text("utf-8") == "earlier"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_classifier_goes_to_peft_and_to_no_server(classifier: RunDir, tmp_path: Path) -> None:
     pytest.importorskip("gguf", reason="needs the extra gguf")
     found = open_parts(classifier)
@@ -194,7 +298,10 @@ def test_a_classifier_goes_to_peft_and_to_no_server(classifier: RunDir, tmp_path
         with pytest.raises(ExportError, match="classifier's head"):
             write(found, to, tmp_path / to)
     write(found, "peft", tmp_path / "peft")
-    assert "AutoModelForSequenceClassification" in (tmp_path / "peft/README.md").read_text("utf-8")
+    model = as_the_card_says(tmp_path / "peft", TINY)
+    assert torch.allclose(logits(model).float(), logits(load_model(found)[0]), atol=2e-2)  # bfloat16, as it is stored
+    assert list(model.config.id2label.values()) == ["正面", "负面"]
+    assert model.config.pad_token_id == found.tokenizer.pad_token_id
     assert [path.name for path in tmp_path.iterdir()] == ["peft"]
 
 

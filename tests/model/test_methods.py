@@ -8,18 +8,27 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from ift_peft.errors import Faults, IftPeftError, ModelError
 from ift_peft.model.adapter import check_adapter, peft_config
 from ift_peft.model.base import load_base, skeleton
 from ift_peft.model.initialise import base_weight, begin_with_base, begin_with_residual, freeze_second_half
+from ift_peft.model.reach import reach
 from ift_peft.model.tokenizer import locate_base
 from ift_peft.sections import Adapter
 from ift_peft.train.allocation import RankAllocation, orthogonality
 from tests.train.small import small
 
 TINY = locate_base("tiny")
+NARROW = {
+    "vocab_size": 8,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 IDS = torch.arange(5, 45).reshape(2, 20)
 
 
@@ -156,16 +165,27 @@ def test_what_the_base_does_not_have_is_refused(settings: dict[str, Any], messag
         check_adapter(adapter, bare)
 
 
+@pytest.mark.parametrize("method", ["pissa", "olora", "loftq"])
+def test_what_begins_as_a_part_of_linear_modules_is_refused_on_experts(method: str) -> None:
+    def bare() -> MixtralForCausalLM:
+        with torch.device("meta"):
+            model = MixtralForCausalLM(MixtralConfig(**NARROW, num_local_experts=2, num_experts_per_tok=1))
+        model.name_or_path = "base"
+        return model
+
+    with pytest.raises(ModelError, match=rf"{method}.*\n.*experts and routers.*mlp[.]experts.*\n.*target_modules"):
+        reach(bare(), Adapter(method=method, r=4))
+    notes = reach(bare(), Adapter(method=method, r=4, target_modules=("q_proj", "v_proj")))
+    assert [note for note in notes if "adapted as parameters" in note] == []
+
+
 def test_packed_weights_are_not_trained_whole_and_ia3_asks_where_peft_knows_nothing() -> None:
     bare = skeleton(TINY)
     check_adapter(Adapter(**plain(modules_to_save=("gate_proj",))), bare)
     with pytest.raises(ModelError, match="quantised to nf4"):
         check_adapter(Adapter(**plain(modules_to_save=("gate_proj",))), bare, quantization="nf4")
     check_adapter(Adapter(**plain(modules_to_save=("lm_head",))), bare, quantization="nf4")
-    small_config = LlamaConfig(
-        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
-    )
-    unknown = LlamaForCausalLM(small_config)
+    unknown = LlamaForCausalLM(LlamaConfig(**NARROW))
     unknown.config.model_type = "olmo"
     with pytest.raises(ModelError, match="feedforward_modules"):
         check_adapter(Adapter(method="ia3"), unknown)

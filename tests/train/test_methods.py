@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from ift_peft.adapters.merge import merge
-from ift_peft.infer.load import load_model, open_parts
+from ift_peft.infer.likelihood import label_probabilities
+from ift_peft.infer.load import held_out_rows, load_model, open_parts
 from ift_peft.model.base import quiet
 from ift_peft.reporter import Silent
 from ift_peft.run_dir import RunDir
@@ -79,6 +82,30 @@ def test_eva_shares_its_ranks_out_and_switches_nothing_on(tmp_path: Path) -> Non
         on = model(input_ids=IDS).logits
         with model.disable_adapter():
             assert torch.equal(on, model(input_ids=IDS).logits)
+
+
+def test_what_is_trained_whole_over_a_16_bit_base_is_kept_in_float32(tmp_path: Path) -> None:
+    whole = ("adapter.embeddings=false", "adapter.modules_to_save=[lm_head, norm, embed_tokens]")
+    base = make_base(tmp_path / "base")
+    settings = (f"base.model={base}", "base.compute_dtype=bfloat16", "training.max_steps=2", *whole)
+    run = train(small(tmp_path, *settings), root=tmp_path / "runs", reporter=Silent())
+    saved = load_file(run.adapter / "adapter_model.safetensors")
+    kept = {name: tensor for name, tensor in saved.items() if "lora" not in name}
+    assert {name.split(".")[-2] for name in kept} >= {"lm_head", "norm", "embed_tokens"}
+    assert all(tensor.dtype == torch.float32 for tensor in kept.values())
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in kept.values())
+    parts = open_parts(run)
+    model, _ = load_model(parts)
+    opened = dict(model.named_parameters())
+    for name, tensor in kept.items():
+        assert torch.equal(opened[name.replace(".weight", ".modules_to_save.default.weight")], tensor), name
+    questions = [row.prompt for row in held_out_rows(parts).rows]
+    found = label_probabilities(model, parts.renderer, questions, parts.labels, batch_size=4)
+    lines = run.read_lines("predictions.jsonl")
+    assert np.allclose(found, [[line["adapter"][label] for label in parts.labels] for line in lines], atol=1e-5)
+    with torch.no_grad(), model.disable_adapter():
+        stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()
+        assert torch.equal(model(input_ids=IDS).logits, stock(input_ids=IDS).logits)
 
 
 @pytest.mark.slow

@@ -11,8 +11,18 @@ from typing import Any
 from peft import PeftConfig
 from transformers import AutoConfig, GenerationConfig
 
+from ift_peft.adapters.certificate import as_merge
 from ift_peft.adapters.checkpoint import sha256, tensors_of
-from ift_peft.adapters.export.cards import MERGED_USE, card, peft_use, vllm_command, vllm_rank, vllm_use
+from ift_peft.adapters.export.cards import (
+    LOFTQ,
+    MERGED_USE,
+    card,
+    over_other_weights,
+    peft_use,
+    vllm_command,
+    vllm_rank,
+    vllm_use,
+)
 from ift_peft.adapters.export.gguf_file import Outtype
 from ift_peft.adapters.export.template import servable_template
 from ift_peft.adapters.merge import merge
@@ -65,9 +75,7 @@ def merged(building: Building) -> dict[str, Any]:
     section = (building.folder / "README.md").read_text("utf-8").partition("\n## Merge\n")[2]
     use = MERGED_USE if parts.recipe.base.head == "causal-lm" else ""
     text = card(parts, f"## Merge\n{section}", use, library="transformers")
-    (building.folder / "README.md").write_text(
-        text.replace("A LoRA adapter for", "A merge of a LoRA adapter into", 1), "utf-8"
-    )
+    (building.folder / "README.md").write_text(as_merge(text, parts.recipe.adapter.method), "utf-8")
     ends = _set_end(parts, building.folder)
     return {"certificate": "certificate.json", "eos_token_id": ends}
 
@@ -81,6 +89,8 @@ def vllm(building: Building) -> dict[str, Any]:
     (building.folder / "adapter" / "chat_template.jinja").write_text(servable_template(renderer), "utf-8")
     (building.folder / "serve.sh").write_text(vllm_command(parts, rank=rank), "utf-8")
     (building.folder / "README.md").write_text(card(parts, vllm_use(parts)), "utf-8")
+    for line in over_other_weights(parts):
+        building.reporter.note(line)
     building.reporter.note("vLLM itself was not started: its limits are checked, its answers are not")
     return {"max_lora_rank": rank, "started": False}
 
@@ -130,6 +140,7 @@ def _check_vllm(parts: Parts) -> int:
     embeds = any("lora_embedding" in key for key in tensors_of(parts.run.adapter / ADAPTER_FILE))
     model_type = config_of(parts).model_type
     found = {
+        LOFTQ: parts.recipe.adapter.method == "loftq",
         "modules_to_save, which it does not load": bool(config.modules_to_save),
         "DoRA, which it does not know": bool(config.use_dora),
         f"bias={config.bias!r}, which it does not load": config.bias != "none" or bool(config.lora_bias),

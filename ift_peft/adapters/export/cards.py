@@ -9,12 +9,15 @@ from pathlib import Path
 import yaml
 
 from ift_peft.adapters.export.gguf_file import About
-from ift_peft.infer.load import Parts
+from ift_peft.infer.load import Parts, class_head
+from ift_peft.model.base import HEAD_NAMES
 from ift_peft.model.tokenizer import TINY
 
 _FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 # Ranks that vLLM's --max-lora-rank takes (vllm/config/lora.py).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+LOFTQ = "loftq, which makes up for what quantisation took, and fits no other weights than the dequantised ones"
 
 
 def about(parts: Parts) -> About:
@@ -72,24 +75,68 @@ def _base(parts: Parts) -> str:
     return f"## Base\n\n{where}\n\nFingerprint: {fingerprint}"
 
 
+def over_other_weights(parts: Parts) -> list[str]:
+    """What to know before an adapter that was trained over quantised weights is run over the unquantised base."""
+    quantization = parts.recipe.base.quantization
+    if quantization == "none":
+        return []
+    return [
+        f"It was trained over {quantization} weights; over the unquantised base it answers otherwise. `ift merge` "
+        "measures by how much."
+    ]
+
+
 def peft_use(parts: Parts) -> str:
-    """How stock PEFT loads the adapter."""
-    classifier = parts.recipe.base.head == "sequence-classification"
-    kind = "AutoModelForSequenceClassification" if classifier else "AutoModelForCausalLM"
-    classes = f", num_labels={len(parts.labels)}" if classifier else ""
+    """How stock PEFT loads the adapter, over the weights that it was trained over."""
+    head = class_head(parts.recipe, parts.tokenizer)
+    kind = "AutoModelForCausalLM" if head is None else "AutoModelForSequenceClassification"
+    arguments = [f'revision="{parts.location.revision}"'] if parts.location.revision else []
+    if head is not None:
+        names = json.dumps(head.classes, ensure_ascii=False)
+        arguments += [f"id2label=dict(enumerate({names}))", f"pad_token_id={head.pad_token_id}"]
+    packing = _packing(parts)
+    if packing:
+        arguments += ["quantization_config=packing", f"dtype={_dtype(parts)}"]
+    given = "".join(f", {argument}" for argument in arguments)
     base = json.dumps(parts.location.public_name)
-    revision = f', revision="{parts.location.revision}"' if parts.location.revision else ""
-    return f"""## Use
+    classes = f"{kind}, AutoTokenizer" + (", BitsAndBytesConfig" if packing else "")
+    lines = [
+        *(["import torch"] if packing else []),
+        "from peft import PeftModel",
+        f"from transformers import {classes}",
+        "",
+        'folder = "."  # of this file',
+        f"base = {base}" + ("" if on_the_hub(parts) else "  # the folder of the base, see below"),
+        *([f"packing = {packing}"] if packing else []),
+        f"model = PeftModel.from_pretrained({kind}.from_pretrained(base{given}), folder)",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+    ]
+    code = "\n".join(lines)
+    return "\n\n".join(("## Use", f"```python\n{code}\n```", *over_other_weights(parts)))
 
-```python
-from peft import PeftModel
-from transformers import {kind}, AutoTokenizer
 
-folder = "."  # of this file
-base = {base}{"" if on_the_hub(parts) else "  # the folder of the base, see below"}
-model = PeftModel.from_pretrained({kind}.from_pretrained(base{revision}{classes}), folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)
-```"""
+def _packing(parts: Parts) -> str | None:
+    """The quantisation that the adapter was trained over, as code; None where there was none."""
+    section = parts.recipe.base
+    if section.quantization == "none":
+        return None
+    settings = ["load_in_8bit=True"]
+    if section.quantization != "int8":
+        settings = [
+            "load_in_4bit=True",
+            f'bnb_4bit_quant_type="{section.quantization}"',
+            f"bnb_4bit_use_double_quant={section.double_quantization}",
+            f"bnb_4bit_compute_dtype={_dtype(parts)}",
+        ]
+    if section.head == "sequence-classification":
+        settings.append(f"llm_int8_skip_modules={json.dumps(HEAD_NAMES)}")
+    return f"BitsAndBytesConfig({', '.join(settings)})"
+
+
+def _dtype(parts: Parts) -> str:
+    """The type that the recipe names; float32 where it leaves it to the device."""
+    named = parts.recipe.base.compute_dtype
+    return f"torch.{'float32' if named == 'auto' else named}"
 
 
 MERGED_USE = """## Use
@@ -148,8 +195,9 @@ exec vllm serve "$base"{revision} --enable-lora --max-lora-rank {rank} \\
 def vllm_use(parts: Parts) -> str:
     """How vLLM is started and asked."""
     base = "" if on_the_hub(parts) else " FOLDER_OF_THE_BASE"
-    return f"""## Use
+    use = f"""## Use
 
     sh serve.sh{base}
 
 Ask for the model `{parts.recipe.name}` at the OpenAI API that it prints, with `temperature` 0."""
+    return "\n\n".join((use, *over_other_weights(parts)))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ift_peft.adapters.export.building import Building, config_of, merged_folder, renderer_of
-from ift_peft.adapters.export.cards import about, card, llama_use, ollama_use, on_the_hub
+from ift_peft.adapters.export.cards import LOFTQ, about, card, llama_use, ollama_use, on_the_hub, over_other_weights
 from ift_peft.adapters.export.families import family_of
 from ift_peft.adapters.export.gguf_file import check_gguf_installed, write_adapter, write_model
 from ift_peft.adapters.export.ollama import go_template, modelfile
@@ -62,11 +62,14 @@ def gguf_adapter(building: Building) -> dict[str, Any]:
             found=reason,
             fix="export the merged model: --to gguf",
         )
-    if parts.recipe.base.quantization != "none":
-        building.reporter.note(
-            f"trained over {parts.recipe.base.quantization} weights; on the unquantised base it answers nearly the "
-            "same (ift merge measures how nearly)"
+    if parts.recipe.adapter.method == "loftq":
+        raise ExportError(
+            expected="an adapter for the base as it is, on which llama.cpp lays it",
+            found=LOFTQ,
+            fix="export the merged model: --to merged or gguf",
         )
+    for line in over_other_weights(parts):
+        building.reporter.note(line)
     words, file = about(parts), f"{building.name}-lora-{building.outtype}.gguf"
     how = write_adapter(
         parts, building.folder / file, about=words, outtype=building.outtype, reporter=building.reporter
@@ -86,7 +89,9 @@ def gguf_adapter(building: Building) -> dict[str, Any]:
     reference = load_model(parts, quantization="none", compute_dtype="float32")[0] if available() else None
     lora = building.folder / file
     checked |= _prove(building, where / base, reference, vocabulary, building.outtype, lora=lora)
-    use = llama_use(base if where == building.folder else "BASE.gguf", adapter=file)
+    use = "\n\n".join(
+        (llama_use(base if where == building.folder else "BASE.gguf", adapter=file), *over_other_weights(parts))
+    )
     (building.folder / "README.md").write_text(_gguf_card(building, use, checked), "utf-8")
     return checked
 

@@ -79,7 +79,7 @@ def _texts(file: Path) -> Iterator[tuple[str, str, bool]]:
         for where, text in _gguf_strings(file):
             yield where, text, where != "tokenizer.chat_template"
     else:
-        yield "it", file.read_text("utf-8"), False
+        yield "it", file.read_bytes().decode("utf-8", errors="replace"), False  # sentencepiece's own file is no text
 
 
 def _strings(value: Any, where: str, skipped: tuple[str, ...]) -> Iterator[tuple[str, str]]:

@@ -77,10 +77,22 @@ def export(
         _write_record(parts, to, folder, checked)
         check_public(folder, places=(Path.home(), Path.cwd(), parts.run.path, parts.location.folder, scratch, output))
         files = tuple(sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()))
-        if output.exists():
-            os.replace(output, scratch / "replaced")
-        os.replace(folder, output)
+        _put(folder, output, aside=scratch / "replaced", force=force)
     return Exported(output, files, checked)
+
+
+def _put(folder: Path, output: Path, *, aside: Path, force: bool) -> None:
+    """Rename `folder` to `output`; an earlier export there goes `aside`, and back where the renaming fails."""
+    _check_output(output, force=force)  # again: something may have come there while it was built
+    if not output.exists():
+        os.replace(folder, output)
+        return
+    os.replace(output, aside)
+    try:
+        os.replace(folder, output)
+    except OSError:
+        os.replace(aside, output)
+        raise
 
 
 def _check_output(output: Path, *, force: bool) -> None:
