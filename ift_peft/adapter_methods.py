@@ -34,6 +34,7 @@ TAKEN_BY: dict[str, tuple[tuple[Method, ...], str]] = {
         ("lora", "rslora", "dora", "loftq", "eva", "vera", "adalora"),
         "pissa and olora would drop parts of the base's own weights, ia3 has no place for it",
     ),
+    "bias": (RANKED, "it trains what is its own, and no biases"),
     "embeddings": (
         ("lora", "rslora", "dora"),
         "it is made for linear modules only; name the embedding in modules_to_save",

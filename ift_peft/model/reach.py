@@ -14,7 +14,7 @@ from ift_peft.model.adapter import matched_modules, peft_config
 from ift_peft.model.base import quiet
 from ift_peft.sections import Adapter, Head
 
-_DECOMPOSES = ("pissa", "olora", "loftq")  # begun as parts of each linear module's weight
+_DECOMPOSES = ("pissa", "olora", "loftq", "eva")  # begun as directions of each linear module's weight or inputs
 
 
 def reach(bare: PreTrainedModel, adapter: Adapter, *, head: Head = "causal-lm") -> list[str]:
@@ -39,7 +39,7 @@ def reach(bare: PreTrainedModel, adapter: Adapter, *, head: Head = "causal-lm") 
     reached = set(tuner.targeted_parameter_names)
     if reached and adapter.method in _DECOMPOSES:
         raise ModelError(
-            expected=f"linear modules only for {adapter.method}, which begins as a decomposition of each",
+            expected=f"linear modules only for {adapter.method}, which begins as directions of each",
             found=f"experts and routers among the targets, which are parameters: {_patterns(reached)}",
             fix="list target_modules without the experts and their routers, or set adapter.method=lora",
         )

@@ -122,6 +122,7 @@ def test_adaloras_penalty_is_pefts_and_its_ranks_end_at_r() -> None:
         (("adapter.method=adalora", "adapter.init_r=4"), "init_r above r"),
         (("adapter.method=adalora", "adapter.tinit=6", "adapter.tfinal=6"), "tinit and adapter.tfinal"),
         (("adapter.method=adalora", "adapter.loraplus_lr_ratio=4"), "loraplus_lr_ratio left at None"),
+        (("adapter.method=vera", "adapter.bias=all"), "bias left at 'none' with vera"),
         (("adapter.eva_rho=3",), "eva_rho left at 2.0 with lora"),
         (("adapter.loraplus_lr_ratio=0.5",), "loraplus_lr_ratio"),
     ],
@@ -165,8 +166,8 @@ def test_what_the_base_does_not_have_is_refused(settings: dict[str, Any], messag
         check_adapter(adapter, bare)
 
 
-@pytest.mark.parametrize("method", ["pissa", "olora", "loftq"])
-def test_what_begins_as_a_part_of_linear_modules_is_refused_on_experts(method: str) -> None:
+@pytest.mark.parametrize("method", ["pissa", "olora", "loftq", "eva"])
+def test_what_begins_as_directions_of_linear_modules_is_refused_on_experts(method: str) -> None:
     def bare() -> MixtralForCausalLM:
         with torch.device("meta"):
             model = MixtralForCausalLM(MixtralConfig(**NARROW, num_local_experts=2, num_experts_per_tok=1))

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from ift_peft.adapters.merge import merge
+from ift_peft.adapters.weighted import Combination, add_combined
 from ift_peft.infer.likelihood import label_probabilities
-from ift_peft.infer.load import held_out_rows, load_model, open_parts
+from ift_peft.infer.load import held_out_rows, load_members, load_model, open_parts
 from ift_peft.model.base import quiet
 from ift_peft.reporter import Silent
 from ift_peft.run_dir import RunDir
@@ -106,6 +107,13 @@ def test_what_is_trained_whole_over_a_16_bit_base_is_kept_in_float32(tmp_path: P
     with torch.no_grad(), model.disable_adapter():
         stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()
         assert torch.equal(model(input_ids=IDS).logits, stock(input_ids=IDS).logits)
+    both, names, _ = load_members([parts, parts])
+    add_combined(both, names, Combination("linear", (0.5, 0.5)), name="combined")
+    with torch.no_grad():
+        wanted = model(input_ids=IDS).logits
+        for name in (*names, "combined"):
+            both.set_adapter(name)
+            assert torch.allclose(both(input_ids=IDS).logits, wanted, atol=0.05), name
 
 
 @pytest.mark.slow
