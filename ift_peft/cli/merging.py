@@ -1,4 +1,4 @@
-"""The table of several adapters compared on several domains."""
+"""The tables of several adapters compared on several domains."""
 
 from __future__ import annotations
 
@@ -6,24 +6,27 @@ from typing import Any
 
 
 def print_merging(scores: dict[str, Any], *, title: str) -> None:
-    """The table of scores.json: every arm on each domain, and its change from the domain's own adapter."""
+    """The tables of scores.json: on each domain every arm, and its change from the domain's own adapter."""
     from rich.markup import escape
     from rich.table import Table
 
     from ift_peft.console import cell, out
 
-    domains = scores["domains"]
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    table.add_column("")
-    for name, own in domains.items():
-        table.add_column(f"{escape(name)}\n{own['metric']}", justify="right")
-        table.add_column("change from\nits own", justify="right")
+    out.print(f"{title}\n", markup=False)
+    for name, own in scores["domains"].items():
+        told = f"{escape(name)}: {own['metric']} on {own['rows']} rows"
+        table = Table(title=told, title_justify="left", box=None, padding=(0, 2, 0, 0))
+        for heading in ("", own["metric"], f"change from {escape(name)}"):
+            table.add_column(heading, justify="right" if heading else "left")
+        for arm, one in own["arms"].items():
+            table.add_row(escape(arm), cell(one["score"], signed=False), cell(one["change"], signed=True))
+        out.print(table)
+        out.print()
     if scores["mean"]:
-        table.add_column("mean", justify="right")
-    for arm in dict.fromkeys(arm for own in domains.values() for arm in own["arms"]):
-        found = [own["arms"].get(arm) for own in domains.values()]
-        cells = [cell(one and one[what], signed=what == "change") for one in found for what in ("score", "change")]
-        mean = [f"{scores['mean'][arm]:.3f}" if arm in scores["mean"] else ""] if scores["mean"] else []
-        table.add_row(escape(arm), *cells, *mean)
-    out.print(table)
+        table = Table(
+            title="mean over domains", title_justify="left", box=None, padding=(0, 2, 0, 0), show_header=False
+        )
+        for arm, mean in sorted(scores["mean"].items(), key=lambda one: -one[1]):
+            table.add_row(escape(arm), f"{mean:.3f}")
+        out.print(table)
     out.print(f"\n{scores['intervals']};\nchanges are paired: both on the same resampled rows\n", markup=False)
