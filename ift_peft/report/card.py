@@ -40,10 +40,15 @@ model = PeftModel.from_pretrained({kind}.from_pretrained(base{classes}), folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```
 
-{asked}
+{packed}{asked}
 ## Limits
 
 It was measured on the rows above and on nothing else. Other domains, languages and phrasings may score lower.
+"""
+
+_PACKED = """It was trained over {quantization} weights, and over others it answers otherwise: load the base with a
+`quantization_config` that packs it so, as the card that `ift export --to peft` writes has it.
+
 """
 
 
@@ -76,6 +81,7 @@ def adapter_card(recipe: Recipe, *, base: str, scores: dict[str, Any], rows: int
         table="\n".join(score_rows(scores)),
         intervals=scores["intervals"],
         safety=safety_part(scores),
+        packed="" if recipe.base.quantization == "none" else _PACKED.format(quantization=recipe.base.quantization),
         asked=asked,
     )
 
