@@ -9,7 +9,15 @@ from typing import Annotated
 
 import typer
 
-from ift_peft.cli.app import EnsembleOption, RunArgument, SourceOption, app, errors_to_exit_codes
+from ift_peft.cli.app import (
+    CalibrateOption,
+    EnsembleOption,
+    RunArgument,
+    SourceOption,
+    app,
+    errors_to_exit_codes,
+    require_ensemble,
+)
 from ift_peft.errors import RunError
 
 
@@ -35,6 +43,7 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(help="Other rows, in the form that the run's recipe reads.")] = None,
     source: SourceOption = None,
     ensemble: EnsembleOption = None,
+    calibrate: CalibrateOption = False,
 ) -> None:
     """Measure base and adapter of a run again, on its own held-out rows or on others; or several runs as one.
 
@@ -49,8 +58,13 @@ def evaluate(
         from ift_peft.cli.tables import print_ensemble
         from ift_peft.evaluate.ensemble import evaluate_ensemble
 
-        print_ensemble(evaluate_ensemble(opened, ensemble.value, data=data, source=source, reporter=ConsoleReporter()))
+        reporter = ConsoleReporter()
+        scores = evaluate_ensemble(
+            opened, ensemble.value, data=data, source=source, reporter=reporter, calibrate=calibrate
+        )
+        print_ensemble(scores)
         return
+    require_ensemble(calibrate)
     if len(opened) > 1:
         raise RunError(
             expected="one run, or --ensemble", found=f"{len(opened)} runs", fix="set runs side by side: ift compare"

@@ -41,11 +41,20 @@ class EnsembleKind(StrEnum):
 EnsembleOption = Annotated[
     EnsembleKind | None, typer.Option("--ensemble", help="Several runs with the same labels answer together.")
 ]
+CalibrateOption = Annotated[
+    bool, typer.Option("--calibrate", help="With --ensemble: a temperature, fitted on the runs' validation rows.")
+]
 RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Folder of all runs.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="section.key=value, e.g. training.learning_rate=1e-4 base.model=Qwen/Qwen3-0.6B"),
 ]
+
+
+def require_ensemble(calibrate: bool) -> None:
+    """Raises `RunError` for --calibrate where nothing answers together."""
+    if calibrate:
+        raise RunError(expected="--calibrate with --ensemble", found="it alone", fix="leave it out, or add --ensemble")
 
 
 def errors_to_exit_codes(command: Callable[P, None]) -> Callable[P, None]:

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ift_peft.cli.app import EnsembleOption, RunArgument, SourceOption, app, errors_to_exit_codes
+from ift_peft.cli.app import (
+    CalibrateOption,
+    EnsembleOption,
+    RunArgument,
+    SourceOption,
+    app,
+    errors_to_exit_codes,
+    require_ensemble,
+)
 from ift_peft.errors import DataError, IftPeftError, RunError
 
 if TYPE_CHECKING:
@@ -36,6 +44,7 @@ def predict(
     ] = 256,
     source: SourceOption = None,
     ensemble: EnsembleOption = None,
+    calibrate: CalibrateOption = False,
 ) -> None:
     """Answer texts with a run: labels with probabilities for classification, generated text otherwise.
 
@@ -56,13 +65,14 @@ def predict(
     )
     if ensemble is not None:
         as_json = input_file is not None or output_file is not None
-        lines = _answers_together(_open_all(runs), items, ensemble.value, source=source)
+        lines = _answers_together(_open_all(runs), items, ensemble.value, source=source, calibrate=calibrate)
         if output_file is not None:
             write_atomically(output_file, json_lines(list(lines)))
             return
         for line in lines:
             _print_answer(line, as_json=as_json)
         return
+    require_ensemble(calibrate)
     parts = as_asked(open_parts(open_run(run)), source)
     model, _ = load_model(parts)
     as_json = input_file is not None or output_file is not None
@@ -89,19 +99,27 @@ def _open_all(runs: list[Path]) -> list[RunDir]:
 
 
 def _answers_together(
-    runs: list[RunDir], items: Iterator[dict[str, Any]], kind: Kind, *, source: str | None
+    runs: list[RunDir], items: Iterator[dict[str, Any]], kind: Kind, *, source: str | None, calibrate: bool
 ) -> Iterator[dict[str, Any]]:
     from ift_peft.infer.ensemble import answer_together, check_members, open_members
     from ift_peft.infer.load import open_parts
+    from ift_peft.infer.temperature import at_temperature, ensemble_temperature
 
     parts = [open_parts(run) for run in runs]
     if source is not None:
         parts = [one.as_source(source) if one.recipe.data.mixed else one for one in parts]
     labels = check_members(parts)
     members, _ = open_members(parts)
+    temperature = ensemble_temperature(members, labels, kind)[0] if calibrate else 1.0
     while batch := list(islice(items, BATCH if not sys.stdin.isatty() else 1)):
         questions = [[_question(one, item) for item in batch] for one in parts]
-        for item, answer in zip(batch, answer_together(members, questions, labels=labels, kind=kind), strict=True):
+        for item, answer in zip(
+            batch,
+            answer_together(
+                members, questions, labels=labels, kind=kind, sharpen=lambda found: at_temperature(found, temperature)
+            ),
+            strict=True,
+        ):
             yield {"text": item.get("text", ""), **answer.to_json()}
 
 

@@ -18,6 +18,7 @@ from ift_peft.evaluate.measure import resampling
 from ift_peft.evaluate.metrics import Resampling
 from ift_peft.infer.ensemble import check_members, open_members, together
 from ift_peft.infer.load import held_out_rows, open_parts
+from ift_peft.infer.temperature import at_temperature, ensemble_temperature
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir
 from ift_peft.stages import Kind
@@ -26,12 +27,19 @@ CALIBRATION = ("ece", "brier", "nll")
 
 
 def evaluate_ensemble(
-    runs: Sequence[RunDir], kind: Kind, *, data: Path | None, reporter: Reporter, source: str | None = None
+    runs: Sequence[RunDir],
+    kind: Kind,
+    *,
+    data: Path | None,
+    reporter: Reporter,
+    source: str | None = None,
+    calibrate: bool = False,
 ) -> dict[str, Any]:
     """Scores of each run, of all together, and of the changes from each to that, paired, with a verdict.
 
     The rows are those that all runs hold out, or those of `data`, which each reads and asks by its own recipe, of a
-    mix as `source` does. Raises `RunError` or `Faults` where labels or rows are not the same.
+    mix as `source` does. With `calibrate` the ensemble has a temperature, fitted on validation rows. Raises
+    `RunError` or `Faults` where labels or rows are not the same.
     """
     parts = [open_parts(run) for run in runs]
     if source is not None:
@@ -75,7 +83,11 @@ def evaluate_ensemble(
         found.append(predicted.probabilities[:, [member.parts.labels.index(label) for label in labels]])
     truth = [labels.index(answer) for answer, _ in truths[0]]
     section = resampling(parts[0].recipe.evaluation)
-    return ensemble_scores(truth, labels, dict(zip(member_names(runs), found, strict=True)), kind, section)
+    temperature, fitted_on = ensemble_temperature(members, labels, kind) if calibrate else (1.0, 0)
+    if calibrate:
+        reporter.note(f"temperature {temperature:.3f}, by {fitted_on} validation rows")
+    by_name = dict(zip(member_names(runs), found, strict=True))
+    return ensemble_scores(truth, labels, by_name, kind, section, temperature=temperature)
 
 
 def member_names(runs: Sequence[RunDir]) -> list[str]:
@@ -86,16 +98,23 @@ def member_names(runs: Sequence[RunDir]) -> list[str]:
 
 
 def ensemble_scores(
-    truth: Sequence[int], labels: Sequence[str], members: dict[str, Floats], kind: Kind, section: Resampling
+    truth: Sequence[int],
+    labels: Sequence[str],
+    members: dict[str, Floats],
+    kind: Kind,
+    section: Resampling,
+    *,
+    temperature: float = 1.0,
 ) -> dict[str, Any]:
     """`members`, `ensemble` and `change` (ensemble minus member) with intervals, the `best` member, and a verdict.
 
     `members` has the probabilities of each, shape (rows, labels). The best member is best on these same rows, so a
     difference from it is, if anything, too small.
     """
-    ensemble = together(np.stack(list(members.values())), kind)
+    ensemble = at_temperature(together(np.stack(list(members.values())), kind), temperature)
     chosen, number = ensemble.argmax(axis=1).tolist(), len(labels)
     scores: dict[str, Any] = {"rows": len(truth), "labels": list(labels), "kind": kind, "members": {}, "change": {}}
+    scores |= {"temperature": round(temperature, 6)} if temperature != 1.0 else {}
     for name, own in members.items():
         alone = own.argmax(axis=1).tolist()
         calibration = calibration_scores(truth, own, ensemble, section)

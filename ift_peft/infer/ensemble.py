@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,11 +120,16 @@ def open_members(members: Sequence[Parts]) -> tuple[list[Member], list[str]]:
 
 
 def answer_together(
-    members: Sequence[Member], questions: Sequence[Sequence[Question]], *, labels: Sequence[str], kind: Kind
+    members: Sequence[Member],
+    questions: Sequence[Sequence[Question]],
+    *,
+    labels: Sequence[str],
+    kind: Kind,
+    sharpen: Callable[[Floats], Floats] = lambda probabilities: probabilities,
 ) -> Iterator[Answer]:
     """The answer of all to each question; `questions` has, for each member, each as that member is asked.
 
-    A question is truncated where it was for any of them.
+    A question is truncated where it was for any of them. `sharpen` may change the probabilities of all together.
     """
     if not questions[0]:
         return
@@ -138,7 +143,7 @@ def answer_together(
             truncated |= np.array([cut for _, cut in fitted], dtype=bool)
         found = _probabilities([members[number] for number in numbers], prompts, labels)
         tables |= dict(zip(numbers, found, strict=True))
-    found_together = together(np.stack([tables[number] for number in range(len(members))]), kind)
+    found_together = sharpen(together(np.stack([tables[number] for number in range(len(members))]), kind))
     for row, cut in zip(found_together, truncated, strict=True):
         named = dict(zip(labels, map(float, row), strict=True))
         yield Answer(labels[int(row.argmax())], named, bool(cut))

@@ -17,8 +17,10 @@ from ift_peft.evaluate.ensemble import ensemble_scores, evaluate_ensemble
 from ift_peft.evaluate.metrics import Resampling
 from ift_peft.infer.ensemble import answer_together, check_members, open_members, together
 from ift_peft.infer.load import open_parts
+from ift_peft.infer.temperature import at_temperature
 from ift_peft.reporter import Silent
 from ift_peft.run_dir import RunDir
+from tests.adapters.conftest import trained
 
 TEXTS = ["手机很好", "书很差", "这个茶不错"]
 
@@ -126,3 +128,22 @@ def test_the_verdict_says_so_where_the_ensemble_is_not_better_than_its_best_memb
     better = ensemble_scores(truth, ["a", "b"], members, "vote", Resampling(200))
     assert better["verdict"].startswith("the ensemble is better")
     assert better["ensemble"]["accuracy"]["value"] == 1
+
+
+@pytest.mark.slow
+def test_an_ensemble_is_calibrated_by_validation_rows(runs_root: Path, one: RunDir) -> None:
+    runs = [trained(runs_root, "name=validated", "validation.size=12", f"training.seed={seed}") for seed in (0, 1)]
+    plain = evaluate_ensemble(runs, "mean_probs", data=None, reporter=Silent())
+    found = evaluate_ensemble(runs, "mean_probs", data=None, reporter=Silent(), calibrate=True)
+    assert found["ensemble"]["accuracy"] == plain["ensemble"]["accuracy"] and found["members"] == plain["members"]
+    assert found["temperature"] != 1 and found["ensemble"]["nll"] != plain["ensemble"]["nll"]
+    folders = [str(run.path) for run in runs]
+    options = ("--ensemble", "mean_probs")
+    asked = [ift("predict", *folders, *options, *more, stdin="手机很好\n") for more in ((), ("--calibrate",))]
+    before, after = (float(done.stdout.split("正面 ")[1].split()[0]) for done in asked)
+    table = at_temperature(np.array([[1 - before, before]]), found["temperature"])
+    assert after == pytest.approx(float(table[0, 1]), abs=2e-3)
+    with pytest.raises(RunError, match="validation rows in every run"):
+        evaluate_ensemble([runs[0], one], "mean_probs", data=None, reporter=Silent(), calibrate=True)
+    alone = ift("predict", folders[0], "好", "--calibrate")
+    assert alone.exit_code == 5 and "--calibrate with --ensemble" in alone.stderr

@@ -7,6 +7,7 @@ import pytest
 from scipy.special import softmax
 
 from ift_peft.infer.ensemble import together
+from ift_peft.infer.temperature import at_temperature, fit_temperature
 from ift_peft.stages import Kind
 
 RNG = np.random.default_rng(0)
@@ -39,3 +40,15 @@ def test_a_vote_is_the_share_of_members_and_the_mean_decides_ties_alone() -> Non
     assert together(tied, "vote") == pytest.approx(np.array([[0.5, 0.5, 0]]), abs=1e-6)
     unvoted = np.array([[[0.4, 0.0, 0.6]], [[0.4, 0.6, 0.0]]])  # the likeliest by the mean has no vote
     assert together(unvoted, "mean_probs").argmax() == 0 and together(unvoted, "vote").argmax() != 0
+
+
+def test_a_temperature_makes_probabilities_as_sure_as_they_are_right() -> None:
+    """Draws from known probabilities that are then made too sure: the temperature takes that back."""
+    random = np.random.default_rng(0)
+    honest = random.dirichlet((1.0, 1.0, 1.0), size=4000)
+    truth = [int(random.choice(3, p=row)) for row in honest]
+    for power in (3.0, 0.5):
+        changed = honest**power / (honest**power).sum(axis=1, keepdims=True)
+        assert fit_temperature(changed, truth) == pytest.approx(power, rel=0.08)
+        back = at_temperature(changed, power)
+        assert np.allclose(back, honest) and (back.argmax(axis=1) == changed.argmax(axis=1)).all()
