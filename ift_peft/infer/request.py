@@ -145,5 +145,5 @@ class Stream:
         if self._on_change is not None:
             try:
                 self._on_change()
-            except Exception:  # whoever listened is gone, as a closed event loop is; the other requests are not
+            except BaseException:  # whoever listened is gone, as a closed event loop is; the other requests are not
                 self._on_change, self.cancelled = None, True

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
+import weakref
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -30,7 +32,7 @@ from ift_peft.infer.sampling import draw
 from ift_peft.infer.stacked import StackedAdapters
 from ift_peft.infer.text import TextStream
 from ift_peft.model.tokenizer import TINY
-from tests.infer.adapters import END, make_adapter, random_base, random_prompts, stock
+from tests.infer.adapters import END, make_adapter, out_of_memory, random_base, random_prompts, stock
 
 TOKENIZER = AutoTokenizer.from_pretrained(TINY)
 SIZE = len(TOKENIZER)
@@ -318,6 +320,120 @@ def test_answers_end_at_the_last_position_of_the_base(engine: Engine) -> None:
     assert len(one.tokens) <= 4
 
 
+def held_slots(stack: StackedAdapters) -> int:
+    return sum(stack._users.values())
+
+
+@pytest.mark.parametrize("at", [1, 2, 5])
+def test_rows_that_find_no_memory_to_join_fail_and_the_thread_answers_the_next(
+    started: Engine, llama: Stacked, at: int
+) -> None:
+    stack, models = llama
+    with out_of_memory(torch.Tensor, "new_zeros", at=at):  # a buffer for keys or for values, of either layer
+        with stack.lock:  # so that they are taken together
+            lost = [started.submit(Request(PROMPTS[number], str(number), NEW)) for number in (0, 1)]
+        for stream in lost:
+            with pytest.raises(torch.OutOfMemoryError):
+                stream.result(20)
+    found = started.submit(Request(PROMPTS[1], "1", NEW)).result(20)
+    assert found.tokens == stock(models["1"], PROMPTS[1], NEW)
+    started.stop()
+    assert (started.running, started.waiting, held_slots(stack)) == (0, 0, 0)
+
+
+def test_a_step_that_finds_no_memory_fails_its_rows_and_no_others(llama: Stacked) -> None:
+    stack, models = llama
+    engine = engine_of(stack, max_rows=2)
+    streams = [engine.submit(Request(PROMPTS[number], str(number % 2), NEW)) for number in range(3)]
+    engine.step()
+    with out_of_memory(torch.nn.functional, "scaled_dot_product_attention", at=2):
+        engine.step()
+    while engine.step():
+        pass
+    for stream in streams[:2]:
+        with pytest.raises(torch.OutOfMemoryError):
+            stream.result(0)
+    assert streams[2].result(0).tokens == stock(models["0"], PROMPTS[2], NEW)
+    assert held_slots(stack) == 0
+
+
+def test_what_interrupts_a_step_fails_every_request_and_lets_their_adapters_go(llama: Stacked) -> None:
+    stack, models = llama
+    engine = engine_of(stack, max_rows=2)
+    streams = [engine.submit(Request(PROMPTS[number], "1", NEW)) for number in range(3)]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    engine.step()
+    hook = stack.model.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    hook.remove()
+    for stream in streams:
+        with pytest.raises(RuntimeError, match="KeyboardInterrupt"):
+            stream.result(0)
+    assert not engine.step() and held_slots(stack) == 0
+    assert engine.run([Request(PROMPTS[0], "1", NEW)])[0].tokens == stock(models["1"], PROMPTS[0], NEW)
+
+
+def test_prompts_that_fail_together_are_run_alone_without_what_the_batch_took(llama: Stacked) -> None:
+    stack, models = llama
+    engine = engine_of(stack)
+    taken: list[weakref.ref[torch.Tensor]] = []
+
+    def no_room_for_two(module: object, arguments: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        assert all(one() is None for one in taken)
+        if len(output) > 1:
+            taken.append(weakref.ref(output))
+            raise torch.OutOfMemoryError("out of memory")
+
+    hook = stack.model.lm_head.register_forward_hook(no_room_for_two)
+    streams = [engine.submit(Request(PROMPTS[number], "1", 1)) for number in range(3)]
+    engine.step()
+    hook.remove()
+    assert len(taken) == 1
+    for number, stream in enumerate(streams):
+        assert stream.result(0).tokens == stock(models["1"], PROMPTS[number], 1)
+
+
+def test_a_listener_or_a_tokenizer_that_fails_ends_its_own_request_alone(llama: Stacked) -> None:
+    class Undecodable:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(TOKENIZER, name)
+
+        def decode(self, *_: object, **__: object) -> str:
+            raise OverflowError("decode")
+
+    def gone() -> None:
+        raise asyncio.CancelledError
+
+    stack, models = llama
+    engine = engine_of(stack)
+    left = engine.submit(Request(PROMPTS[0], "1", NEW), on_change=gone)
+    other = engine.submit(Request(PROMPTS[1], "1", NEW))
+    while engine.step():
+        pass
+    assert left.result(0).finish_reason == "cancelled"
+    assert other.result(0).tokens == stock(models["1"], PROMPTS[1], NEW)
+    engine = Engine(stack.model, Undecodable(), end_token_ids={END}, adapters=stack)
+    cancelled = engine.submit(Request(PROMPTS[0], "1", NEW))
+    cancelled.cancel()
+    assert not engine.step()
+    with pytest.raises(OverflowError):
+        cancelled.result(0)
+    assert held_slots(stack) == 0
+
+
+def test_a_refused_request_holds_no_adapter_and_takes_the_others_of_its_run_with_it(llama: Stacked) -> None:
+    engine = engine_of(llama[0])
+    with pytest.raises(TypeError):
+        engine.submit(Request(PROMPTS[0], "1", NEW, temperature=1.0, seed=0.5))  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="at least one token"):
+        engine.run([Request(PROMPTS[0], "1", NEW), Request((), "1", NEW)])
+    assert engine.waiting == 0 and held_slots(llama[0]) == 0
+
+
 def test_a_full_queue_says_so(llama: Stacked) -> None:
     engine = engine_of(llama[0], max_waiting=1)
     engine.submit(Request(PROMPTS[0]))
@@ -358,3 +474,27 @@ def test_a_thread_answers_many_clients_and_adapters_come_and_go(
     started.stop()
     assert all(stream.done for stream in late)
     assert all(a.result(0).tokens for a, _ in pairwise(late))
+    with pytest.raises(BusyError, match="one that stopped"):
+        started.submit(Request(PROMPTS[0]))
+    started.start()
+    assert started.submit(Request(PROMPTS[0], None, NEW)).result(20).tokens == wanted[0]
+
+
+def test_stopping_without_draining_cancels_requests_whose_prompt_is_being_run(started: Engine, llama: Stacked) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def wait(*_: object) -> None:
+        begun.set()
+        assert go_on.wait(20)
+
+    hook = llama[0].model.register_forward_hook(wait)
+    stream = started.submit(Request(PROMPTS[1], "1", 40))
+    assert begun.wait(20)
+    stopper = threading.Thread(target=started.stop, kwargs={"drain": False})
+    stopper.start()
+    while not started._stopping:
+        pass
+    hook.remove()
+    go_on.set()
+    stopper.join(20)
+    assert stream.result(0).finish_reason == "cancelled" and len(stream.result(0).tokens) <= 2
