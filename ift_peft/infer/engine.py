@@ -17,11 +17,10 @@ from torch import Tensor
 
 from ift_peft.errors import BusyError, IftPeftError, ModelError, raise_all
 from ift_peft.infer.request import Completion, FinishReason, Piece, Request, Stream
-from ift_peft.infer.rows import RowsCache, RowsModel
+from ift_peft.infer.rows import RowsCache, RowsModel, alike_positions
 from ift_peft.infer.sampling import Choices, TokenLogprob, draw, logprob_of
 from ift_peft.infer.stacked import StackedAdapters
 from ift_peft.infer.text import TextStream
-from ift_peft.model.base import positions
 
 
 class _Row:
@@ -92,6 +91,7 @@ class Engine:
     Either the caller steps it (`step`, `run`) or a thread of its own does (`start`, `stop`); `submit` and cancelling
     are for any thread. `model` may also be a `PeftModel` of any method, which then answers every request without
     `adapters`.
+    `positions` is how many tokens a prompt and its answer can have together, None where nothing limits them.
     Raises `ModelError` for a base whose rows of different lengths cannot be run together.
     """
 
@@ -118,7 +118,7 @@ class Engine:
             self._select([0])
             pad = tokenizer.pad_token_id
             self._model = RowsModel(model, next(iter(self._end_tokens)) if pad is None else pad)
-        self._positions = positions(model.config)
+        self.positions = alike_positions(model.config)
         self._vocabulary = len(model.get_input_embeddings().weight)
         self._max_prompt_tokens = max_prompt_tokens
         self._cache = RowsCache()
@@ -274,9 +274,9 @@ class Engine:
         need(all(request.stop), "stop strings that are not empty", repr(request.stop))
         need(0 <= (request.logprobs or 0) <= self._vocabulary, "logprobs of 0 or more", request.logprobs)
         limit = request.max_new_tokens
-        if self._positions is not None:
-            left = self._positions - len(request.prompt)
-            need(left > 0, f"a prompt shorter than the base's {self._positions} positions", len(request.prompt))
+        if self.positions is not None:
+            left = self.positions - len(request.prompt)
+            need(left > 0, f"a prompt shorter than the base's {self.positions} positions", len(request.prompt))
             limit = min(limit, left)
         if request.choices is not None:
             need(bool(request.choices) and all(request.choices), "choices of at least one token each", "an empty one")

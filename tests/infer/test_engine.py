@@ -22,12 +22,14 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     OPTConfig,
+    Phi3Config,
     Qwen3Config,
 )
 
 from ift_peft.errors import BusyError, Faults, ModelError
 from ift_peft.infer.engine import Engine
 from ift_peft.infer.request import Request
+from ift_peft.infer.rows import RowsLayer
 from ift_peft.infer.sampling import draw
 from ift_peft.infer.stacked import StackedAdapters
 from ift_peft.infer.text import TextStream
@@ -139,6 +141,45 @@ def test_bases_that_cannot_be_padded_are_refused_by_name() -> None:
     )
     with pytest.raises(ModelError, match="standard deviations where another row pads"):
         Engine(base, TOKENIZER, end_token_ids={END})
+
+
+def test_rows_of_a_base_with_longrope_stay_where_they_do_not_change_each_other() -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 24,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0, 4.0, 8.0, 16.0],
+    }
+    base = random_base(
+        Phi3Config(**COMMON, num_key_value_heads=2, rope_parameters=rope, original_max_position_embeddings=24)
+    )
+    engine = Engine(base, TOKENIZER, end_token_ids={END})
+    assert engine.positions == 24
+    with pytest.raises(ModelError, match="shorter than the base's 24 positions"):
+        engine.submit(Request(PROMPTS[3]))
+    prompts = [PROMPTS[number] for number in (0, 1, 7)]
+    for one, prompt in zip(engine.run([Request(prompt) for prompt in prompts]), prompts, strict=True):
+        assert one.tokens == stock(base, prompt, 24 - len(prompt))
+
+
+def test_keys_and_values_take_what_the_rows_of_now_need() -> None:
+    cache, buffers = RowsLayer(), set()
+    row = torch.ones(2, 50, 8)
+    for _ in range(100):
+        cache.join(row, row)
+        assert cache.held is not None
+        buffers.add(cache.held[0].shape)
+    assert len(buffers) < 15
+    for _ in range(99):
+        cache.leave(0)
+    for _ in range(3000):
+        cache.update(torch.ones(1, 2, 1, 8), torch.ones(1, 2, 1, 8))
+    assert cache.held is not None
+    rows, _, columns, _ = cache.held[0].shape
+    assert rows <= 2 and columns <= 3050 + 600
+    cache.leave(0)
+    assert cache.held is None and cache.get_seq_length() == 0
 
 
 def test_draws_depend_on_the_seed_and_not_on_the_crowd(engine: Engine) -> None:
