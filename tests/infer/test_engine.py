@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,6 +24,7 @@ from transformers import (
     MambaConfig,
     OPTConfig,
     Phi3Config,
+    PreTrainedTokenizerFast,
     Qwen3Config,
 )
 
@@ -260,6 +262,42 @@ def test_text_that_might_become_a_stop_string_is_given_out_once_it_cannot() -> N
     if len(emoji) > 1:
         assert [half.push(token) for token in emoji[:-1]] == [""] * (len(emoji) - 1)
         assert half.finish() == TOKENIZER.decode(emoji[:-1])
+
+
+@pytest.fixture(scope="module")
+def bytes_tokenizer() -> Any:
+    """As Llama 2's: what is no token of its own is tokens of bytes."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁a": 256, "b": 257}
+    inner = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
+def test_characters_of_byte_tokens_come_as_they_are_whole_and_stop_strings_among_them_stop(
+    bytes_tokenizer: Any,
+) -> None:
+    ids = [256, *"好\n的".encode(), 256, 10, 10, *"👩".encode(), 257]
+    text = TextStream(bytes_tokenizer)
+    given = [text.push(token) for token in ids]
+    assert [piece for piece in given if piece] == ["a", "好", "\n", "的", " a", "\n", "\n", "👩", "b"]
+    assert "".join(given) == bytes_tokenizer.decode(ids) and text.finish() == ""
+    for stop, until in (("\n", "好"), ("的 a\n\n", "好\n"), ("\n的", "好")):
+        text = TextStream(bytes_tokenizer, (stop,))
+        pieces = [text.push(token) for token in ids[1:]]
+        assert "".join(pieces) == until and text.stopped
+
+
+def test_bytes_that_are_no_character_are_shown_as_such_after_those_that_are(bytes_tokenizer: Any) -> None:
+    for ids, wanted in (
+        ([256, 10, 255, 10, 257, 256], "a\n\ufffd\ufffdb a"),
+        ([*"好".encode(), 0xE5, 256], "好\ufffd a"),
+        ([0xE5, 10, 256], "\ufffd\ufffd a"),
+        ([256, 10, 0xE5], "a\n\ufffd"),
+    ):
+        text = TextStream(bytes_tokenizer)
+        assert "".join(text.push(token) for token in ids) + text.finish() == wanted
 
 
 def test_streams_give_the_answer_in_pieces_as_it_is_made(engine: Engine) -> None:
