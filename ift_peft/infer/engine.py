@@ -113,13 +113,14 @@ class Engine:
             )
         self.adapters, self.max_rows, self.max_waiting = adapters, max_rows, max_waiting
         self._tokenizer, self._end_tokens = tokenizer, frozenset(end_token_ids)
+        self._vocabulary = len(model.get_input_embeddings().weight)
         self._lock = threading.RLock()
         with self._running():
             self._select([0])
             pad = tokenizer.pad_token_id
-            self._model = RowsModel(model, next(iter(self._end_tokens)) if pad is None else pad)
+            known = pad is not None and pad < self._vocabulary  # an added one may have no embedding
+            self._model = RowsModel(model, pad if known else min(self._end_tokens))
         self.positions = alike_positions(model.config)
-        self._vocabulary = len(model.get_input_embeddings().weight)
         self._max_prompt_tokens = max_prompt_tokens
         self._cache = RowsCache()
         self._rows: list[_Row] = []
@@ -282,6 +283,8 @@ class Engine:
             need(bool(request.choices) and all(request.choices), "choices of at least one token each", "an empty one")
             longest = max(map(len, request.choices), default=0)
             need(longest <= limit, f"choices of at most {limit} tokens", longest)
+            ends = any(token in self._end_tokens for one in request.choices for token in one[:-1])
+            need(not ends, "choices that no end token cuts short", "one inside of a choice")
         raise_all(faults)
         return limit
 

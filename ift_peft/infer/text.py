@@ -13,8 +13,8 @@ BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a token of one byte, as SentencePiece h
 class TextStream:
     """Text of tokens as they come: no part of a character, and no part of what may become a stop string.
 
-    Together the pieces are what the tokenizer makes of all tokens; but where tokens of bytes are characters before others
-    are none, those characters stay, while the tokenizer would show each byte as none. `stopped` is set once a stop string
+    Together the pieces are what the tokenizer makes of all tokens; but where tokens of bytes are characters before
+    others are none, those stay, while the tokenizer would show each byte as none. `stopped` is set once a stop string
     came, across however many tokens; it and what follows it are not given out. Tried instead: tokenizers' own
     `DecodeStream`, which raises where bytes in a row are no character.
     """

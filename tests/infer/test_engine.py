@@ -194,6 +194,8 @@ def test_draws_depend_on_the_seed_and_not_on_the_crowd(engine: Engine) -> None:
         assert alone.tokens == crowd[number].tokens
     (other,) = engine.run([ask(3, 8)])
     assert other.tokens != crowd[3].tokens
+    (negative,) = engine.run([ask(3, -7)])
+    assert negative.tokens != crowd[3].tokens
     (unseeded,) = engine.run([Request(PROMPTS[3], "2", NEW, temperature=1.0, top_p=0.9)])
     (again,) = engine.run([ask(3, unseeded.seed)])
     assert again.tokens == unseeded.tokens
@@ -210,6 +212,7 @@ def test_the_likeliest_tokens_are_told(engine: Engine) -> None:
 def test_draws_follow_temperature_and_top_p() -> None:
     logits = torch.tensor([0.0, 2.0, -1.0, 1.0])
     wanted = (logits / 2).softmax(dim=0)
+    assert draw(logits, temperature=1e-300, top_p=1.0, generator=random.Random(0)) == 1
     for top_p, kept in ((1.0, [0, 1, 2, 3]), (0.8, [0, 1, 3]), (0.01, [1])):
         generator = random.Random(0)
         drawn = [draw(logits, temperature=2.0, top_p=top_p, generator=generator) for _ in range(2000)]
@@ -309,6 +312,7 @@ def test_streams_give_the_answer_in_pieces_as_it_is_made(engine: Engine) -> None
     pieces += stream.ready()
     result = stream.result(timeout=0)
     assert sum(map(bool, seen)) > 3
+    assert list(stream) == list(stream) == []  # once given, and not waited for again
     assert "".join(piece.text for piece in pieces) == result.text
     assert tuple(token for piece in pieces for token in piece.tokens) == result.tokens
     assert all(len(piece.logprobs) == len(piece.tokens) for piece in pieces)
@@ -385,6 +389,7 @@ def test_a_request_that_fails_leaves_the_others_as_they_are(llama: Stacked, tmp_
         (Request((5,), stop=("",)), "stop strings"),
         (Request((5,), choices=((),)), "choices"),
         (Request((5,), max_new_tokens=1, choices=((1, 2),)), "choices of at most 1"),
+        (Request((5,), choices=((7, END, 8),)), "no end token cuts short"),
         (Request((5,), "unknown"), "an adapter out of 0, 1, 2"),
     ],
 )

@@ -94,6 +94,22 @@ def test_adapters_on_embedding_and_head_are_added_as_peft_does(base: Any, tmp_pa
     assert torch.equal(found[1], plain[1]) or torch.allclose(found[1], plain[1], atol=1e-5)
 
 
+def test_the_bases_own_embedding_may_lie_beside_the_adapter_and_another_may_not(base: Any, tmp_path: Path) -> None:
+    model = make_adapter(base, tmp_path / "a", r=3, target_modules=["embed_tokens", "v_proj"])
+    with quiet():
+        model.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    weights = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    (key,) = (name for name in weights if "base_layer" in name)
+    stack = StackedAdapters(base)
+    stack.load("a", tmp_path / "a")
+    stack.select([stack.acquire("a")])
+    torch.testing.assert_close(logits(base), logits(model), atol=1e-4, rtol=1e-4)
+    weights[key][5, 5] += 1
+    save_file(weights, tmp_path / "a" / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"own weights of model\.embed_tokens"):
+        stack.load("b", tmp_path / "a")
+
+
 @pytest.mark.parametrize("kind", ["bfloat16", "nf4"])
 def test_casts_are_those_of_peft(kind: str, base: Any, tmp_path: Path) -> None:
     """One adapter for all rows, for which not a bit may differ."""
