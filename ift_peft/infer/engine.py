@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import random
 import secrets
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
@@ -15,22 +17,22 @@ from torch import Tensor
 
 from ift_peft.errors import BusyError, IftPeftError, ModelError, raise_all
 from ift_peft.infer.request import Completion, FinishReason, Piece, Request, Stream
-from ift_peft.infer.rows import RowsCache, RowsModel
+from ift_peft.infer.rows import RowsCache, RowsModel, alike_positions
 from ift_peft.infer.sampling import Choices, TokenLogprob, draw, logprob_of
 from ift_peft.infer.stacked import StackedAdapters
 from ift_peft.infer.text import TextStream
-from ift_peft.model.base import positions
 
 
 class _Row:
     """One request in the batch, or waiting for it."""
 
-    def __init__(self, stream: Stream, slot: int, limit: int, tokenizer: Any, end_token: int) -> None:
+    def __init__(self, stream: Stream, limit: int, tokenizer: Any, end_token: int) -> None:
         request = stream.request
-        self.stream, self.slot, self.limit = stream, slot, limit
+        self.stream, self.limit = stream, limit
+        self.slot = 0  # of its adapter, once that is held
         self.text = TextStream(tokenizer, request.stop)
         self.choices = None if request.choices is None else Choices(request.choices, end_token)
-        self.generator = random.Random(stream.seed)
+        self.generator = random.Random(stream.seed % 2**64)  # Python's own takes -7 for 7
         self.count = 0
         self.token = -1  # the last one, which the next step is given
         self._tokens: list[int] = []  # since the last piece
@@ -89,6 +91,7 @@ class Engine:
     Either the caller steps it (`step`, `run`) or a thread of its own does (`start`, `stop`); `submit` and cancelling
     are for any thread. `model` may also be a `PeftModel` of any method, which then answers every request without
     `adapters`.
+    `positions` is how many tokens a prompt and its answer can have together, None where nothing limits them.
     Raises `ModelError` for a base whose rows of different lengths cannot be run together.
     """
 
@@ -104,22 +107,28 @@ class Engine:
         max_prompt_tokens: int = 4096,
     ) -> None:
         """`max_waiting` bounds the queue; at most `max_prompt_tokens` of several prompts are run in one step."""
+        if max_waiting is not None and max_waiting < 1:
+            raise ModelError(
+                expected="max_waiting of at least 1", found=str(max_waiting), fix="leave it out, or raise it"
+            )
         self.adapters, self.max_rows, self.max_waiting = adapters, max_rows, max_waiting
         self._tokenizer, self._end_tokens = tokenizer, frozenset(end_token_ids)
+        self._vocabulary = len(model.get_input_embeddings().weight)
         self._lock = threading.RLock()
         with self._running():
             self._select([0])
             pad = tokenizer.pad_token_id
-            self._model = RowsModel(model, next(iter(self._end_tokens)) if pad is None else pad)
-        self._positions = positions(model.config)
-        self._vocabulary = len(model.get_input_embeddings().weight)
+            known = pad is not None and pad < self._vocabulary  # an added one may have no embedding
+            self._model = RowsModel(model, pad if known else min(self._end_tokens))
+        self.positions = alike_positions(model.config)
         self._max_prompt_tokens = max_prompt_tokens
         self._cache = RowsCache()
         self._rows: list[_Row] = []
+        self._joining: list[_Row] = []  # no longer waiting, and not yet in the batch
         self._waiting: deque[_Row] = deque()
         self._wake = threading.Condition()  # guards `_waiting` and the following
         self._thread: threading.Thread | None = None
-        self._stopping = False
+        self._stopping = self._cancelling = False
 
     @property
     def running(self) -> int:
@@ -139,31 +148,42 @@ class Engine:
         limit = self._limit(request)
         if request.adapter is not None and self.adapters is None:
             raise ModelError(expected="no adapter", found=repr(request.adapter), fix="give the engine `adapters`")
-        seed = secrets.randbits(63) if request.seed is None else request.seed
+        seed = secrets.randbits(63) if request.seed is None else operator.index(request.seed)
         stream = Stream(request, seed, on_change)
+        row = _Row(stream, limit, self._tokenizer, min(self._end_tokens))
         with self._wake:
             if self._stopping:
-                raise BusyError(expected="an engine that takes requests", found="one that stops", fix="try again later")
-            if self.max_waiting is not None and len(self._waiting) >= self.max_waiting:
+                raise BusyError(
+                    expected="an engine that takes requests", found="one that stopped", fix="start it again"
+                )
+            if self._full():
                 raise BusyError(
                     expected=f"fewer than {self.max_waiting} requests waiting",
                     found=str(len(self._waiting)),
                     fix="try again later",
                 )
-            slot = 0 if self.adapters is None else self.adapters.acquire(request.adapter)
-            self._waiting.append(_Row(stream, slot, limit, self._tokenizer, min(self._end_tokens)))
+            if self.adapters is not None:
+                row.slot = self.adapters.acquire(request.adapter)
+            self._waiting.append(row)
             self._wake.notify()
         return stream
 
     def step(self) -> bool:
-        """Run prompts that wait, as far as there are rows for them, then one token for each row. False if idle."""
+        """Run prompts that wait, as far as there are rows for them, then one token for each row. False if idle.
+
+        Raises what is no fault of a request or of memory, as an interrupt; every request has failed with it then.
+        """
         with self._running():
-            self._drop_cancelled()
-            joining = self._next_prompts()
-            if joining:
-                self._run_prompts(joining)
-            if self._rows:
-                self._run_step()
+            try:
+                self._drop_cancelled()
+                self._take_prompts()
+                if self._joining:
+                    self._run_prompts(list(self._joining))
+                if self._rows:
+                    self._run_step()
+            except BaseException as error:
+                self._lose(error, waiting=True)
+                raise
         return bool(self._rows or self._waiting)
 
     def run(self, requests: Sequence[Request]) -> list[Completion]:
@@ -171,38 +191,52 @@ class Engine:
         streams: list[Stream] = []
         try:
             for request in requests:
-                while self._full():
-                    self._turn()
-                streams.append(self.submit(request))
+                streams.append(self._submit_in_turn(request))
             while not all(stream.done for stream in streams):
                 self._turn()
         except BaseException:
             for stream in streams:
                 stream.cancel()
+            if self._thread is None:  # no step may follow that would let their adapters go
+                with self._running():
+                    self._drop_cancelled()
             raise
         return [stream.result() for stream in streams]
+
+    def _submit_in_turn(self, request: Request) -> Stream:
+        """`submit`, once there is room in the queue, which others may fill as well."""
+        while True:
+            while self._full() and not self._stopping:
+                self._turn()
+            try:
+                return self.submit(request)
+            except BusyError:
+                if self._stopping:
+                    raise
 
     def start(self) -> None:
         """Step in a thread of its own, which sleeps while there is nothing to do."""
         with self._wake:
             if self._thread is not None:
                 raise RuntimeError("the engine's thread is running")
-            self._stopping = False
+            self._stopping = self._cancelling = False
             self._thread = threading.Thread(target=self._drive, name="engine", daemon=True)
             self._thread.start()
 
     def stop(self, *, drain: bool = True) -> None:
-        """Take no more requests and end the thread, after those that it has (`drain`), or with them cancelled."""
+        """Take no more requests, until `start`, and end the thread, after those that it has (`drain`), or with them
+        cancelled.
+        """
         with self._wake:
             self._stopping = True
-            if not drain:
-                for row in [*self._rows, *self._waiting]:
-                    row.stream.cancel()
+            self._cancelling = self._cancelling or not drain
+            thread = self._thread
             self._wake.notify_all()
-        if self._thread is not None:
-            self._thread.join()
-        with self._wake:
-            self._thread, self._stopping = None, False
+        if thread is not None:
+            thread.join()
+            with self._wake:
+                if self._thread is thread:
+                    self._thread = None
 
     def _drive(self) -> None:
         while True:
@@ -211,7 +245,8 @@ class Engine:
                     self._wake.wait()
                 if self._stopping and not (self._waiting or self._rows):
                     return
-            self.step()
+            with suppress(BaseException):  # whoever asked was told; those who ask next are answered
+                self.step()
 
     def _turn(self) -> None:
         """One step, or the time of one where a thread makes them."""
@@ -240,81 +275,110 @@ class Engine:
         need(all(request.stop), "stop strings that are not empty", repr(request.stop))
         need(0 <= (request.logprobs or 0) <= self._vocabulary, "logprobs of 0 or more", request.logprobs)
         limit = request.max_new_tokens
-        if self._positions is not None:
-            left = self._positions - len(request.prompt)
-            need(left > 0, f"a prompt shorter than the base's {self._positions} positions", len(request.prompt))
+        if self.positions is not None:
+            left = self.positions - len(request.prompt)
+            need(left > 0, f"a prompt shorter than the base's {self.positions} positions", len(request.prompt))
             limit = min(limit, left)
         if request.choices is not None:
             need(bool(request.choices) and all(request.choices), "choices of at least one token each", "an empty one")
             longest = max(map(len, request.choices), default=0)
             need(longest <= limit, f"choices of at most {limit} tokens", longest)
+            ends = any(token in self._end_tokens for one in request.choices for token in one[:-1])
+            need(not ends, "choices that no end token cuts short", "one inside of a choice")
         raise_all(faults)
         return limit
 
     def _drop_cancelled(self) -> None:
-        for row in [row for row in self._rows if row.stream.cancelled]:
-            row.cancel()
+        for row in [row for row in self._rows if self._is_cancelled(row)]:
+            self._cancel(row)
             self._leave(row)
         with self._wake:
-            gone = [row for row in self._waiting if row.stream.cancelled]
+            gone = [row for row in self._waiting if self._is_cancelled(row)]
             if gone:
                 self._waiting = deque(row for row in self._waiting if row not in gone)
         for row in gone:
-            row.cancel()
+            self._cancel(row)
             self._release(row)
 
-    def _next_prompts(self) -> list[_Row]:
+    def _is_cancelled(self, row: _Row) -> bool:
+        return self._cancelling or row.stream.cancelled
+
+    def _cancel(self, row: _Row) -> None:
+        try:
+            row.cancel()
+        except Exception as error:  # as of a tokenizer that cannot decode what is held back
+            row.stream.fail(error)
+
+    def _take_prompts(self) -> None:
         """Take from the queue what there are rows for."""
-        joining: list[_Row] = []
         longest = 0
         with self._wake:
-            while self._waiting and len(self._rows) + len(joining) < self.max_rows:
+            while self._waiting and len(self._rows) + len(self._joining) < self.max_rows:
                 longest = max(longest, len(self._waiting[0].stream.request.prompt))
-                if joining and longest * (len(joining) + 1) > self._max_prompt_tokens:
+                if self._joining and longest * (len(self._joining) + 1) > self._max_prompt_tokens:
                     break
-                joining.append(self._waiting.popleft())
-        return joining
+                self._joining.append(self._waiting.popleft())
 
-    def _run_prompts(self, joining: list[_Row]) -> None:
-        """Run prompts together, take the first token of each, and let those that go on join the rows."""
+    def _run_prompts(self, rows: list[_Row]) -> None:
+        """Run prompts together, take the first token of each, and let those that go on join the batch."""
+        failed: Exception | None = None
         try:
-            self._select([row.slot for row in joining])
-            logits, cache = self._model.prompts([row.stream.request.prompt for row in joining])
+            self._select([row.slot for row in rows])
+            logits, cache = self._model.prompts([row.stream.request.prompt for row in rows])
+            likeliest = _likeliest(logits)
         except Exception as error:
-            if len(joining) == 1:  # one that fails leaves the others as they are
-                self._fail(joining[0], error)
-            else:
-                for row in joining:
-                    self._run_prompts([row])
+            failed = _emptied(error)
+        if failed is not None:
+            if len(rows) == 1:  # one that fails leaves the others as they are
+                self._joining.remove(rows[0])
+                self._fail(rows[0], failed)
+            else:  # outside of the `except`, which would hold what the failed batch took
+                for row in rows:
+                    if row in self._joining:
+                        self._run_prompts([row])
             return
-        ended = self._advance(joining, logits)
-        for number, row in enumerate(joining):
-            if row in ended:
-                self._release(row)
-            else:
-                self._cache.join(cache, number, len(row.stream.request.prompt))
-                self._rows.append(row)
+        ended = self._advance(rows, logits, likeliest)
+        try:
+            for number, row in enumerate(rows):
+                if row not in ended:
+                    self._cache.join(cache, number, len(row.stream.request.prompt))
+                    self._rows.append(row)
+                self._joining.remove(row)
+                if row in ended:
+                    self._release(row)
+        except Exception as error:
+            self._lose(error)
 
     def _run_step(self) -> None:
         try:
             self._select([row.slot for row in self._rows], keep=True)
             logits = self._model.step([row.token for row in self._rows], self._cache)
-        except Exception as error:  # what the cache holds is unknown now
-            rows, self._rows, self._cache = self._rows, [], RowsCache()
-            for row in rows:
-                self._fail(row, error)
+            likeliest = _likeliest(logits)
+        except Exception as error:
+            self._lose(error)
             return
-        for row in self._advance(self._rows, logits):
+        for row in self._advance(self._rows, logits, likeliest):
             self._leave(row)
 
-    def _advance(self, rows: Sequence[_Row], logits: Tensor) -> list[_Row]:
+    def _lose(self, error: BaseException, *, waiting: bool = False) -> None:
+        """Fail the batch and what was to join it, as what the cache holds is unknown; or those that wait as well."""
+        lost = list(dict.fromkeys([*self._joining, *self._rows]))
+        if waiting:
+            with self._wake:
+                lost += self._waiting
+                self._waiting.clear()
+        self._joining, self._rows, self._cache = [], [], RowsCache()
+        if not isinstance(error, Exception):
+            error = RuntimeError(f"the engine was interrupted by {type(error).__name__}")
+        for row in lost:
+            self._fail(row, error)
+
+    def _advance(self, rows: Sequence[_Row], logits: Tensor, likeliest: Sequence[int | None]) -> list[_Row]:
         """One more token for each row; the rows that ended, or failed, with it."""
-        greatest, likeliest = logits.max(dim=-1)
-        finite, tokens = torch.isfinite(greatest).tolist(), likeliest.tolist()
         ended = []
-        for row, whole, token, own in zip(rows, finite, tokens, logits, strict=True):
+        for row, token, own in zip(rows, likeliest, logits, strict=True):
             try:
-                if not whole:
+                if token is None:
                     raise ModelError(
                         expected="finite logits",
                         found=f"NaN or infinity for {row.stream.request.adapter or 'the base'}",
@@ -322,7 +386,7 @@ class Engine:
                     )
                 reason = row.take(row.choose(own, token), self._end_tokens)
             except Exception as error:
-                row.stream.fail(error)
+                row.stream.fail(_emptied(error))
                 ended.append(row)
                 continue
             if reason is not None:
@@ -340,7 +404,8 @@ class Engine:
         self._release(row)
 
     def _fail(self, row: _Row, error: Exception) -> None:
-        row.stream.fail(error)
+        if not row.stream.done:
+            row.stream.fail(_emptied(error))
         self._release(row)
 
     def _release(self, row: _Row) -> None:
@@ -353,3 +418,21 @@ class Engine:
     def _select(self, slots: Sequence[int], *, keep: bool = False) -> None:
         if self.adapters is not None:
             self.adapters.select(slots, keep=keep)
+
+
+def _likeliest(logits: Tensor) -> list[int | None]:
+    """The likeliest token of each row; None where a logit is no number. Where the model failed late, this raises."""
+    greatest, tokens = logits.max(dim=-1)
+    finite = torch.isfinite(greatest).tolist()
+    return [token if whole else None for token, whole in zip(tokens.tolist(), finite, strict=True)]
+
+
+def _emptied(error: Exception) -> Exception:
+    """The error, to be kept, without the frames that it came through and their tensors; a note tells of them."""
+    if error.__traceback__ is not None:
+        error.add_note("".join(traceback.format_tb(error.__traceback__)).rstrip())
+    one: BaseException | None = error
+    while one is not None:
+        one.__traceback__ = None
+        one = one.__context__
+    return error

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from ift_peft.errors import IftPeftError, ModelError, first_line, raise_all
 
 PREFIX = "base_model.model."
+BASES_OWN = ".base_layer.weight"  # of embeddings, which PEFT saves beside their adapters
 KEY = re.compile(r"(?P<module>.+)\.(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
 MERGE = "merge it into its base and serve that (ift merge), or train it as plain LoRA"
 # What of a LoraConfig the weights' shapes and names say already, or what does not change the outputs.
@@ -73,8 +74,10 @@ def read_lora(folder: Path, model: nn.Module) -> dict[str, Lora]:
         raise ModelError(
             expected=f"adapter_model.safetensors in {folder}", found=first_line(error), fix="save the adapter again"
         ) from error
-    pairs, faults = _pairs(tensors, folder)
     modules = dict(model.named_modules())
+    own = {key: tensors.pop(key) for key in list(tensors) if key.endswith(BASES_OWN)}
+    pairs, faults = _pairs(tensors, folder)
+    faults += _faults_of_base(own, modules, folder)
     for name, pair in pairs.items():
         fault = _fault_of_module(name, pair, modules.get(name), folder)
         if fault is not None:
@@ -111,6 +114,19 @@ def _faults_of(config: dict[str, Any], folder: Path) -> list[IftPeftError]:
     if isinstance(started, str) and started.startswith(CHANGES_THE_BASE):
         found.append(f"init_lora_weights={started!r}, which changes the base's own weights")
     return [ModelError(expected="plain LoRA", found=f"{one} in {folder}", fix=MERGE) for one in found]
+
+
+def _faults_of_base(own: dict[str, Tensor], modules: dict[str, nn.Module], folder: Path) -> list[IftPeftError]:
+    """The base's weights that lie beside the adapter and are not those of this base."""
+    faults: list[IftPeftError] = []
+    for key, saved in own.items():
+        name = key.removeprefix(PREFIX).removesuffix(BASES_OWN)
+        weight = getattr(modules.get(name), "weight", None)
+        if weight is None or not torch.equal(saved.to(weight.device, weight.dtype), weight):
+            faults.append(
+                ModelError(expected=f"the base's own weights of {name}", found=f"others in {folder}", fix=MERGE)
+            )
+    return faults
 
 
 def _pairs(tensors: dict[str, Tensor], folder: Path) -> tuple[dict[str, dict[str, Tensor]], list[IftPeftError]]:

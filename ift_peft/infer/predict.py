@@ -16,6 +16,7 @@ from ift_peft.infer.generation import continue_all, room
 from ift_peft.infer.likelihood import label_probabilities
 from ift_peft.infer.load import Parts, Question
 from ift_peft.infer.request import Request
+from ift_peft.model.base import positions
 
 
 @dataclass(frozen=True)
@@ -57,28 +58,35 @@ def answer_all(
             for (_, truncated), row in zip(batch, probabilities, strict=True):
                 named = dict(zip(parts.labels, map(float, row), strict=True))
                 yield Answer(max(named, key=lambda label: named[label]), named, truncated)
-    elif on_text is None and (engine := _engine(model, parts, max_rows=batch_size)) is not None:
-        assert isinstance(parts.renderer, Renderer)
-        ids = parts.renderer.prompts([prompt for prompt, _ in fitted])
-        for (_, truncated), found in zip(
-            fitted,
-            engine.run([Request(tuple(one), max_new_tokens=max_new_tokens) for one in ids]),
-            strict=True,
-        ):
-            yield Answer(found.text.strip(), None, truncated)
-    else:
-        for prompt, truncated in fitted:
+        return
+    together = None
+    if on_text is None:
+        together = _together(model, parts, [prompt for prompt, _ in fitted], max_new_tokens, max_rows=batch_size)
+    for number, (prompt, truncated) in enumerate(fitted):
+        if together is not None:
+            text = together[number]
+        else:
             text = generate(model, parts, prompt, max_new_tokens=max_new_tokens, on_text=on_text)
-            yield Answer(text, None, truncated)
+        yield Answer(text, None, truncated)
 
 
-def _engine(model: Any, parts: Parts, *, max_rows: int) -> Engine | None:
-    """An engine that gives the tokens of `generate` to many prompts at once; None for a base that it does not take."""
+def _together(
+    model: Any, parts: Parts, prompts: Sequence[Sequence[Message]], max_new_tokens: int, *, max_rows: int
+) -> list[str] | None:
+    """The answers of `generate` to many prompts at once; None where an engine does not give the same tokens."""
     assert isinstance(parts.renderer, Renderer)  # a classifier has labels and is not asked to write
+    if getattr(model, "is_loaded_in_8bit", False):
+        max_rows = 1  # what LLM.int8 keeps unquantised in one row depends on the others
     try:
-        return Engine(model, parts.tokenizer, end_token_ids={parts.renderer.end_token_id}, max_rows=max_rows)
+        engine = Engine(model, parts.tokenizer, end_token_ids={parts.renderer.end_token_id}, max_rows=max_rows)
     except ModelError:
         return None
+    ids = parts.renderer.prompts(prompts)
+    longest = max(map(len, ids), default=0) + max_new_tokens
+    if engine.positions != positions(model.config) and longest > (engine.positions or 0):
+        return None  # alone, rows may be longer
+    found = engine.run([Request(tuple(one), max_new_tokens=max_new_tokens) for one in ids])
+    return [one.text.strip() for one in found]
 
 
 class _CallbackStreamer(TextStreamer):

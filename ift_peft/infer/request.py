@@ -99,6 +99,7 @@ class Stream:
         """Pieces as they come. Raises what the request failed with."""
         while (piece := self._pieces.get()) is not None:
             yield piece
+        self._pieces.put(None)  # for whoever iterates once more
         if self.error is not None:
             raise self.error
 
@@ -110,8 +111,10 @@ class Stream:
                 piece = self._pieces.get_nowait()
             except queue.Empty:
                 return found
-            if piece is not None:
-                found.append(piece)
+            if piece is None:
+                self._pieces.put(None)
+                return found
+            found.append(piece)
 
     def put(self, piece: Piece) -> None:
         """For the engine."""
@@ -145,5 +148,5 @@ class Stream:
         if self._on_change is not None:
             try:
                 self._on_change()
-            except Exception:  # whoever listened is gone, as a closed event loop is; the other requests are not
+            except BaseException:  # whoever listened is gone, as a closed event loop is; the other requests are not
                 self._on_change, self.cancelled = None, True

@@ -17,11 +17,12 @@ from transformers.cache_utils import (
 )
 
 from ift_peft.errors import ModelError
+from ift_peft.model.base import positions
 
-ROOM = 64  # columns that are allocated beyond those in use
+ROOM, MOST_ROOM = 64, 512  # columns that are allocated beyond those in use
 
 
-class _RowsLayer(CacheLayerMixin):
+class RowsLayer(CacheLayerMixin):
     """One layer's keys and values, (rows, heads, columns, width), in buffers that are wider and longer than in use.
 
     All rows end in the same column, so that masks by column distance, as those of sliding windows, hold for each.
@@ -56,8 +57,11 @@ class _RowsLayer(CacheLayerMixin):
             return
         width = self.end - self.start
         columns -= self.start
-        # By half as much again, so that growing costs a constant number of copies a column.
-        size = (max(rows, have[0]), have[1] if columns <= have[1] * 3 // 4 else columns * 3 // 2 + ROOM)
+        # By half as much again, so that growing costs few copies; of what is needed now, not of what once was.
+        size = (
+            have[0] if rows <= have[0] <= 2 * rows else rows + rows // 2,
+            columns + min(max(columns // 2, ROOM), MOST_ROOM),
+        )
         moved = []
         for number, like in enumerate((keys, values)):
             new = like.new_zeros((size[0], like.shape[1], size[1], like.shape[3]))
@@ -88,7 +92,9 @@ class _RowsLayer(CacheLayerMixin):
     def leave(self, row: int) -> None:
         """The last row takes the place of one that ends."""
         self.rows -= 1
-        if self.held is not None and row != self.rows:
+        if not self.rows:
+            self.held, self.start, self.end = None, 0, 0
+        elif self.held is not None and row != self.rows:
             for part in self.held:
                 part[row, :, : self.end] = part[self.rows, :, : self.end]
 
@@ -109,13 +115,13 @@ class RowsCache(Cache):
     """
 
     def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=_RowsLayer)
+        super().__init__(layer_class_to_replicate=RowsLayer)
         self.lengths: list[int] = []
 
     def join(self, prompts: DynamicCache, row: int, length: int) -> None:
         """The last `length` columns of one row of a cache of prompts become the last row."""
         while len(self.layers) < len(prompts.layers):
-            self.layers.append(_RowsLayer())
+            self.layers.append(RowsLayer())
         for own, other in zip(self.layers, prompts.layers, strict=True):
             own.join(other.keys[row, :, -length:], other.values[row, :, -length:])
         self.lengths.append(length)
@@ -146,8 +152,6 @@ class RowsCache(Cache):
         width = max(self.lengths, default=0)
         for layer in self.layers:
             layer.start = layer.end - width
-            if not width:
-                layer.start = layer.end = 0
 
 
 def padded(prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
@@ -161,6 +165,21 @@ def padded(prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.de
         "attention_mask": (columns >= 0).long(),
         "position_ids": columns.clamp(min=0),
     }
+
+
+def alike_positions(config: Any) -> int | None:
+    """Positions that a row can have whatever the length of others in its batch; None where nothing limits them.
+
+    LongRoPE (arXiv:2402.13753) turns all rows otherwise once one is longer than the base was at first.
+    """
+    ropes = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    limits = [
+        int(rope["original_max_position_embeddings"])
+        for rope in (ropes, *ropes.values())  # of the base, or of each kind of its layers
+        if isinstance(rope, dict) and rope.get("rope_type") == "longrope"
+    ]
+    whole = positions(config)
+    return min(limits if whole is None else [*limits, whole], default=None)
 
 
 class RowsModel:

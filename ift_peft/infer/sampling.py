@@ -51,7 +51,9 @@ def draw(logits: Tensor, *, temperature: float, top_p: float, generator: random.
 
     One uniform number a token, of a generator that is the row's own: what is drawn does not depend on other rows.
     """
-    probabilities = (logits.float() / temperature).softmax(dim=-1)
+    logits = logits.float()
+    # From the greatest down, which stays 0 at any temperature; float32 has none much smaller than this one.
+    probabilities = ((logits - logits.max()) / max(temperature, 1e-30)).softmax(dim=-1)
     order = None
     if top_p < 1:
         probabilities, order = probabilities.sort(descending=True, stable=True)

@@ -57,9 +57,9 @@ class _Layer:
         """Put an adapter's matrices, or nothing, into a slot; wider ones widen all."""
         if lora is not None and len(lora.a) > self.r:
             more = _rounded(len(lora.a)) - self.r
-            self.a = torch.cat([self.a, self.a.new_zeros(len(self.a), more, self.a.shape[2])], dim=1)
-            self.b = torch.cat([self.b, self.b.new_zeros(len(self.b), more, self.b.shape[2])], dim=1)
-            self.kept = None
+            a = torch.cat([self.a, self.a.new_zeros(len(self.a), more, self.a.shape[2])], dim=1)
+            b = torch.cat([self.b, self.b.new_zeros(len(self.b), more, self.b.shape[2])], dim=1)
+            self.a, self.b, self.kept = a, b, None  # together, as there may have been no room for the second
         self.a[slot].zero_()
         self.b[slot].zero_()
         self.used.discard(slot)
@@ -243,26 +243,31 @@ class StackedAdapters:
         """
         if (tuple(slots), keep) == self._selected:
             return
-        self._selected = (tuple(slots), keep)
+        self._selected = None  # until every layer follows: one may find no memory for its copies
         used = set(slots)
         if len(used) == 1:
             (slot,) = used
             for layer in self._layers.values():
                 layer.all_of(slot)
-            return
-        changed: list[int] = []
+        else:
+            self._select_rows(slots, keep=keep)
+        self._selected = (tuple(slots), keep)
+
+    def _select_rows(self, slots: Sequence[int], *, keep: bool) -> None:
+        used, changed, capacity = set(slots), list[int](), max(self._capacity, len(slots))
         if keep:
-            before = self._kept + [-1] * len(slots)
+            before, self._kept = self._kept + [-1] * len(slots), []
             changed = [row for row, slot in enumerate(slots) if before[row] != slot]
-            self._kept, self._capacity = list(slots), max(self._capacity, len(slots))
         chosen, where = torch.tensor(slots), torch.tensor(changed, dtype=torch.long)
         for layer in self._layers.values():
             if keep:  # also where none of these rows adapts it: its copies must be those that `_kept` tells of
-                layer.keep(chosen.to(layer.a.device), self._capacity, where.to(layer.a.device))
+                layer.keep(chosen.to(layer.a.device), capacity, where.to(layer.a.device))
             elif used & layer.used:
                 layer.each_of(chosen.to(layer.a.device))
             if not used & layer.used:
                 layer.off()
+        if keep:
+            self._kept, self._capacity = list(slots), capacity
 
     @contextmanager
     def holding(self, name: str | None) -> Iterator[int]:
@@ -284,14 +289,14 @@ class StackedAdapters:
     def _write(self, slot: int, weights: dict[str, Lora]) -> None:
         """Copy weights into a slot, and zeros wherever its last adapter had any and this one has none."""
         modules = dict(self.model.named_modules())
+        self._kept = [-1 if kept == slot else kept for kept in self._kept]
+        self._selected = None
         for name, lora in weights.items():
             if name not in self._layers:
                 self._layers[name] = _Layer(modules[name], self.max_adapters + 1, _rounded(len(lora.a)), self._seen)
                 self._layers[name].off()
         for name, layer in self._layers.items():
             layer.write(slot, weights.get(name))
-        self._kept = [-1 if kept == slot else kept for kept in self._kept]
-        self._selected = None
 
     def _require_free(self, name: str) -> None:
         with self._table:

@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 HALF_A_CHARACTER = "\ufffd"  # what tokenizers show bytes as that are no whole character
-BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a token of one byte, as SentencePiece has; what it is, the next one says
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a token of one byte, as SentencePiece has
 
 
 class TextStream:
     """Text of tokens as they come: no part of a character, and no part of what may become a stop string.
 
-    Together the pieces are what the tokenizer makes of all tokens. `stopped` is set once a stop string came, across
-    however many tokens; it and what follows it are not given out. Tried instead: tokenizers' own `DecodeStream`, which
-    raises where bytes in a row are no character.
+    Together the pieces are what the tokenizer makes of all tokens; but where tokens of bytes are characters before
+    others are none, those stay, while the tokenizer would show each byte as none. `stopped` is set once a stop string
+    came, across however many tokens; it and what follows it are not given out. Tried instead: tokenizers' own
+    `DecodeStream`, which raises where bytes in a row are no character.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
@@ -31,7 +32,7 @@ class TextStream:
         if self.stopped:
             return ""
         self._new.append(token)
-        if token in self._silent or BYTE.fullmatch(str(self._tokenizer.convert_ids_to_tokens(token))):
+        if token in self._silent:
             return ""
         text = self._decode()
         if text.endswith(HALF_A_CHARACTER):
@@ -49,11 +50,16 @@ class TextStream:
 
     def _decode(self) -> str:
         """The text of the new tokens after the others: it may begin with a space for that."""
-        before, whole = (
-            str(self._tokenizer.decode(ids, skip_special_tokens=True))
-            for ids in (self._context, self._context + self._new)
-        )
+        before, whole = self._text(self._context), self._text(self._context + self._new)
+        if not whole.startswith(before) and self._ends_in_a_byte(self._context):
+            return self._text(self._new)  # which begins with bytes that are no character, so with no space either
         return whole[len(before) :]
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _ends_in_a_byte(self, tokens: Sequence[int]) -> bool:
+        return bool(tokens) and BYTE.fullmatch(str(self._tokenizer.convert_ids_to_tokens(tokens[-1]))) is not None
 
     def _release(self, piece: str) -> str:
         if not self._stop:

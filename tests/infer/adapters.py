@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -49,3 +52,19 @@ def stock(model: Any, prompt: Sequence[int], max_new_tokens: int) -> tuple[int, 
 def random_prompts(*lengths: int, vocabulary: int) -> list[tuple[int, ...]]:
     generator = torch.Generator().manual_seed(1)
     return [tuple(torch.randint(3, vocabulary, (n,), generator=generator).tolist()) for n in lengths]
+
+
+@contextmanager
+def out_of_memory(owner: Any, name: str, *, at: int) -> Iterator[None]:
+    """The `at`-th call of a function finds no memory; all others are made as ever."""
+    made, calls = getattr(owner, name), itertools.count(1)
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        if next(calls) == at:
+            raise torch.OutOfMemoryError("out of memory")
+        return made(*arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, call)
+        yield
+    assert next(calls) > at

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
+import weakref
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -20,17 +23,20 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     OPTConfig,
+    Phi3Config,
+    PreTrainedTokenizerFast,
     Qwen3Config,
 )
 
 from ift_peft.errors import BusyError, Faults, ModelError
 from ift_peft.infer.engine import Engine
 from ift_peft.infer.request import Request
+from ift_peft.infer.rows import RowsLayer
 from ift_peft.infer.sampling import draw
 from ift_peft.infer.stacked import StackedAdapters
 from ift_peft.infer.text import TextStream
 from ift_peft.model.tokenizer import TINY
-from tests.infer.adapters import END, make_adapter, random_base, random_prompts, stock
+from tests.infer.adapters import END, make_adapter, out_of_memory, random_base, random_prompts, stock
 
 TOKENIZER = AutoTokenizer.from_pretrained(TINY)
 SIZE = len(TOKENIZER)
@@ -139,6 +145,45 @@ def test_bases_that_cannot_be_padded_are_refused_by_name() -> None:
         Engine(base, TOKENIZER, end_token_ids={END})
 
 
+def test_rows_of_a_base_with_longrope_stay_where_they_do_not_change_each_other() -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 24,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0, 4.0, 8.0, 16.0],
+    }
+    base = random_base(
+        Phi3Config(**COMMON, num_key_value_heads=2, rope_parameters=rope, original_max_position_embeddings=24)
+    )
+    engine = Engine(base, TOKENIZER, end_token_ids={END})
+    assert engine.positions == 24
+    with pytest.raises(ModelError, match="shorter than the base's 24 positions"):
+        engine.submit(Request(PROMPTS[3]))
+    prompts = [PROMPTS[number] for number in (0, 1, 7)]
+    for one, prompt in zip(engine.run([Request(prompt) for prompt in prompts]), prompts, strict=True):
+        assert one.tokens == stock(base, prompt, 24 - len(prompt))
+
+
+def test_keys_and_values_take_what_the_rows_of_now_need() -> None:
+    cache, buffers = RowsLayer(), set()
+    row = torch.ones(2, 50, 8)
+    for _ in range(100):
+        cache.join(row, row)
+        assert cache.held is not None
+        buffers.add(cache.held[0].shape)
+    assert len(buffers) < 15
+    for _ in range(99):
+        cache.leave(0)
+    for _ in range(3000):
+        cache.update(torch.ones(1, 2, 1, 8), torch.ones(1, 2, 1, 8))
+    assert cache.held is not None
+    rows, _, columns, _ = cache.held[0].shape
+    assert rows <= 2 and columns <= 3050 + 600
+    cache.leave(0)
+    assert cache.held is None and cache.get_seq_length() == 0
+
+
 def test_draws_depend_on_the_seed_and_not_on_the_crowd(engine: Engine) -> None:
     def ask(number: int, seed: int) -> Request:
         return Request(PROMPTS[number], NAMES[number], NEW, temperature=1.0, top_p=0.9, seed=seed)
@@ -149,6 +194,8 @@ def test_draws_depend_on_the_seed_and_not_on_the_crowd(engine: Engine) -> None:
         assert alone.tokens == crowd[number].tokens
     (other,) = engine.run([ask(3, 8)])
     assert other.tokens != crowd[3].tokens
+    (negative,) = engine.run([ask(3, -7)])
+    assert negative.tokens != crowd[3].tokens
     (unseeded,) = engine.run([Request(PROMPTS[3], "2", NEW, temperature=1.0, top_p=0.9)])
     (again,) = engine.run([ask(3, unseeded.seed)])
     assert again.tokens == unseeded.tokens
@@ -165,6 +212,7 @@ def test_the_likeliest_tokens_are_told(engine: Engine) -> None:
 def test_draws_follow_temperature_and_top_p() -> None:
     logits = torch.tensor([0.0, 2.0, -1.0, 1.0])
     wanted = (logits / 2).softmax(dim=0)
+    assert draw(logits, temperature=1e-300, top_p=1.0, generator=random.Random(0)) == 1
     for top_p, kept in ((1.0, [0, 1, 2, 3]), (0.8, [0, 1, 3]), (0.01, [1])):
         generator = random.Random(0)
         drawn = [draw(logits, temperature=2.0, top_p=top_p, generator=generator) for _ in range(2000)]
@@ -219,6 +267,42 @@ def test_text_that_might_become_a_stop_string_is_given_out_once_it_cannot() -> N
         assert half.finish() == TOKENIZER.decode(emoji[:-1])
 
 
+@pytest.fixture(scope="module")
+def bytes_tokenizer() -> Any:
+    """As Llama 2's: what is no token of its own is tokens of bytes."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁a": 256, "b": 257}
+    inner = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
+def test_characters_of_byte_tokens_come_as_they_are_whole_and_stop_strings_among_them_stop(
+    bytes_tokenizer: Any,
+) -> None:
+    ids = [256, *"好\n的".encode(), 256, 10, 10, *"👩".encode(), 257]
+    text = TextStream(bytes_tokenizer)
+    given = [text.push(token) for token in ids]
+    assert [piece for piece in given if piece] == ["a", "好", "\n", "的", " a", "\n", "\n", "👩", "b"]
+    assert "".join(given) == bytes_tokenizer.decode(ids) and text.finish() == ""
+    for stop, until in (("\n", "好"), ("的 a\n\n", "好\n"), ("\n的", "好")):
+        text = TextStream(bytes_tokenizer, (stop,))
+        pieces = [text.push(token) for token in ids[1:]]
+        assert "".join(pieces) == until and text.stopped
+
+
+def test_bytes_that_are_no_character_are_shown_as_such_after_those_that_are(bytes_tokenizer: Any) -> None:
+    for ids, wanted in (
+        ([256, 10, 255, 10, 257, 256], "a\n\ufffd\ufffdb a"),
+        ([*"好".encode(), 0xE5, 256], "好\ufffd a"),
+        ([0xE5, 10, 256], "\ufffd\ufffd a"),
+        ([256, 10, 0xE5], "a\n\ufffd"),
+    ):
+        text = TextStream(bytes_tokenizer)
+        assert "".join(text.push(token) for token in ids) + text.finish() == wanted
+
+
 def test_streams_give_the_answer_in_pieces_as_it_is_made(engine: Engine) -> None:
     stream = engine.submit(Request(PROMPTS[3], "1", NEW, logprobs=0))
     pieces, seen = [], []
@@ -228,6 +312,7 @@ def test_streams_give_the_answer_in_pieces_as_it_is_made(engine: Engine) -> None
     pieces += stream.ready()
     result = stream.result(timeout=0)
     assert sum(map(bool, seen)) > 3
+    assert list(stream) == list(stream) == []  # once given, and not waited for again
     assert "".join(piece.text for piece in pieces) == result.text
     assert tuple(token for piece in pieces for token in piece.tokens) == result.tokens
     assert all(len(piece.logprobs) == len(piece.tokens) for piece in pieces)
@@ -304,6 +389,7 @@ def test_a_request_that_fails_leaves_the_others_as_they_are(llama: Stacked, tmp_
         (Request((5,), stop=("",)), "stop strings"),
         (Request((5,), choices=((),)), "choices"),
         (Request((5,), max_new_tokens=1, choices=((1, 2),)), "choices of at most 1"),
+        (Request((5,), choices=((7, END, 8),)), "no end token cuts short"),
         (Request((5,), "unknown"), "an adapter out of 0, 1, 2"),
     ],
 )
@@ -316,6 +402,120 @@ def test_requests_that_cannot_be_answered_are_refused_at_once(engine: Engine, re
 def test_answers_end_at_the_last_position_of_the_base(engine: Engine) -> None:
     (one,) = engine.run([Request(PROMPTS[3] * 2, "0", 50)])
     assert len(one.tokens) <= 4
+
+
+def held_slots(stack: StackedAdapters) -> int:
+    return sum(stack._users.values())
+
+
+@pytest.mark.parametrize("at", [1, 2, 5])
+def test_rows_that_find_no_memory_to_join_fail_and_the_thread_answers_the_next(
+    started: Engine, llama: Stacked, at: int
+) -> None:
+    stack, models = llama
+    with out_of_memory(torch.Tensor, "new_zeros", at=at):  # a buffer for keys or for values, of either layer
+        with stack.lock:  # so that they are taken together
+            lost = [started.submit(Request(PROMPTS[number], str(number), NEW)) for number in (0, 1)]
+        for stream in lost:
+            with pytest.raises(torch.OutOfMemoryError):
+                stream.result(20)
+    found = started.submit(Request(PROMPTS[1], "1", NEW)).result(20)
+    assert found.tokens == stock(models["1"], PROMPTS[1], NEW)
+    started.stop()
+    assert (started.running, started.waiting, held_slots(stack)) == (0, 0, 0)
+
+
+def test_a_step_that_finds_no_memory_fails_its_rows_and_no_others(llama: Stacked) -> None:
+    stack, models = llama
+    engine = engine_of(stack, max_rows=2)
+    streams = [engine.submit(Request(PROMPTS[number], str(number % 2), NEW)) for number in range(3)]
+    engine.step()
+    with out_of_memory(torch.nn.functional, "scaled_dot_product_attention", at=2):
+        engine.step()
+    while engine.step():
+        pass
+    for stream in streams[:2]:
+        with pytest.raises(torch.OutOfMemoryError):
+            stream.result(0)
+    assert streams[2].result(0).tokens == stock(models["0"], PROMPTS[2], NEW)
+    assert held_slots(stack) == 0
+
+
+def test_what_interrupts_a_step_fails_every_request_and_lets_their_adapters_go(llama: Stacked) -> None:
+    stack, models = llama
+    engine = engine_of(stack, max_rows=2)
+    streams = [engine.submit(Request(PROMPTS[number], "1", NEW)) for number in range(3)]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    engine.step()
+    hook = stack.model.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    hook.remove()
+    for stream in streams:
+        with pytest.raises(RuntimeError, match="KeyboardInterrupt"):
+            stream.result(0)
+    assert not engine.step() and held_slots(stack) == 0
+    assert engine.run([Request(PROMPTS[0], "1", NEW)])[0].tokens == stock(models["1"], PROMPTS[0], NEW)
+
+
+def test_prompts_that_fail_together_are_run_alone_without_what_the_batch_took(llama: Stacked) -> None:
+    stack, models = llama
+    engine = engine_of(stack)
+    taken: list[weakref.ref[torch.Tensor]] = []
+
+    def no_room_for_two(module: object, arguments: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        assert all(one() is None for one in taken)
+        if len(output) > 1:
+            taken.append(weakref.ref(output))
+            raise torch.OutOfMemoryError("out of memory")
+
+    hook = stack.model.lm_head.register_forward_hook(no_room_for_two)
+    streams = [engine.submit(Request(PROMPTS[number], "1", 1)) for number in range(3)]
+    engine.step()
+    hook.remove()
+    assert len(taken) == 1
+    for number, stream in enumerate(streams):
+        assert stream.result(0).tokens == stock(models["1"], PROMPTS[number], 1)
+
+
+def test_a_listener_or_a_tokenizer_that_fails_ends_its_own_request_alone(llama: Stacked) -> None:
+    class Undecodable:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(TOKENIZER, name)
+
+        def decode(self, *_: object, **__: object) -> str:
+            raise OverflowError("decode")
+
+    def gone() -> None:
+        raise asyncio.CancelledError
+
+    stack, models = llama
+    engine = engine_of(stack)
+    left = engine.submit(Request(PROMPTS[0], "1", NEW), on_change=gone)
+    other = engine.submit(Request(PROMPTS[1], "1", NEW))
+    while engine.step():
+        pass
+    assert left.result(0).finish_reason == "cancelled"
+    assert other.result(0).tokens == stock(models["1"], PROMPTS[1], NEW)
+    engine = Engine(stack.model, Undecodable(), end_token_ids={END}, adapters=stack)
+    cancelled = engine.submit(Request(PROMPTS[0], "1", NEW))
+    cancelled.cancel()
+    assert not engine.step()
+    with pytest.raises(OverflowError):
+        cancelled.result(0)
+    assert held_slots(stack) == 0
+
+
+def test_a_refused_request_holds_no_adapter_and_takes_the_others_of_its_run_with_it(llama: Stacked) -> None:
+    engine = engine_of(llama[0])
+    with pytest.raises(TypeError):
+        engine.submit(Request(PROMPTS[0], "1", NEW, temperature=1.0, seed=0.5))  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="at least one token"):
+        engine.run([Request(PROMPTS[0], "1", NEW), Request((), "1", NEW)])
+    assert engine.waiting == 0 and held_slots(llama[0]) == 0
 
 
 def test_a_full_queue_says_so(llama: Stacked) -> None:
@@ -358,3 +558,27 @@ def test_a_thread_answers_many_clients_and_adapters_come_and_go(
     started.stop()
     assert all(stream.done for stream in late)
     assert all(a.result(0).tokens for a, _ in pairwise(late))
+    with pytest.raises(BusyError, match="one that stopped"):
+        started.submit(Request(PROMPTS[0]))
+    started.start()
+    assert started.submit(Request(PROMPTS[0], None, NEW)).result(20).tokens == wanted[0]
+
+
+def test_stopping_without_draining_cancels_requests_whose_prompt_is_being_run(started: Engine, llama: Stacked) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def wait(*_: object) -> None:
+        begun.set()
+        assert go_on.wait(20)
+
+    hook = llama[0].model.register_forward_hook(wait)
+    stream = started.submit(Request(PROMPTS[1], "1", 40))
+    assert begun.wait(20)
+    stopper = threading.Thread(target=started.stop, kwargs={"drain": False})
+    stopper.start()
+    while not started._stopping:
+        pass
+    hook.remove()
+    go_on.set()
+    stopper.join(20)
+    assert stream.result(0).finish_reason == "cancelled" and len(stream.result(0).tokens) <= 2

@@ -16,7 +16,7 @@ from transformers import BitsAndBytesConfig, GPT2Config, LlamaConfig, OPTConfig
 from ift_peft.errors import BusyError, Faults, ModelError
 from ift_peft.infer.stacked import StackedAdapters
 from ift_peft.model.base import quiet
-from tests.infer.adapters import make_adapter, random_base
+from tests.infer.adapters import make_adapter, out_of_memory, random_base
 
 VOCABULARY = 96
 IDS = torch.randint(3, VOCABULARY, (4, 7), generator=torch.Generator().manual_seed(0))
@@ -94,6 +94,22 @@ def test_adapters_on_embedding_and_head_are_added_as_peft_does(base: Any, tmp_pa
     assert torch.equal(found[1], plain[1]) or torch.allclose(found[1], plain[1], atol=1e-5)
 
 
+def test_the_bases_own_embedding_may_lie_beside_the_adapter_and_another_may_not(base: Any, tmp_path: Path) -> None:
+    model = make_adapter(base, tmp_path / "a", r=3, target_modules=["embed_tokens", "v_proj"])
+    with quiet():
+        model.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    weights = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    (key,) = (name for name in weights if "base_layer" in name)
+    stack = StackedAdapters(base)
+    stack.load("a", tmp_path / "a")
+    stack.select([stack.acquire("a")])
+    torch.testing.assert_close(logits(base), logits(model), atol=1e-4, rtol=1e-4)
+    weights[key][5, 5] += 1
+    save_file(weights, tmp_path / "a" / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"own weights of model\.embed_tokens"):
+        stack.load("b", tmp_path / "a")
+
+
 @pytest.mark.parametrize("kind", ["bfloat16", "nf4"])
 def test_casts_are_those_of_peft(kind: str, base: Any, tmp_path: Path) -> None:
     """One adapter for all rows, for which not a bit may differ."""
@@ -157,6 +173,45 @@ def test_kept_rows_follow_what_is_selected(base: Any, tmp_path: Path) -> None:
             kept = stack.model(input_ids=ids).logits
             stack.select(slots)
             torch.testing.assert_close(kept, stack.model(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_selection_that_finds_no_memory_is_made_whole_the_next_time(base: Any, tmp_path: Path) -> None:
+    stack = StackedAdapters(base)
+    for number in range(2):
+        make_adapter(base, tmp_path / str(number), seed=number, r=4)
+        stack.load(str(number), tmp_path / str(number))
+    wanted = {}
+    for slots in ((1, 2), (2, 1, 2)):
+        stack.select(slots)
+        with torch.no_grad():
+            wanted[slots] = base(input_ids=IDS[: len(slots)]).logits
+    stack.select((1, 2), keep=True)
+    with pytest.raises(torch.OutOfMemoryError), out_of_memory(torch.Tensor, "new_zeros", at=5):
+        stack.select((2, 1, 2), keep=True)  # more rows: room for their copies is made anew, layer by layer
+    for slots in ((2, 1, 2), (1, 2), (2, 1, 2)):
+        stack.select(slots, keep=True)
+        with torch.no_grad():
+            found = base(input_ids=IDS[: len(slots)]).logits
+        torch.testing.assert_close(found, wanted[slots], atol=1e-5, rtol=1e-5)
+
+
+def test_a_wider_adapter_that_finds_no_memory_leaves_the_others_as_they_are(base: Any, tmp_path: Path) -> None:
+    stack = StackedAdapters(base)
+    models = [make_adapter(base, tmp_path / str(n), seed=n, r=r) for n, r in enumerate((4, 20))]
+    stack.load("0", tmp_path / "0")
+    wanted = [logits(model) for model in models]
+    for at in (2, 5, 6):  # after A of a layer was widened, and before B was
+        with pytest.raises(torch.OutOfMemoryError), out_of_memory(torch, "cat", at=at):
+            stack.load("1", tmp_path / "1")
+        assert stack.names == ("0",)
+        stack.select([1])
+        torch.testing.assert_close(logits(base), wanted[0], atol=1e-4, rtol=1e-4)
+    stack.load("1", tmp_path / "1")
+    for keep in (False, True):
+        stack.select([1, 2, 2, 1], keep=keep)
+        found = logits(base)
+        for row, one in enumerate((0, 1, 1, 0)):
+            torch.testing.assert_close(found[row], wanted[one][row], atol=1e-4, rtol=1e-4)
 
 
 def test_an_adapter_in_use_stays_until_its_last_row_ends(base: Any, tmp_path: Path) -> None:
