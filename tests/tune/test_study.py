@@ -27,6 +27,7 @@ from ift_peft.evaluate.run import evaluate_run
 from ift_peft.recipe import load_recipe
 from ift_peft.reporter import Reporter, Silent
 from ift_peft.run_dir import RunDir, RunIsBusy, list_runs, open_run
+from ift_peft.train.checkpoints import newest_complete
 from ift_peft.train.prepare import prepare
 from ift_peft.train.run import train
 from ift_peft.train.session import Interrupted, open_session
@@ -165,7 +166,9 @@ def test_a_study_killed_within_its_second_trial_loses_and_repeats_nothing(study:
     environment = {**os.environ, "PYTHONPATH": f"{OFFLINE}{os.pathsep}{ROOT}"}
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
-        while process.poll() is None and not list(tmp_path.glob(CHECKPOINT)):
+        while process.poll() is None and not any(
+            newest_complete(one.parent.parent)[0] for one in tmp_path.glob(CHECKPOINT)
+        ):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         assert process.wait(timeout=60) == -signal.SIGKILL, (tmp_path / "log").read_text("utf-8")
