@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self, get_args
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from ift_peft.adapter_methods import COMBINES, conflicts, why_not_over
+from ift_peft.adapter_methods import COMBINES
 from ift_peft.errors import Faults, IftPeftError, RecipeError, raise_all
-from ift_peft.recipe_files import YAML_SUFFIXES, anchor_paths, read_pools, section_of
+from ift_peft.recipe_faults import method_faults, schema_faults, training_faults
+from ift_peft.recipe_files import YAML_SUFFIXES, anchor_paths, read_pools
 from ift_peft.sections import Adapter, Base, Data, Evaluation, Loss, Section
 from ift_peft.selection import Tune, Validation
 from ift_peft.stages import AT_ONCE, OF_ALL, TOGETHER, Merging, Pipeline, fields_of, holes, in_order
-from ift_peft.training_fields import RESERVED, fits, training_fields
 from ift_peft.yaml_source import Location, YamlSource, laid_over, read_yaml
 
 
@@ -160,13 +159,13 @@ def validate(source: YamlSource) -> Recipe:
     try:
         recipe = Recipe.model_validate(source.values)
     except ValidationError as error:
-        faults.extend(_explain(item, source) for item in _without_union_echoes(error.errors()))
+        faults.extend(schema_faults(error, source, Recipe))
     training = source.values.get("training")
     if isinstance(training, dict):
-        faults.extend(_training_faults(training, source))
+        faults.extend(training_faults(training, source))
     if recipe is not None and recipe.adapter.bias != "none":
         faults.append(_base_is_lost(recipe, source))
-    faults.extend(_method_faults(source))
+    faults.extend(method_faults(source))
     if recipe is not None and recipe.validation is not None:
         faults.extend(_validation_faults(recipe, recipe.validation, source))
     if recipe is not None and not faults:
@@ -361,22 +360,6 @@ def _base_is_lost(recipe: Recipe, source: YamlSource) -> RecipeError:
     )
 
 
-def _method_faults(source: YamlSource) -> Iterable[RecipeError]:
-    """What the method of the adapter asks of the other sections, told also where these have faults of their own."""
-    adapter, base, training = (section_of(source.values, name) for name in ("adapter", "base", "training"))
-    quantization = base.get("quantization", "none")
-    reason = why_not_over(adapter.get("method", "lora"), quantization)
-    if reason:
-        yield RecipeError(
-            expected=reason,
-            found=f"{quantization!r}, and {adapter['method']} at {source.where(('adapter', 'method'))}",
-            fix="set base.quantization=nf4, or adapter.method=lora",
-        )
-    for expected, setting, fix in conflicts(adapter, training):
-        found = f"{training[setting]!r} at {source.where(('training', setting))}"
-        yield RecipeError(expected=expected, found=found, fix=fix)
-
-
 def _validation_faults(recipe: Recipe, validation: Validation, source: YamlSource) -> Iterable[RecipeError]:
     """What validation asks of the other sections."""
     if recipe.data.streaming:
@@ -404,75 +387,6 @@ def _validation_faults(recipe: Recipe, validation: Validation, source: YamlSourc
             found=f"{limit} at {source.where(('training', 'save_total_limit'))}",
             fix="remove it",
         )
-
-
-def _without_union_echoes(errors: Iterable[Any]) -> list[Any]:
-    """Pydantic reports each member of a union; one line for each place is enough."""
-    kept: dict[Location, Any] = {}
-    for error in errors:
-        location = tuple(part for part in error["loc"] if not _is_union_tag(part))
-        kept.setdefault(location, {**error, "loc": location})
-    return list(kept.values())
-
-
-def _is_union_tag(part: str | int) -> bool:
-    return isinstance(part, str) and bool(
-        re.match(r"^(tuple|dict|str|int|float|constrained|function|literal|Span)\b.*", part)
-    )
-
-
-def _known_keys(location: Location) -> tuple[str, ...]:
-    model: Any = Recipe
-    for part in location:
-        field = model.model_fields.get(str(part)) if isinstance(model, type) and issubclass(model, BaseModel) else None
-        if field is None:
-            return ()
-        candidates = [field.annotation, *get_args(field.annotation)]
-        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-    return tuple(model.model_fields) if model is not None else ()
-
-
-def _explain(error: Any, source: YamlSource) -> RecipeError:
-    location: Location = error["loc"]
-    dotted, where = ".".join(map(str, location)), source.where(location)
-    if error["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), known, n=1)
-        section = ".".join(map(str, location[:-1])) or "a recipe"
-        return RecipeError(
-            expected=f"a key of {section} ({', '.join(known)})",
-            found=f"{location[-1]!r} at {where}",
-            fix=f"did you mean {near[0]!r}?" if near else "remove it, or check the section it belongs to",
-        )
-    if error["type"] == "missing":
-        return RecipeError(expected=f"{dotted} to be set", found=f"nothing in {source.name}", fix=f"add {dotted}")
-    message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return RecipeError(
-        expected=f"{dotted} to be {message}", found=f"{error['input']!r:.200} at {where}", fix=f"change {dotted}"
-    )
-
-
-def _training_faults(training: dict[str, Any], source: YamlSource) -> Iterable[RecipeError]:
-    fields = training_fields()
-    for key, value in training.items():
-        where = source.where(("training", key))
-        if key in RESERVED:
-            yield RecipeError(
-                expected=f"training without {key}", found=f"it at {where}", fix=f"remove it: {RESERVED[key]}"
-            )
-        elif key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            yield RecipeError(
-                expected="a field of TRL's SFTConfig in training",
-                found=f"{key!r} at {where}",
-                fix=f"did you mean {near[0]!r}?" if near else "see the SFTConfig reference for the installed TRL",
-            )
-        elif not fits(value, fields[key]):
-            yield RecipeError(
-                expected=f"training.{key} to be {fields[key]}",
-                found=f"{value!r} at {where}",
-                fix=f"change training.{key}",
-            )
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import random
 import secrets
 import threading
 import traceback
@@ -16,73 +15,10 @@ import torch
 from torch import Tensor
 
 from ift_peft.errors import BusyError, IftPeftError, ModelError, raise_all
-from ift_peft.infer.request import Completion, FinishReason, Piece, Request, Stream
+from ift_peft.infer.answering import Row
+from ift_peft.infer.request import Completion, Request, Stream
 from ift_peft.infer.rows import RowsCache, RowsModel, alike_positions
-from ift_peft.infer.sampling import Choices, TokenLogprob, draw, logprob_of
 from ift_peft.infer.stacked import StackedAdapters
-from ift_peft.infer.text import TextStream
-
-
-class _Row:
-    """One request in the batch, or waiting for it."""
-
-    def __init__(self, stream: Stream, limit: int, tokenizer: Any, end_token: int) -> None:
-        request = stream.request
-        self.stream, self.limit = stream, limit
-        self.slot = 0  # of its adapter, once that is held
-        self.text = TextStream(tokenizer, request.stop)
-        self.choices = None if request.choices is None else Choices(request.choices, end_token)
-        self.generator = random.Random(stream.seed % 2**64)  # Python's own takes -7 for 7
-        self.count = 0
-        self.token = -1  # the last one, which the next step is given
-        self._tokens: list[int] = []  # since the last piece
-        self._logprobs: list[TokenLogprob] = []
-
-    def choose(self, logits: Tensor, likeliest: int) -> int:
-        """The next token, by its logits (vocabulary,)."""
-        request = self.stream.request
-        allowed = None if self.choices is None else torch.tensor(self.choices.allowed(), device=logits.device)
-        if request.temperature > 0:
-            among = logits if allowed is None else logits[allowed]
-            place = draw(among, temperature=request.temperature, top_p=request.top_p, generator=self.generator)
-        elif allowed is None:
-            place = likeliest
-        else:
-            place = int(logits[allowed].argmax())
-        token = place if allowed is None else int(allowed[place])
-        if request.logprobs is not None:
-            self._logprobs.append(logprob_of(logits, token, request.logprobs))
-        return token
-
-    def take(self, token: int, end_tokens: Collection[int]) -> FinishReason | None:
-        """Go on by one token; why the answer ends with it, if it does."""
-        self.token, self.count = token, self.count + 1
-        self._tokens.append(token)
-        complete = self.choices is not None and self.choices.take(token)
-        if token in end_tokens:
-            return self._last("stop")
-        text = self.text.push(token)
-        if self.text.stopped or complete:
-            return self._last("stop", text)
-        if self.count == self.limit:
-            return self._last("length", text)
-        if text:
-            self._put(text)
-        return None
-
-    def cancel(self) -> None:
-        self._last("cancelled")
-        self.stream.end("cancelled")
-
-    def _last(self, reason: FinishReason, text: str = "") -> FinishReason:
-        text += self.text.finish()
-        if text or self._tokens:
-            self._put(text)
-        return "stop" if self.text.stopped and reason == "length" else reason
-
-    def _put(self, text: str) -> None:
-        self.stream.put(Piece(text, tuple(self._tokens), tuple(self._logprobs)))
-        self._tokens, self._logprobs = [], []
 
 
 class Engine:
@@ -123,9 +59,9 @@ class Engine:
         self.positions = alike_positions(model.config)
         self._max_prompt_tokens = max_prompt_tokens
         self._cache = RowsCache()
-        self._rows: list[_Row] = []
-        self._joining: list[_Row] = []  # no longer waiting, and not yet in the batch
-        self._waiting: deque[_Row] = deque()
+        self._rows: list[Row] = []
+        self._joining: list[Row] = []  # no longer waiting, and not yet in the batch
+        self._waiting: deque[Row] = deque()
         self._wake = threading.Condition()  # guards `_waiting` and the following
         self._thread: threading.Thread | None = None
         self._stopping = self._cancelling = False
@@ -150,7 +86,7 @@ class Engine:
             raise ModelError(expected="no adapter", found=repr(request.adapter), fix="give the engine `adapters`")
         seed = secrets.randbits(63) if request.seed is None else operator.index(request.seed)
         stream = Stream(request, seed, on_change)
-        row = _Row(stream, limit, self._tokenizer, min(self._end_tokens))
+        row = Row(stream, limit, self._tokenizer, min(self._end_tokens))
         with self._wake:
             if self._stopping:
                 raise BusyError(
@@ -300,10 +236,10 @@ class Engine:
             self._cancel(row)
             self._release(row)
 
-    def _is_cancelled(self, row: _Row) -> bool:
+    def _is_cancelled(self, row: Row) -> bool:
         return self._cancelling or row.stream.cancelled
 
-    def _cancel(self, row: _Row) -> None:
+    def _cancel(self, row: Row) -> None:
         try:
             row.cancel()
         except Exception as error:  # as of a tokenizer that cannot decode what is held back
@@ -319,7 +255,7 @@ class Engine:
                     break
                 self._joining.append(self._waiting.popleft())
 
-    def _run_prompts(self, rows: list[_Row]) -> None:
+    def _run_prompts(self, rows: list[Row]) -> None:
         """Run prompts together, take the first token of each, and let those that go on join the batch."""
         failed: Exception | None = None
         try:
@@ -373,7 +309,7 @@ class Engine:
         for row in lost:
             self._fail(row, error)
 
-    def _advance(self, rows: Sequence[_Row], logits: Tensor, likeliest: Sequence[int | None]) -> list[_Row]:
+    def _advance(self, rows: Sequence[Row], logits: Tensor, likeliest: Sequence[int | None]) -> list[Row]:
         """One more token for each row; the rows that ended, or failed, with it."""
         ended = []
         for row, token, own in zip(rows, likeliest, logits, strict=True):
@@ -394,7 +330,7 @@ class Engine:
                 ended.append(row)
         return ended
 
-    def _leave(self, row: _Row) -> None:
+    def _leave(self, row: Row) -> None:
         """Take a row out of the batch; the last takes its place."""
         at = self._rows.index(row)
         self._cache.leave(at)
@@ -403,12 +339,12 @@ class Engine:
             self._rows[at] = last
         self._release(row)
 
-    def _fail(self, row: _Row, error: Exception) -> None:
+    def _fail(self, row: Row, error: Exception) -> None:
         if not row.stream.done:
             row.stream.fail(_emptied(error))
         self._release(row)
 
-    def _release(self, row: _Row) -> None:
+    def _release(self, row: Row) -> None:
         if self.adapters is not None:
             self.adapters.release(row.slot)
 
