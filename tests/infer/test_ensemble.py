@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
 import numpy as np
 import pytest
 from scipy.special import softmax
 
-from ift_peft.infer.ensemble import together
+from ift_peft.data.render import Renderer
+from ift_peft.data.row import ask
+from ift_peft.infer.ensemble import Member, answer_together, together
+from ift_peft.infer.load import Parts, Question
+from ift_peft.infer.stacked import StackedAdapters
 from ift_peft.infer.temperature import at_temperature, fit_temperature
 from ift_peft.stages import Kind
+from tests.infer.adapters import make_adapter
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(3, 20, 4)) * 5
@@ -52,3 +61,35 @@ def test_a_temperature_makes_probabilities_as_sure_as_they_are_right() -> None:
         assert fit_temperature(changed, truth) == pytest.approx(power, rel=0.08)
         back = at_temperature(changed, power)
         assert np.allclose(back, honest) and (back.argmax(axis=1) == changed.argmax(axis=1)).all()
+
+
+def test_stacked_members_say_in_one_batch_what_peft_says_one_after_the_other(
+    model: Any, renderer: Renderer, tmp_path: Path
+) -> None:
+    """Each asked in its own words, about texts of different lengths."""
+    names, labels = ("a", "b", "c"), ("负面", "正面", "一般般")
+    alone = [make_adapter(model, tmp_path / name, seed=n, size=0.05) for n, name in enumerate(names)]
+    parts = cast(Parts, SimpleNamespace(renderer=renderer, fit_prompt=lambda one: (tuple(one.messages), False)))
+    asked = [
+        [
+            Question(ask(text, instruction=f"请分类{name}。", system=None), text)
+            for text in ("很好", "The room was dirty.")
+        ]
+        for name in names
+    ]
+    stack = StackedAdapters(model)
+    for name in names:
+        stack.load(name, tmp_path / name)
+    stacked = [Member(parts, model, name, stack) for name in names]
+    by_peft = [Member(parts, one, "default") for one in alone]
+    rows: list[int] = []
+    handle = model.register_forward_pre_hook(
+        lambda _, __, given: rows.append(len(given["input_ids"])), with_kwargs=True
+    )
+    found = list(answer_together(stacked, asked, labels=labels, kind="mean_probs"))
+    handle.remove()
+    stack.close()
+    wanted = list(answer_together(by_peft, asked, labels=labels, kind="mean_probs"))
+    for one, other in zip(found, wanted, strict=True):
+        assert one.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+    assert set(rows) == {6}
