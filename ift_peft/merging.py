@@ -21,7 +21,7 @@ from ift_peft.recipe import Recipe, parent_recipes, validate
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir, open_run, runs_called, versions
 from ift_peft.stages import TOGETHER, Combining, Merging
-from ift_peft.train.once import add_part, found_or_trained, inputs_of, made_of_parts
+from ift_peft.train.once import add_part, found_or_trained, made_of_parts, prepare_parts
 from ift_peft.yaml_source import YamlSource, laid_over
 
 BASE = "base"
@@ -36,21 +36,16 @@ def train_merging(recipe: Recipe, *, root: Path, reporter: Reporter, into: RunDi
     """
     merging = recipe.merging
     assert merging is not None
-    recipes = parent_recipes(recipe)
-    hashes = inputs_of({f"parent {name}": own for name, own in recipes.items()})
+    own_parts = prepare_parts({f"parent {name}": own for name, own in parent_recipes(recipe).items()}, reporter)
     with made_of_parts(recipe, "merging", root, into=into) as run:
-        for number, (name, own) in enumerate(recipes.items(), start=1):
-            told = f"parent {name} ({number} of {len(recipes)})"
-            add_part(run, name, found_or_trained(own, hashes[f"parent {name}"], root, reporter, told=told))
+        for number, (name, own) in enumerate(own_parts.items(), start=1):
+            told = f"{name} ({number} of {len(own_parts)})"
+            add_part(run, name.partition(" ")[2], found_or_trained(own, root, told=told, reporter=reporter))
         parents = [open_parts(part) for part in run.parts.values()]
         check_parents(parents)
         if merging.together is not None:
-            own = _recipe_of_all(recipe, parents, merging.together)
-            add_part(
-                run,
-                TOGETHER,
-                found_or_trained(own, inputs_of({TOGETHER: own})[TOGETHER], root, reporter, told=TOGETHER),
-            )
+            both = prepare_parts({TOGETHER: _recipe_of_all(recipe, parents, merging.together)}, reporter)[TOGETHER]
+            add_part(run, TOGETHER, found_or_trained(both, root, told=TOGETHER, reporter=reporter))
         for one in merging.combine:
             add_part(run, one.called, _combined(recipe, parents, one, root, reporter))
         run.write("scores.json", _measure(recipe, run, merging, reporter))

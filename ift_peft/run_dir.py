@@ -11,6 +11,7 @@ import secrets
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -173,6 +174,30 @@ def create_run(recipe: Recipe, root: Path) -> RunDir:
     )
     point_latest(run)
     return run
+
+
+@contextmanager
+def ending(
+    run: RunDir, *, stopped_by: tuple[type[BaseException], ...] = (), since: float | None = None
+) -> Iterator[None]:
+    """Record in the manifest how what is done to `run` ends: as succeeded, as failed and why, or as interrupted.
+
+    `stopped_by` are the errors after which it can be gone on with. Its seconds are counted from `since`, a time of
+    `time.monotonic`, or from now. `RunIsBusy` is about another process, and leaves the manifest to that.
+    """
+    started = time.monotonic() if since is None else since
+    try:
+        yield
+    except RunIsBusy:
+        raise
+    except BaseException as error:
+        if isinstance(error, stopped_by):
+            run.update_manifest(status="interrupted")
+        else:
+            run.update_manifest(status="failed", error=f"{type(error).__name__}: {error}"[:2000])
+        raise
+    finished = datetime.now().astimezone().isoformat(timespec="seconds")
+    run.update_manifest(status="succeeded", finished=finished, seconds=round(time.monotonic() - started, 1))
 
 
 def point_latest(run: RunDir) -> None:

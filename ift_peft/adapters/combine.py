@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from ift_peft.recipe import Recipe
 from ift_peft.report.card import adapter_card
 from ift_peft.report.write import write_report
 from ift_peft.reporter import Reporter
-from ift_peft.run_dir import RunDir, create_run, write_atomically
+from ift_peft.run_dir import RunDir, create_run, ending, write_atomically
 from ift_peft.sections import Adapter
 from ift_peft.stages import PRUNING, Method
 
@@ -82,7 +81,7 @@ def combine(runs: Sequence[RunDir], asked: Asked, *, name: str | None, root: Pat
     recipe = _with_rank(recipe, model.peft_config["combined"])
     rows, row_notes = union_held_out(parents, reporter)
     run = create_run(recipe, root)
-    try:
+    with ending(run, since=started):
         _write(run, parents, model, how, rows, left_out=left_out, notes=[*notes, *row_notes])
         if found is not None:
             run.write("search.json", _search_json(found, tried, how))
@@ -90,11 +89,6 @@ def combine(runs: Sequence[RunDir], asked: Asked, *, name: str | None, root: Pat
         scores = evaluate_run(run, data=None, reporter=reporter, keep=True)
         run.write("scores.json", scores)
         _write_card(run, parents, recipe, how, scores)
-    except BaseException as error:
-        run.update_manifest(status="failed", error=f"{type(error).__name__}: {error}"[:2000])
-        raise
-    finished = datetime.now().astimezone().isoformat(timespec="seconds")
-    run.update_manifest(status="succeeded", finished=finished, seconds=round(time.monotonic() - started, 1))
     write_report(run)
     return run
 

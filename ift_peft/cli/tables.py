@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from ift_peft.console import out
+from ift_peft.console import cell, out
 
 if TYPE_CHECKING:
     from ift_peft.adapters.merge import MergeResult
@@ -38,7 +38,7 @@ def _scores(probe: Probe) -> Table:
     for score in probe.scores:
         several = len(score.by_run) > 1
         spread = f"{min(score.by_run):.3f} - {max(score.by_run):.3f}" if several else ""
-        table.add_row(escape(score.arm), cell(score.estimate), str(len(score.by_run)), spread)
+        table.add_row(escape(score.arm), spelled(score.estimate), str(len(score.by_run)), spread)
     return table
 
 
@@ -51,7 +51,11 @@ def _differences(probe: Probe) -> Table:
     if several:
         table.add_column("adjusted", justify="right")
     for one in probe.differences:
-        cells = [f"{escape(one.second)} - {escape(one.first)}", cell(one.estimate, signed=True), f"{one.p:.3f}"]
+        cells = [
+            f"{escape(one.second)} - {escape(one.first)}",
+            spelled(one.estimate, signed=True),
+            f"{one.p:.3f}",
+        ]
         table.add_row(*cells, *([f"{one.adjusted_p:.3f}"] if several else []))
     return table
 
@@ -68,18 +72,13 @@ def print_ensemble(scores: dict[str, Any]) -> None:
         for name in names:
             table.add_column(name, justify="right")
         for who, one in lines.items():
-            table.add_row(escape(who), *(_told(one[name], signed=signed) for name in names))
+            table.add_row(escape(who), *(cell(one[name], signed=signed) for name in names))
         out.print(table)
         out.print()
     out.print(f"{scores['intervals']}\n{scores['verdict']}", markup=False)
 
 
-def _told(part: dict[str, float], *, signed: bool) -> str:
-    sign = "+" if signed else ""
-    return f"{part['value']:{sign}.3f} [{part['low']:{sign}.3f}, {part['high']:{sign}.3f}]"
-
-
-def cell(estimate: Estimate, *, signed: bool = False) -> str:
+def spelled(estimate: Estimate, *, signed: bool = False) -> str:
     """A value with its interval."""
     sign = "+" if signed else ""
     return f"{estimate.value:{sign}.3f} [{estimate.low:{sign}.3f}, {estimate.high:{sign}.3f}]"
@@ -99,12 +98,14 @@ def print_merge(result: MergeResult, *, quantization: str) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("", "KL to run", "max", result.metric, "labels"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    table.add_row("run" if quantization == "none" else f"run over {quantization}", "", "", cell(result.run_metric), "")
+    table.add_row(
+        "run" if quantization == "none" else f"run over {quantization}", "", "", spelled(result.run_metric), ""
+    )
     for one in result.candidates:
         kl = (f"{one.from_run.kl_mean:.1e}", f"{one.from_run.kl_max:.1e}")
         again = " to nf4" if one.quantization == "nf4" else ""
         name = f"{'*' if one is written else ' '}{NAMES[one.onto]}{again}"
-        table.add_row(name, *kl, cell(one.metric), "" if one.same_labels is None else str(one.same_labels))
+        table.add_row(name, *kl, spelled(one.metric), "" if one.same_labels is None else str(one.same_labels))
     out.print(table)
 
 

@@ -60,7 +60,7 @@ def answer_all(
                 yield Answer(max(named, key=lambda label: named[label]), named, truncated)
         return
     together = None
-    if on_text is None:
+    if on_text is None and len(fitted) > 1:
         together = _together(model, parts, [prompt for prompt, _ in fitted], max_new_tokens, max_rows=batch_size)
     for number, (prompt, truncated) in enumerate(fitted):
         if together is not None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,30 @@ from ift_peft.data.rows import raise_faults
 from ift_peft.errors import IftPeftError, RunError, faults_of
 from ift_peft.recipe import Recipe
 from ift_peft.report.write import write_report
-from ift_peft.reporter import Reporter, Silent
-from ift_peft.run_dir import Kind, RunDir, RunIsBusy, create_run, runs_called, versions
-from ift_peft.train.prepare import prepare
+from ift_peft.reporter import Reporter
+from ift_peft.run_dir import Kind, RunDir, create_run, ending, runs_called, versions
+from ift_peft.train.prepare import Prepared, prepare
 from ift_peft.train.run import all_inputs, resume, train
 from ift_peft.train.session import Interrupted
 
 
-def inputs_of(parts: dict[str, Recipe]) -> dict[str, dict[str, Any]]:
-    """The hashes of what each run is made of. Raises what is wrong with any of them, all together."""
+@dataclass(frozen=True)
+class Part:
+    """One of several runs, before it is made: its recipe, its rows, and the hashes of what it is made of."""
+
+    recipe: Recipe
+    prepared: Prepared
+    inputs: dict[str, Any]
+
+
+def prepare_parts(recipes: Mapping[str, Recipe], reporter: Reporter) -> dict[str, Part]:
+    """The parts of these names. Raises what is wrong with any of them, all together."""
     faults: list[IftPeftError] = []
     found = {}
-    for name, recipe in parts.items():
+    for name, recipe in recipes.items():
         try:
-            found[name] = all_inputs(recipe, prepare(recipe, Silent()))
+            prepared = prepare(recipe, reporter)
+            found[name] = Part(recipe, prepared, all_inputs(recipe, prepared))
         except IftPeftError as error:
             faults += faults_of(name, error)
     raise_faults(faults)
@@ -41,25 +50,16 @@ def made_of_parts(recipe: Recipe, kind: Kind, root: Path, *, into: RunDir | None
     Raises `Interrupted` with the command that goes on after a signal.
     """
     run = create_run(recipe, root) if into is None else into
-    started = time.monotonic()
     try:
-        with run.locked():
+        with ending(run, stopped_by=(Interrupted, KeyboardInterrupt)), run.locked():
             run.update_manifest(kind=kind, parts={}, status="running", error=None)
             yield run
     except (Interrupted, KeyboardInterrupt) as error:
-        run.update_manifest(status="interrupted")
         raise Interrupted(
             expected="all parts to be trained and measured",
             found=getattr(error, "found", "it was interrupted"),
             fix=f"go on with: ift train --resume {os.path.relpath(run.path)}",
         ) from None
-    except RunIsBusy:
-        raise
-    except BaseException as error:
-        run.update_manifest(status="failed", error=f"{type(error).__name__}: {error}"[:2000])
-        raise
-    finished = datetime.now().astimezone().isoformat(timespec="seconds")
-    run.update_manifest(status="succeeded", finished=finished, seconds=round(time.monotonic() - started, 1))
     write_report(run)
 
 
@@ -78,9 +78,9 @@ def unfinished(run: RunDir) -> RunDir:
     return run
 
 
-def found_or_trained(recipe: Recipe, inputs: dict[str, Any], root: Path, reporter: Reporter, *, told: str) -> RunDir:
-    """The run of `recipe` below `root`: an earlier one of the same `inputs`, finished if it was not, or a new one."""
-    for run in earlier_runs(recipe, inputs, root):
+def found_or_trained(part: Part, root: Path, *, told: str, reporter: Reporter) -> RunDir:
+    """The run of `part` below `root`: an earlier one of the same inputs, finished if it was not, or a new one."""
+    for run in earlier_runs(part, root):
         called = f"{run.path.parent.name}/{run.path.name}"
         if run.status != "succeeded":
             finished = resume(run, reporter=reporter)  # raises where another process is at it
@@ -91,20 +91,20 @@ def found_or_trained(recipe: Recipe, inputs: dict[str, Any], root: Path, reporte
             return run
         reporter.note(f"{told}: {called} is not as training left it, and is not taken")
     reporter.note(told)
-    return train(recipe, root=root, reporter=reporter)
+    return train(part.recipe, root=root, reporter=reporter, prepared=part.prepared)
 
 
-def earlier_runs(recipe: Recipe, inputs: dict[str, Any], root: Path) -> list[RunDir]:
-    """Runs of the same settings, inputs and versions: those that succeeded, then the interrupted; the newest first.
+def earlier_runs(part: Part, root: Path) -> list[RunDir]:
+    """Runs of the settings, inputs and versions of `part`: the succeeded, then the interrupted; the newest first.
 
     Rows and base are compared by content: where their files lie may have changed.
     """
     found = []
-    for run in runs_called(root, recipe.name):
+    for run in runs_called(root, part.recipe.name):
         entries = run.read("manifest.json")
-        same = entries.get("inputs") == inputs and entries.get("versions") == versions()
+        same = entries.get("inputs") == part.inputs and entries.get("versions") == versions()
         if same and entries.get("status") in ("succeeded", "interrupted", "running"):
-            found += [run] if _settings(run.recipe()) == _settings(recipe) else []
+            found += [run] if _settings(run.recipe()) == _settings(part.recipe) else []
     return sorted(found, key=lambda run: run.status != "succeeded")
 
 

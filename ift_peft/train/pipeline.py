@@ -8,7 +8,7 @@ from ift_peft.evaluate.pipeline import evaluate_pipeline, held_out_requests
 from ift_peft.recipe import Recipe, stage_recipes
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir
-from ift_peft.train.once import add_part, found_or_trained, inputs_of, made_of_parts
+from ift_peft.train.once import add_part, found_or_trained, made_of_parts, prepare_parts
 
 
 def train_pipeline(recipe: Recipe, *, root: Path, reporter: Reporter, into: RunDir | None = None) -> RunDir:
@@ -19,12 +19,11 @@ def train_pipeline(recipe: Recipe, *, root: Path, reporter: Reporter, into: RunD
 
     Raises `RecipeError`, `DataError` or `ModelError` for the faults of all stages before any is trained.
     """
-    stages = {f"stage {name}": own for name, own in stage_recipes(recipe).items()}
-    hashes = inputs_of(stages)
+    stages = prepare_parts({f"stage {name}": own for name, own in stage_recipes(recipe).items()}, reporter)
     held_out_requests(recipe)
     with made_of_parts(recipe, "pipeline", root, into=into) as run:
         for number, (name, own) in enumerate(stages.items(), start=1):
             told = f"{name} ({number} of {len(stages)})"
-            add_part(run, name.partition(" ")[2], found_or_trained(own, hashes[name], root, reporter, told=told))
+            add_part(run, name.partition(" ")[2], found_or_trained(own, root, told=told, reporter=reporter))
         run.write("scores.json", evaluate_pipeline(run, reporter=reporter, keep=True))
     return run

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from ift_peft.recipe import Recipe, require_one_task
 from ift_peft.report.card import adapter_card
 from ift_peft.report.write import write_report
 from ift_peft.reporter import Reporter
-from ift_peft.run_dir import RunDir, RunIsBusy, create_run
+from ift_peft.run_dir import RunDir, create_run, ending
 from ift_peft.train.arguments import sft_config, validation_arguments
 from ift_peft.train.checkpoints import newest_complete
 from ift_peft.train.losses import find_teacher
@@ -28,14 +26,14 @@ from ift_peft.train.prepare import Prepared, inputs, prepare, record_inputs
 from ift_peft.train.session import Interrupted, Session, open_session, resume_command
 
 
-def train(recipe: Recipe, *, root: Path, reporter: Reporter) -> RunDir:
-    """Run `recipe` and return its folder below `root`.
+def train(recipe: Recipe, *, root: Path, reporter: Reporter, prepared: Prepared | None = None) -> RunDir:
+    """Run `recipe` and return its folder below `root`; `prepared` is what `prepare` made of it, where it was called.
 
     Raises `RecipeError`, `DataError` or `ModelError` before a run folder exists, `TrainingError` for a run that could
     not finish, and `Interrupted` after a signal.
     """
     require_one_task(recipe, by="one training")
-    prepared = prepare(recipe, reporter)
+    prepared = prepared or prepare(recipe, reporter)
     device = choose_device(recipe.base.device)
     dtype = choose_dtype(recipe.base.compute_dtype, device)
     sft_config(
@@ -136,24 +134,13 @@ def forget_steps_after(run: RunDir, step: int) -> None:
 
 
 def _run(recipe: Recipe, prepared: Prepared, run: RunDir, reporter: Reporter, *, checkpoint: Path | None) -> RunDir:
-    started = time.monotonic()
     try:
-        with quiet(), run.locked():
+        with ending(run, stopped_by=(Interrupted, KeyboardInterrupt)), quiet(), run.locked():
             _train_and_measure(recipe, prepared, run, reporter, checkpoint)
-    except (Interrupted, KeyboardInterrupt) as error:
-        run.update_manifest(status="interrupted")
-        if isinstance(error, Interrupted):
-            raise
+    except KeyboardInterrupt:
         raise Interrupted(
             expected="a run that ends by itself", found="it was interrupted", fix=f"go on with: {resume_command(run)}"
         ) from None
-    except RunIsBusy:
-        raise
-    except BaseException as error:
-        run.update_manifest(status="failed", error=f"{type(error).__name__}: {error}"[:2000])
-        raise
-    finished = datetime.now().astimezone().isoformat(timespec="seconds")
-    run.update_manifest(status="succeeded", finished=finished, seconds=round(time.monotonic() - started, 1))
     write_report(run)
     return run
 

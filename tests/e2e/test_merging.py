@@ -20,7 +20,7 @@ from ift_peft.recipe import Recipe, load_recipe, parent_recipes
 from ift_peft.reporter import Silent
 from ift_peft.run_dir import RunDir, open_run
 from ift_peft.sections import Data, Source
-from ift_peft.train.once import found_or_trained, inputs_of
+from ift_peft.train.once import found_or_trained, prepare_parts
 from tests.e2e.test_every_recipe import FEW
 from tests.train.small import small
 
@@ -104,13 +104,13 @@ def test_what_was_made_before_is_taken_and_one_way_more_is_one_run_more(run: Run
 
 def test_a_run_whose_adapter_was_changed_is_not_taken(run: RunDir, root: Path, tmp_path: Path) -> None:
     own = parent_recipes(run.recipe())["goods"]
-    inputs = inputs_of({"goods": own})["goods"]
-    assert found_or_trained(own, inputs, root, Silent(), told="goods") == run.parts["goods"]
+    part = prepare_parts({"goods": own}, Silent())["goods"]
+    assert found_or_trained(part, root, told="goods", reporter=Silent()) == run.parts["goods"]
     copied = RunDir(shutil.copytree(run.parts["goods"].path, tmp_path / own.name / run.parts["goods"].path.name))
-    assert found_or_trained(own, inputs, tmp_path, Silent(), told="goods") == copied
+    assert found_or_trained(part, tmp_path, told="goods", reporter=Silent()) == copied
     (copied.adapter / "adapter_model.safetensors").write_bytes(b"")
     assert not copied.is_whole
-    assert found_or_trained(own, inputs, tmp_path, Silent(), told="goods") != copied
+    assert found_or_trained(part, tmp_path, told="goods", reporter=Silent()) != copied
 
 
 def test_the_adapter_of_all_is_trained_on_the_rows_of_its_parents_and_no_others(run: RunDir) -> None:

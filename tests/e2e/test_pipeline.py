@@ -18,7 +18,7 @@ from ift_peft.infer.predict import answer_all
 from ift_peft.recipe import Recipe, load_recipe, require_one_task, stage_recipes
 from ift_peft.reporter import Silent
 from ift_peft.run_dir import ANY, RunDir, open_run
-from ift_peft.train.once import earlier_runs, inputs_of, unfinished
+from ift_peft.train.once import earlier_runs, prepare_parts, unfinished
 from ift_peft.train.pipeline import train_pipeline
 from ift_peft.train.run import train
 
@@ -130,17 +130,17 @@ def test_only_a_stage_that_changed_is_trained_again(run: RunDir, root: Path) -> 
 
 def test_only_a_run_on_the_same_rows_is_taken_for_a_stage(run: RunDir, root: Path, tmp_path: Path) -> None:
     stages = stage_recipes(recipe(root.parent / "rows"))
-    before = inputs_of(stages)
-    assert {name: earlier_runs(own, before[name], root)[0] for name, own in stages.items()} == run.parts
+    before = prepare_parts(stages, Silent())
+    assert {name: earlier_runs(part, root)[0] for name, part in before.items()} == run.parts
     path = Path(str(stages["topic"].data.train))
     kept = path.read_text("utf-8")
     first, rest = kept.split("\n", 1)
     try:
         path.write_text(json.dumps({**json.loads(first), "outline": "1. other words"}) + "\n" + rest, "utf-8")
-        after = inputs_of(stages)
+        after = prepare_parts(stages, Silent())
     finally:
         path.write_text(kept, "utf-8")
-    found = {name for name, own in stages.items() if earlier_runs(own, after[name], root)}
+    found = {name for name, part in after.items() if earlier_runs(part, root)}
     assert found == {"topic", "language"}  # the outline is in the rows of all others
 
 
