@@ -11,6 +11,7 @@ from ift_peft.cli import (
     harness,
     pipeline,
     predict,
+    serve,
     training,
     tune,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "harness",
     "pipeline",
     "predict",
+    "serve",
     "training",
     "tune",
 ]

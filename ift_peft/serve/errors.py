@@ -1,0 +1,99 @@
+"""Errors as OpenAI's clients read them: `{"error": {message, type, param, code}}`, for everything that goes wrong."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from ift_peft.errors import BusyError, IftPeftError
+
+log = logging.getLogger("ift_peft.serve")
+TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+class ApiError(Exception):
+    """An answer that is an error. `type` follows from the status: 4xx is the client's fault, 5xx ours."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.headers = dict(headers or {})
+
+
+def not_found(what: str, name: str, *, param: str, code: str = "not_found") -> ApiError:
+    """404, as of a file that is not there."""
+    return ApiError(404, f"No such {what}: {name!r}.", code=code, param=param)
+
+
+def body_of(status: int, message: str, *, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+    """The JSON of an error; also of one inside a stream that has begun."""
+    kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def response_of(error: ApiError) -> JSONResponse:
+    body = body_of(error.status, error.message, code=error.code, param=error.param)
+    return JSONResponse(body, status_code=error.status, headers=error.headers)
+
+
+def told(error: IftPeftError) -> str:
+    """One of the library's errors in a line."""
+    return f"expected {error.expected}; found {error.found}; {error.fix}"
+
+
+def as_api_error(error: IftPeftError, *, param: str | None = None) -> ApiError:
+    """A fault of what was asked for: 400, or 429 where it is only the moment that is wrong."""
+    if isinstance(error, BusyError):
+        return ApiError(429, told(error), code="engine_overloaded", headers={"Retry-After": "1"})
+    return ApiError(400, str(error), code="invalid_request", param=param)
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Give every error of `app` the one form, and keep what went wrong inside out of it."""
+
+    @app.exception_handler(ApiError)
+    async def _ours(request: Request, error: ApiError) -> JSONResponse:
+        return response_of(error)
+
+    @app.exception_handler(IftPeftError)
+    async def _library(request: Request, error: IftPeftError) -> JSONResponse:
+        return response_of(as_api_error(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        param = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
+        unknown = first["type"] == "extra_forbidden"
+        message = (
+            f"Unrecognized request argument supplied: {param}" if unknown else f"{param or 'body'}: {first['msg']}"
+        )
+        more = len(error.errors()) - 1
+        message += f" (and {more} more)" if more else ""
+        code = "unknown_parameter" if unknown else "invalid_value"
+        return response_of(ApiError(400, message, code=code, param=param or None))
+
+    @app.exception_handler(HTTPException)
+    async def _framework(request: Request, error: HTTPException) -> JSONResponse:
+        code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code)
+        what = f"{request.method} {request.url.path}"
+        message = f"Unknown request URL: {what}." if error.status_code == 404 else f"{error.detail}: {what}"
+        return response_of(ApiError(error.status_code, message, code=code, headers=error.headers))
+
+    @app.exception_handler(Exception)
+    async def _unforeseen(request: Request, error: Exception) -> JSONResponse:
+        log.error("request failed", exc_info=error, extra={"path": request.url.path})
+        return response_of(ApiError(500, "The server had an error; its log says which.", code="internal_error"))

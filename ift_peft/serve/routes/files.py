@@ -1,0 +1,7 @@
+"""Files: upload, list, get, content, delete."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+router = APIRouter(tags=["files"])

@@ -1,0 +1,56 @@
+"""What the routes share: settings, store, jobs and models, started and stopped together."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from typing import IO, Annotated, cast
+
+from fastapi import Depends, Request
+
+from ift_peft.errors import RunError
+from ift_peft.serve.settings import Settings
+from ift_peft.serve.store import Store
+
+
+class Service:
+    """One service over one data folder, which no other process may serve."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        for folder in (settings.data_dir, settings.files, settings.runs, settings.jobs):
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.chmod(0o700)
+        self._lock = _lock(settings)
+        self.store = Store(settings.database_url)
+
+    def start(self) -> None:
+        """Begin with what is to be done; after this, requests are answered. Raises what keeps it from that."""
+
+    def stop(self) -> None:
+        """Let jobs write their checkpoints, answer what is being answered, and end. What is left goes on at a start."""
+        self.store.close()
+        self._lock.close()
+
+
+def _lock(settings: Settings) -> IO[str]:
+    lock = (settings.data_dir / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise RunError(
+            expected=f"{settings.data_dir} to itself",
+            found="another service over it",
+            fix="stop that one, or give another --data-dir",
+        ) from None
+    os.set_inheritable(lock.fileno(), False)
+    return lock
+
+
+def _of(request: Request) -> Service:
+    return cast(Service, request.app.state.service)
+
+
+Serving = Annotated[Service, Depends(_of)]
+"""The parameter of a route that gives it the service."""

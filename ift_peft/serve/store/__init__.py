@@ -1,0 +1,84 @@
+"""The store: what the service was told and must not forget. SQLite, or any database SQLAlchemy reaches by URL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import Connection, Engine, RowMapping, Select, Table, create_engine, event, select
+
+from ift_peft.serve.errors import ApiError
+from ift_peft.serve.store.tables import metadata
+
+Record = RowMapping
+
+
+class Store:
+    """A database with the tables of `tables`. What a transaction wrote is on the disk when it returns."""
+
+    def __init__(self, url: str) -> None:
+        self.engine: Engine = create_engine(url)
+        if self.engine.dialect.name == "sqlite":
+            event.listen(self.engine, "connect", _prepare_sqlite)
+            event.listen(self.engine, "begin", _begin)
+        self._reading = self.engine.execution_options(reading=True)
+        metadata.create_all(self.engine)
+
+    @contextmanager
+    def begin(self) -> Iterator[Connection]:
+        """A transaction that may write, committed at the end of the block and rolled back where that raises."""
+        with self.engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A transaction that only reads, and waits for no writer."""
+        with self._reading.begin() as connection:
+            yield connection
+
+    def one(self, query: Select[Any]) -> Record | None:
+        """The first record, if any."""
+        with self.read() as connection:
+            return connection.execute(query).mappings().first()
+
+    def every(self, query: Select[Any]) -> list[Record]:
+        """All records."""
+        with self.read() as connection:
+            return list(connection.execute(query).mappings().all())
+
+    def page(
+        self, table: Table, *conditions: Any, after: str | None, limit: int, ascending: bool = False
+    ) -> tuple[list[Record], bool]:
+        """Up to `limit` records that fulfil `conditions`, the newest first, and whether there are more.
+
+        They begin behind the one with the id `after`. Raises `ApiError` (400) where that is not among them.
+        """
+        number = table.c.number
+        query = select(table).where(*conditions).order_by(number.asc() if ascending else number.desc())
+        with self.read() as connection:
+            if after is not None:
+                found = connection.execute(select(number).where(table.c.id == after, *conditions)).scalar()
+                if found is None:
+                    raise ApiError(
+                        400, f"No object with the id {after!r} in this list.", code="invalid_value", param="after"
+                    )
+                query = query.where(number > found if ascending else number < found)
+            records = list(connection.execute(query.limit(limit + 1)).mappings().all())
+        return records[:limit], len(records) > limit
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+def _prepare_sqlite(connection: Any, record: Any) -> None:
+    """Durable once acknowledged, patient with other writers, and what is deleted is overwritten."""
+    connection.isolation_level = None  # transactions are begun below, not by the driver
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=30000", "foreign_keys=ON", "secure_delete=ON"):
+        connection.execute(f"PRAGMA {pragma}").close()
+
+
+def _begin(connection: Connection) -> None:
+    """One that first reads and then writes would fail where another has written in between: it begins as a writer."""
+    reading = connection.get_execution_options().get("reading", False)
+    connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
