@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+SERVE  := $(VENV)/.installed-serve
 DEV    := $(VENV)/.installed-dev
 RUN    ?= runs/$(RECIPE)/latest
 RECIPE ?= sentiment
 
 .DEFAULT_GOAL := help
-.PHONY: help train tune check resume evaluate predict merge export pipeline test test-fast lint clean
+.PHONY: help train tune check resume evaluate predict merge export pipeline serve test test-fast lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,6 +24,10 @@ $(BIN)/python:
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(SERVE): $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[serve]'
 	@touch $@
 
 $(DEV): $(STAMP)
@@ -55,6 +60,9 @@ export: $(STAMP)  ## write RUN for other software: TO=peft|merged|gguf|gguf-adap
 
 pipeline: $(STAMP)  ## take TEXT through the stages of RUN, e.g. RECIPE=article
 	$(BIN)/ift pipeline $(RUN) $(if $(TEXT),"$(TEXT)")
+
+serve: $(SERVE)  ## the OpenAI API and a dashboard on this machine, e.g. SET="--port 8000 --data-dir service"
+	$(BIN)/ift serve $(SET)
 
 test: $(DEV)  ## run all tests
 	$(BIN)/python -m pytest -n 2
