@@ -66,5 +66,5 @@ def _public_golden(run: RunDir) -> dict[str, Any] | None:
             extra={"run": run.path.name, "fault": type(error).__name__},
         )
         return None
-    template = {name: then[name] for name in ("template_sha256", "template") if name in then}
+    template: dict[str, Any] = {name: then[name] for name in ("template_sha256", "template") if name in then}
     return {"messages": list(PUBLIC), "input_ids": rendered.input_ids, "labels": rendered.labels, **template}

@@ -163,7 +163,7 @@ def parse(line: bytes, *, depth: int) -> Any:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         byte = f"{line[error.start]:#04x} at byte {error.start + 1}"
-        raise LineFault(f"expected UTF-8; found {byte} (iconv -f GB18030 -t UTF-8 turns Chinese files into it)") from None
+        raise LineFault(f"expected UTF-8; found {byte}; iconv -f GB18030 -t UTF-8 helps most files") from None
     if line.count(b"[") + line.count(b"{") > depth and _deepest(line) > depth:
         raise LineFault(f"more than {depth} objects and lists inside each other")
     try:
@@ -260,9 +260,11 @@ def shown(name: str) -> str:
 def _kind(value: Any) -> str:
     if value is None:
         return "nothing"
-    return {dict: "an object", list: "an empty list" if value == [] else "a list", str: "text"}.get(
-        type(value), "true or false" if isinstance(value, bool) else "a number"
-    )
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    if isinstance(value, dict):
+        return "an object"
+    return "text" if isinstance(value, str) else "true or false" if isinstance(value, bool) else "a number"
 
 
 @cache

@@ -1,4 +1,4 @@
-"""An upload, taken apart while it arrives: fields are kept, the file goes to the disk and through the checks of lines."""
+"""An upload, taken apart while it arrives: fields are kept, the file goes to the disk and through the checks."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Upload:
                 400, "Expected a multipart/form-data body with a boundary.", code="invalid_content_type", param="file"
             )
         self.limits, self.checker = limits, LineChecker(limits)
-        self.values: dict[str, bytearray] = {}
+        self.values: dict[str, bytes] = {}
         self.filename: str | None = None
         self._fault: ApiError | None = None
         self._received = 0
@@ -168,7 +168,7 @@ class Upload:
             self._begin_file(options)
         else:
             self._field = name
-            self.values[name] = bytearray()
+            self.values[name] = b""
 
     def _begin_file(self, options: dict[bytes, bytes]) -> None:
         coding = self._headers.get(b"content-transfer-encoding", b"binary").strip().lower()
@@ -194,7 +194,7 @@ class Upload:
             if len(value) + end - start > FIELD_BYTES:
                 self._keep(ApiError(400, f"{self._field} is too long.", code="invalid_value", param=self._field))
             else:
-                value += data[start:end]
+                self.values[self._field] = value + data[start:end]
 
     def _end_part(self) -> None:
         self._field = None

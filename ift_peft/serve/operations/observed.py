@@ -55,7 +55,7 @@ class Observed:
             self._record(scope, request_id, status, time.monotonic() - started)
 
     def _record(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", None) or OTHER
+        route = _template(scope)
         method = scope["method"] if scope["method"] in METHODS else OTHER
         self.metrics.requests.labels(route, method, str(status)).inc()
         self.metrics.seconds.labels(route, method).observe(seconds)
@@ -69,3 +69,12 @@ class Observed:
             "key": None if caller is None else caller.id,
         }
         log.info("request", extra=extra)
+
+
+def _template(scope: Scope) -> str:
+    """The path of the route with its parameters' names, never their values. An included route knows no prefix."""
+    path: str | None = getattr(scope.get("route"), "path", None)
+    if path is None:
+        return OTHER
+    included = scope["path"].startswith("/v1/") and not path.startswith("/v1/")
+    return f"/v1{path}" if included else path

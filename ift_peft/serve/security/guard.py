@@ -93,7 +93,9 @@ class Guard:
                 403, f"This key lacks a scope that the request needs: {' or '.join(needed)}.", code="insufficient_scope"
             )
         if caller.session and method not in SAFE and not _from_here(headers, host):
-            raise ApiError(403, "With a session, requests come from the service's own pages.", code="origin_not_allowed")
+            raise ApiError(
+                403, "With a session, requests come from the service's own pages.", code="origin_not_allowed"
+            )
         length = headers.get("content-length", "")
         if most is not None and length.isdecimal() and int(length[:20]) > most:
             raise ApiError(413, f"The body is larger than {most:,} bytes.", code="request_too_large")

@@ -39,9 +39,7 @@ def sign_in(store: Store, key: str) -> Session | None:
     if caller is None or caller.id is None:
         return None
     expires_at = int(time.time()) + SECONDS
-    _, secret = create_key(
-        store, "session", scopes=sorted(caller.scopes), expires_at=expires_at, made_from=caller.id
-    )
+    _, secret = create_key(store, "session", scopes=sorted(caller.scopes), expires_at=expires_at, made_from=caller.id)
     return Session(secret, expires_at)
 
 
