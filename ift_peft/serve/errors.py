@@ -15,6 +15,7 @@ from ift_peft.errors import BusyError, IftPeftError
 
 log = logging.getLogger("ift_peft.serve")
 CODES = {404: "unknown_url", 405: "method_not_allowed", 408: "request_timeout", 413: "request_too_large"}
+UNSUPPORTED = "unsupported_parameter"  # the type of pydantic's error, and the code of ours
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -76,7 +77,7 @@ def install_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
+        first = next((one for one in error.errors() if one["type"] == UNSUPPORTED), error.errors()[0])
         param = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
         unknown = first["type"] == "extra_forbidden"
         message = (
@@ -84,7 +85,7 @@ def install_handlers(app: FastAPI) -> None:
         )
         more = len(error.errors()) - 1
         message += f" (and {more} more)" if more else ""
-        code = "unknown_parameter" if unknown else "invalid_value"
+        code = {"extra_forbidden": "unknown_parameter", UNSUPPORTED: UNSUPPORTED}.get(first["type"], "invalid_value")
         return response_of(ApiError(400, message, code=code, param=param or None))
 
     @app.exception_handler(HTTPException)
