@@ -9,6 +9,7 @@ from typing import IO, Annotated, cast
 from fastapi import Depends, Request
 
 from ift_peft.errors import RunError
+from ift_peft.serve.jobs.jobs import Jobs
 from ift_peft.serve.settings import Settings
 from ift_peft.serve.store import Store
 
@@ -23,12 +24,15 @@ class Service:
             folder.chmod(0o700)
         self._lock = _lock(settings)
         self.store = Store(settings.database_url)
+        self.jobs = Jobs(settings, self.store)
 
     def start(self) -> None:
         """Begin with what is to be done; after this, requests are answered. Raises what keeps it from that."""
+        self.jobs.start()
 
     def stop(self) -> None:
         """Let jobs write their checkpoints, answer what is being answered, and end. What is left goes on at a start."""
+        self.jobs.stop()
         self.store.close()
         self._lock.close()
 
