@@ -11,6 +11,7 @@ from fastapi import Depends, Request
 from ift_peft.errors import RunError
 from ift_peft.serve.inference.loaded import LoadedModels
 from ift_peft.serve.inference.models import finish_removals
+from ift_peft.serve.jobs.jobs import Jobs
 from ift_peft.serve.operations.housekeeping import Housekeeping
 from ift_peft.serve.operations.metrics import Metrics
 from ift_peft.serve.settings import Settings
@@ -28,6 +29,7 @@ class Service:
         self._lock = _lock(settings)
         self.store = Store(settings.database_url)
         self.models = LoadedModels(settings, self.store)
+        self.jobs = Jobs(settings, self.store)
         self.metrics = Metrics(self)
         self.housekeeping = Housekeeping(settings, self.store)
 
@@ -35,9 +37,11 @@ class Service:
         """Begin with what is to be done; after this, requests are answered. Raises what keeps it from that."""
         finish_removals(self.settings, self.store)
         self.housekeeping.start()
+        self.jobs.start()
 
     def stop(self) -> None:
         """Let jobs write their checkpoints, answer what is being answered, and end. What is left goes on at a start."""
+        self.jobs.stop()
         self.housekeeping.stop()
         self.models.stop()
         self.store.close()
