@@ -29,6 +29,7 @@ class Server:
     port: int = 0
     process: subprocess.Popen[bytes] | None = None
     env: dict[str, str] = field(default_factory=dict)
+    clients: list[OpenAI] = field(default_factory=list)
 
     @property
     def url(self) -> str:
@@ -39,7 +40,9 @@ class Server:
         return (self.data_dir.parent / f"{self.data_dir.name}.log").read_text("utf-8", errors="replace")
 
     def client(self, api_key: str = "none", *, max_retries: int = 0, timeout: float = 120) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=max_retries, timeout=timeout)
+        client = OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=max_retries, timeout=timeout)
+        self.clients.append(client)
+        return client
 
     def start(self) -> Server:
         if not self.port:
@@ -78,6 +81,8 @@ class Server:
     def stop(self, number: int = signal.SIGTERM, *, timeout: float = 60) -> int:
         """Send it a signal and wait for its end; its exit code."""
         assert self.process is not None
+        while self.clients:
+            self.clients.pop().close()
         if self.process.poll() is None:
             self.process.send_signal(number)
         try:

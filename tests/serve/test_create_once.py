@@ -60,7 +60,10 @@ class _Passing(BaseHTTPRequestHandler):
         headers = {**dict(self.headers.items()), "Host": f"127.0.0.1:{self.server.behind}"}
         connection.request("POST", self.path, body, headers)
         answer = connection.getresponse()
-        return answer.status, answer.read()
+        try:
+            return answer.status, answer.read()
+        finally:
+            connection.close()
 
     def _answer(self, status: int, body: bytes) -> None:
         self.send_response(status)
@@ -102,17 +105,13 @@ def file(server: Server) -> str:
     ids=" then ".join,
 )
 def test_a_repeated_create_makes_one_job(server: Server, between: Between, file: str, faults: list[Fault]) -> None:
-    client = OpenAI(
-        base_url=f"http://127.0.0.1:{between.server_address[1]}/v1",
-        api_key="none",
-        max_retries=2,
-        timeout=LATE / 2 if "late" in faults else 60,
-    )
     between.faults = list(faults)
     marker = "-".join(faults).replace(" ", "_")
-    job = client.fine_tuning.jobs.create(
-        model="tiny", training_file=file, metadata={"marker": marker}, extra_body={"recipe": FEW}
-    )
+    url = f"http://127.0.0.1:{between.server_address[1]}/v1"
+    with OpenAI(base_url=url, api_key="none", max_retries=2, timeout=LATE / 2 if "late" in faults else 60) as client:
+        job = client.fine_tuning.jobs.create(
+            model="tiny", training_file=file, metadata={"marker": marker}, extra_body={"recipe": FEW}
+        )
     assert not between.faults  # each came to pass
     assert between.passed == len(faults) + 1 - faults.count("refused before")
     direct = server.client()
