@@ -12,6 +12,7 @@ import pytest
 from openai import APIStatusError, OpenAI
 from openai.pagination import SyncCursorPage
 from openai.resources.chat.completions.completions import Completions as ChatCompletions
+from openai.resources.chat.completions.messages import Messages
 from openai.resources.completions import Completions
 from openai.resources.files import Files
 from openai.resources.fine_tuning.alpha.graders import Graders
@@ -39,6 +40,7 @@ RESOURCES = {
     "fine_tuning.alpha.graders": Graders,
     "models": Models,
     "chat.completions": ChatCompletions,
+    "chat.completions.messages": Messages,
     "completions": Completions,
 }
 OBJECTS: dict[str, Any] = {
@@ -51,7 +53,6 @@ OBJECTS: dict[str, Any] = {
     "text_completion": Completion,
 }
 HELPERS = ("parse", "stream", "retrieve_content")  # of the client: they send what `create` and `content` send
-DEPRECATED = "permissions.retrieve"
 
 # A value for each parameter of the three methods that take many, and that a minimal request is sent with.
 CHAT: dict[str, Any] = {
@@ -123,7 +124,7 @@ ALONGSIDE = {"top_logprobs": {"logprobs": True}, "best_of": {"n": 1}, "stream_op
 
 @pytest.fixture(scope="module")
 def walked(server: Server) -> Walk:
-    return walk(server.url)
+    return walk(server)
 
 
 @pytest.mark.slow
@@ -246,6 +247,7 @@ def test_the_table_of_the_documentation_is_what_was_observed(
     written = before + BEGIN + "".join(_table(walked, parameters)) + END + after
     if os.environ.get("IFT_WRITE_DOCS"):
         DOCUMENT.write_text(written, "utf-8")
+        text = written
     assert text == written, "run this test with IFT_WRITE_DOCS=1"
 
 
