@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ift_peft.serve.settings import Limits, Settings
 class Running:
     service: Service
     port: int
+    clients: dict[str, OpenAI] = field(default_factory=dict)  # to make one takes a second: each is kept
 
     @property
     def url(self) -> str:
@@ -34,7 +35,9 @@ class Running:
         return self.service.settings.data_dir
 
     def client(self, api_key: str = "none") -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=30)
+        if api_key not in self.clients:
+            self.clients[api_key] = OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=30)
+        return self.clients[api_key]
 
     def http(self, **options: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=30, **options)
@@ -54,9 +57,12 @@ def serving(data_dir: Path, *, limits: Limits = Limits(), **settings: Any) -> It
         while not server.started:
             assert thread.is_alive()
             time.sleep(0.01)
+        running = Running(service, listening.getsockname()[1])
         try:
-            yield Running(service, listening.getsockname()[1])
+            yield running
         finally:
+            for client in running.clients.values():
+                client.close()
             server.should_exit = True
             thread.join(30)
     assert not thread.is_alive()
