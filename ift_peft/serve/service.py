@@ -35,6 +35,10 @@ class Service:
     def stop(self) -> None:
         """Let jobs write their checkpoints, answer what is being answered, and end. What is left goes on at a start."""
         self.housekeeping.stop()
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the folder, also where nothing was started."""
         self.store.close()
         self._lock.close()
 

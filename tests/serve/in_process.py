@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import uvicorn
+from fastapi import FastAPI
 from openai import OpenAI
 
 from ift_peft.serve.app import create_app
@@ -24,6 +25,7 @@ from ift_peft.serve.settings import Limits, Settings
 class Running:
     service: Service
     port: int
+    app: FastAPI
     clients: dict[str, OpenAI] = field(default_factory=dict)  # to make one takes a second: each is kept
 
     @property
@@ -33,6 +35,10 @@ class Running:
     @property
     def data_dir(self) -> Path:
         return self.service.settings.data_dir
+
+    def service_routes(self) -> list[tuple[str, str]]:
+        """Method and path of every route that the service describes."""
+        return [(method.upper(), path) for path, item in self.app.openapi()["paths"].items() for method in item]
 
     def client(self, api_key: str = "none") -> OpenAI:
         if api_key not in self.clients:
@@ -48,8 +54,9 @@ def serving(data_dir: Path, *, limits: Limits = Limits(), **settings: Any) -> It
     """A service over `data_dir` until the end of the block."""
     service = Service(Settings(data_dir=data_dir, limits=limits, **settings))
     with socket.create_server(("127.0.0.1", 0)) as listening:
+        app = create_app(service)
         config = uvicorn.Config(
-            create_app(service), log_config=None, access_log=False, server_header=False, proxy_headers=False, ws="none"
+            app, log_config=None, access_log=False, server_header=False, proxy_headers=False, ws="none"
         )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
@@ -57,7 +64,7 @@ def serving(data_dir: Path, *, limits: Limits = Limits(), **settings: Any) -> It
         while not server.started:
             assert thread.is_alive()
             time.sleep(0.01)
-        running = Running(service, listening.getsockname()[1])
+        running = Running(service, listening.getsockname()[1], app)
         try:
             yield running
         finally:

@@ -139,7 +139,9 @@ def test_what_is_asked_of_a_file_is_refused_or_done(service: Running) -> None:
             http.post("/v1/files", json={"purpose": "fine-tune"}),
             http.post("/v1/files", data={"purpose": "fine-tune"}),
             http.post("/v1/files", files={"file": ("a", ROWS)}),
-            http.post("/v1/files", content=b"--x\r\nnothing", headers={"content-type": "multipart/form-data; boundary=x"}),
+            http.post(
+                "/v1/files", content=b"--x\r\nnothing", headers={"content-type": "multipart/form-data; boundary=x"}
+            ),
             http.post("/v1/files", content=b"--x\r\n", headers={"content-type": "multipart/form-data; boundary=x"}),
         ]
     assert [answer.status_code for answer in answers] == [400] * 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -61,8 +62,7 @@ def strict(line: bytes) -> Any:
 def test_a_line_is_taken_as_training_takes_it_or_refused_with_a_fault(line: bytes) -> None:
     try:
         form = check_line(line, depth=16)
-    except LineFault as fault:
-        assert str(fault)
+    except LineFault:
         return
     values = strict(line)
     assert set(values) == ({"messages"} if form == "messages" else {"prompt", "completion"})
@@ -92,7 +92,7 @@ def test_how_the_bytes_arrive_changes_nothing(content: bytes, cuts: list[int]) -
     whole, pieces = LineChecker(limits), LineChecker(limits)
     whole.feed(content)
     at = [0, *sorted(min(cut, len(content)) for cut in cuts), len(content)]
-    for start, end in zip(at, at[1:], strict=False):
+    for start, end in pairwise(at):
         pieces.feed(content[start:end])
     for checker in (whole, pieces):
         checker.close()

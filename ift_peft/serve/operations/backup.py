@@ -2,7 +2,7 @@
 
 The databases are copied first, each as of one moment, and then the content that their records name; the queue before
 the records, as a job that is queued and has ended is passed over, and one that is not queued is queued again. What was
-deleted in between has its record taken out of the copy, so that every record there has its content. `manifest.json` comes
+deleted in between has its record taken out of the copy: every record there has its content. `manifest.json` comes
 last, with the sha256 of all.
 """
 
@@ -184,7 +184,7 @@ def _extract(archive: Path, folder: Path) -> Backup:
                     raise _broken(archive, f"{member.name} twice")
                 else:
                     hashes[member.name] = found
-    except (tarfile.TarError, ValueError, KeyError, EOFError) as error:
+    except (tarfile.TarError, ValueError, EOFError, FileExistsError, NotADirectoryError) as error:
         raise _broken(archive, f"{type(error).__name__}: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise _broken(archive, "no manifest of a form that is known")
