@@ -33,7 +33,7 @@ RECIPE = """
 name: ftjob-1
 base: {model: tiny, device: cpu}
 adapter: {r: 4, embeddings: true}
-data: {train: rows.jsonl, test_size: 3, quality: true}
+data: {train: rows.jsonl, test_size: 3, quality: {}}
 training: {max_steps: 4, per_device_train_batch_size: 4, learning_rate: 2.0e-3, logging_steps: 1, seed: 0}
 evaluation: {forgetting: false, bootstrap_samples: 100}
 """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import socket
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -234,15 +236,16 @@ def test_a_name_is_for_display_alone() -> None:
     assert len(display_name("x" * 5_000)) == 200
 
 
-def test_an_upload_that_breaks_off_leaves_nothing(service: Running) -> None:
-    import socket
-
+def test_an_upload_that_breaks_off_leaves_nothing(service: Running, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "ift_peft")
     head = b"POST /v1/files HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=x\r\n"
     part = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' + ROWS
     with socket.create_connection(("127.0.0.1", service.port)) as client:
         client.sendall(head + b"Content-Length: 50000\r\n\r\n" + part)
         wait_for(lambda: list((service.data_dir / "files").glob(".upload-*")))
     wait_for(lambda: not list((service.data_dir / "files").iterdir()))
+    wait_for(lambda: 499 in [getattr(record, "status", None) for record in caplog.records])
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR], "it is no fault of ours"
 
 
 def wait_for(condition: Any) -> None:
