@@ -60,7 +60,7 @@ def test_every_route_but_healthz_needs_a_key(service: Running, http: httpx.Clien
     asked = {path for _, path in described}
     assert {"/v1/files", "/v1/files/{file_id}/content", "/metrics"} <= asked
     for method, path in described:
-        if path != "/healthz":
+        if path not in ("/healthz", "/login", "/logout", "/static/{name}"):
             answer = http.request(method, path.replace("{", "").replace("}", ""))
             assert code_of(answer) == (401, "invalid_api_key"), (method, path)
             assert answer.headers["www-authenticate"] == "Bearer"
@@ -276,7 +276,9 @@ def test_two_headers_host_are_refused(service: Running) -> None:
         assert client.recv(4096).split()[1] in (b"400", b"421")
 
 
-def test_the_log_tells_requests_and_no_secret(service: Running, http: httpx.Client) -> None:
+def test_the_log_tells_requests_and_no_secret(
+    service: Running, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(JsonLines().format(record))  # type: ignore[method-assign]
@@ -289,20 +291,27 @@ def test_the_log_tells_requests_and_no_secret(service: Running, http: httpx.Clie
         http.get(f"/v1/files?after=QUERYTEXT&api_key={secret}", headers={**key, "X-Request-Id": "mine-1"})
         http.get("/v1/files/PATHTEXT", headers={"Authorization": f"Bearer {secret}x"})
         answer = http.get("/v1/files/PATHTEXT", headers={**key, "X-Request-Id": "a b"})
-        try:
-            raise ValueError("ROWTEXT")
-        except ValueError as error:
-            log.error("request failed", exc_info=error)
+        with monkeypatch.context() as patched:
+            patched.setattr(service.service.store, "page", fails)
+            broken = http.get("/v1/files", headers=key)
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
     told = "".join(lines)
     for text in (secret, secret.partition(".")[2], "QUERYTEXT", "PATHTEXT", "ROWTEXT"):
         assert text not in told
-    first, second, third, failed = map(json.loads, lines)
+    first, second, third, failed, last = map(json.loads, lines)
     assert (first["request"], first["route"], first["method"], first["status"]) == ("mine-1", "/v1/files", "GET", 400)
     assert first["key"] == secret[7:23]
     assert second["status"] == 401 and "key" not in second
     assert third["route"] == "/v1/files/{file_id}"
     assert third["request"] == answer.headers["x-request-id"] != "a b"
     assert failed["error"] == "ValueError" and "Traceback" in failed["trace"]
+    assert code_of(broken) == (500, "internal_error")
+    assert broken.headers["x-request-id"] == failed["request"] == last["request"]
+    assert broken.headers["x-content-type-options"] == "nosniff"
+    assert "ROWTEXT" not in broken.text
+
+
+def fails(*arguments: Any, **options: Any) -> Any:
+    raise ValueError("ROWTEXT")

@@ -70,7 +70,10 @@ class Upload:
             self._parser = MultipartParser(options[b"boundary"], callbacks)
         except FormParserError as error:
             raise ApiError(400, str(error), code="invalid_content_type", param="file") from None
-        handle, name = tempfile.mkstemp(dir=folder, prefix=TEMPORARY)
+        try:
+            handle, name = tempfile.mkstemp(dir=folder, prefix=TEMPORARY)
+        except OSError as error:
+            raise _disk(error) from None
         self.path = Path(name)
         self._file = os.fdopen(handle, "wb")
 

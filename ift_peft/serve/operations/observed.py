@@ -22,7 +22,7 @@ _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class Observed:
-    """Pure ASGI, the outermost. `X-Request-Id` is the client's, where it sent a plain one."""
+    """Pure ASGI, around all that may fail. `X-Request-Id` is the client's, where it sent a plain one."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics
