@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 import socket
 import sqlite3
 import time
@@ -246,6 +247,22 @@ def test_an_upload_that_breaks_off_leaves_nothing(service: Running, caplog: pyte
     wait_for(lambda: not list((service.data_dir / "files").iterdir()))
     wait_for(lambda: 499 in [getattr(record, "status", None) for record in caplog.records])
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR], "it is no fault of ours"
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+    """A limit on the size of files fails like a disk without room, in the middle of a write."""
+    with serving(tmp_path / "data") as running:
+        client = running.client()
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
+        try:
+            with pytest.raises(openai.InternalServerError) as caught:
+                client.files.create(file=("rows.jsonl", ROWS * 400), purpose="fine-tune")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert (caught.value.status_code, caught.value.code) == (507, "insufficient_storage")
+        assert not list((running.data_dir / "files").iterdir())
+        assert client.files.create(file=("rows.jsonl", ROWS * 400), purpose="fine-tune").bytes == len(ROWS) * 400
 
 
 def wait_for(condition: Any) -> None:

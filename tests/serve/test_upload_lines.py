@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import tempfile
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from ift_peft.data.formats import to_row
 from ift_peft.data.sources import Record
 from ift_peft.sections import Data
 from ift_peft.serve.files.lines import LineChecker, LineFault, check_line, parse
+from ift_peft.serve.files.upload import Upload
 from ift_peft.serve.settings import Limits
 
 VALUES = st.recursive(
@@ -102,6 +106,26 @@ def test_how_the_bytes_arrive_changes_nothing(content: bytes, cuts: list[int]) -
         pieces.form,
         pieces.bytes,
     )
+
+
+@given(st.lists(st.integers(0, 900), max_size=8), st.sampled_from([b"\r\n", b"\n", b""]))
+@settings(max_examples=60, deadline=None)
+def test_how_a_form_arrives_changes_nothing(cuts: list[int], end: bytes) -> None:
+    """Also where a row holds what looks like the boundary."""
+    content = b'{"prompt": "--edge -- edge", "completion": "\\r\\n--edge--"}\n' * 10 + end
+    part = b'Content-Disposition: form-data; name="%b"'
+    body = b"--edge\r\n" + part % b"purpose" + b"\r\n\r\nfine-tune\r\n--edge\r\n"
+    body += part % b"file" + b'; filename="rows.jsonl"\r\n\r\n' + content + b"\r\n--edge--\r\n"
+    at = [0, *sorted(min(cut, len(body)) for cut in cuts), len(body)]
+    with tempfile.TemporaryDirectory() as folder:
+        with Upload(Path(folder), "multipart/form-data; boundary=edge", Limits()) as upload:
+            for start, stop in pairwise(at):
+                upload.write(body[start:stop])
+            upload.finish()
+            assert upload.path.read_bytes() == content
+            assert upload.sha256 == hashlib.sha256(content).hexdigest()
+            assert (upload.filename, upload.checker.rows) == ("rows.jsonl", 10)
+        assert not list(Path(folder).iterdir())
 
 
 def test_memory_is_bounded_by_the_longest_line() -> None:

@@ -8,6 +8,7 @@ import os
 import re
 import tempfile
 import unicodedata
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -83,7 +84,8 @@ class Upload:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        with suppress(OSError):  # of a full disk, once more; `finish` has told it, or nobody waits for the file
+            self._file.close()
         self.path.unlink(missing_ok=True)
 
     def write(self, piece: bytes) -> None:
