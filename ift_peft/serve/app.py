@@ -45,6 +45,6 @@ def create_app(service: Service) -> FastAPI:
         app.include_router(routes.router, prefix="/v1")
     app.include_router(operations.router)
     app.add_middleware(Guard, settings=service.settings, store=service.store)
-    app.add_middleware(SecurityHeaders)
-    app.add_middleware(Observed, metrics=service.metrics)  # the last is the outermost
+    app.add_middleware(Observed, metrics=service.metrics)
+    app.add_middleware(SecurityHeaders)  # the last is the outermost
     return app

@@ -44,6 +44,10 @@ class Service:
         self.jobs.stop()
         self.housekeeping.stop()
         self.models.stop()
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the folder, also where nothing was started."""
         self.store.close()
         self._lock.close()
 
