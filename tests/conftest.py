@@ -32,6 +32,7 @@ SHARING = {
         for name in ("merging", "mix", "parity", "pipeline", "safety", "stories", "engine", "validation", "study")
     },
     "methods": ("e2e/test_methods",),
+    **{f"serve {name}": (f"serve/test_{name}",) for name in ("chat", "models", "limits", "vllm")},
 }
 OFFLINE = ROOT / "tests" / "offline"  # holds a sitecustomize that refuses sockets
 
