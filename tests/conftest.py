@@ -32,9 +32,6 @@ SHARING = {
         for name in ("merging", "mix", "parity", "pipeline", "safety", "stories", "engine", "validation", "study")
     },
     "methods": ("e2e/test_methods",),
-    "serve files": ("serve/test_files",),
-    "serve security": ("serve/test_security",),
-    "serve backup": ("serve/test_backup_deletion",),
 }
 OFFLINE = ROOT / "tests" / "offline"  # holds a sitecustomize that refuses sockets
 
@@ -58,6 +55,8 @@ class _BySharedRuns(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::")[0].removesuffix(".py")
+        if "serve/" in file:  # the tests of a file share a server
+            return file
         return next((group for group, files in SHARING.items() if file.endswith(files)), nodeid)
 
 

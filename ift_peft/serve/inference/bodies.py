@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ift_peft.serve.errors import UNSUPPORTED, ApiError
@@ -57,11 +57,22 @@ def _no_role(value: Any) -> Any:
     return value
 
 
+def _whole(text: str) -> str:
+    """JSON can say half a character (`\\ud800`), which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("string_unicode", "Input should be whole Unicode characters") from None
+    return text
+
+
 Unsupported = Annotated[None, BeforeValidator(_none)]
 Penalty = Annotated[Annotated[float, Field(ge=0, le=0)] | None, BeforeValidator(_zero)]
 Switch = Annotated[Literal[False] | None, BeforeValidator(_false)]
 Count = Annotated[int, Field(ge=1)]
-Stop = Annotated[str, Field(min_length=1, max_length=1024)]
+Line = Annotated[str, AfterValidator(_whole)]
+Text = Annotated[Line, Field(min_length=1)]
+Stop = Annotated[Text, Field(max_length=1024)]
 
 
 class Body(BaseModel):
@@ -72,14 +83,14 @@ class Body(BaseModel):
 
 class TextPart(Body):
     type: Literal["text"]
-    text: str
+    text: Line
 
 
 class Message(Body):
     """Fields that answers have and that are null there may come back as null."""
 
     role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_no_role)]
-    content: str | Annotated[list[Annotated[TextPart, BeforeValidator(_text_only)]], Field(min_length=1)]
+    content: Line | Annotated[list[Annotated[TextPart, BeforeValidator(_text_only)]], Field(min_length=1)]
     name: Unsupported = None
     refusal: Unsupported = None
     annotations: Annotated[list[Any] | None, Field(max_length=0)] = None
@@ -106,7 +117,7 @@ class ResponseFormat(Body):
 class Sampling(Body):
     """What both forms share."""
 
-    model: Annotated[str, Field(min_length=1, max_length=256)]
+    model: Annotated[Text, Field(max_length=256)]
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63)] | None = None
@@ -115,7 +126,7 @@ class Sampling(Body):
     max_tokens: Count | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
+    user: Line | None = None
     frequency_penalty: Penalty = None
     presence_penalty: Penalty = None
     logit_bias: Annotated[Annotated[dict[str, int], Field(max_length=0)] | None, BeforeValidator(_empty)] = None
@@ -158,9 +169,9 @@ class ChatBody(Sampling):
     )
     service_tier: Annotated[Literal["auto", "default"] | None, BeforeValidator(_usual)] = None
     store: Switch = None
-    metadata: dict[str, str] | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    metadata: dict[Line, Line] | None = None
+    safety_identifier: Line | None = None
+    prompt_cache_key: Line | None = None
     audio: Unsupported = None
     function_call: Unsupported = None
     functions: Unsupported = None
@@ -200,7 +211,6 @@ class ChatBody(Sampling):
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Tokens = Annotated[list[Token], Field(min_length=1)]
-Text = Annotated[str, Field(min_length=1)]
 
 
 class CompletionBody(Sampling):
