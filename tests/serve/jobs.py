@@ -50,12 +50,12 @@ def upload(data_dir: Path, rows: Sequence[dict[str, Any]], *, purpose: str = "fi
     return name
 
 
-def create(server: Server, *, client: OpenAI | None = None, rows: int = 12, **options: Any) -> FineTuningJob:
+def create(server: Server, *, client: OpenAI, rows: int = 12, **options: Any) -> FineTuningJob:
     """A job on a few rows over `tiny`; `options` go to `fine_tuning.jobs.create`."""
     options.setdefault("training_file", upload(server.data_dir, chats(rows)))
     options.setdefault("extra_body", {"recipe": QUICK})
     options.setdefault("model", "tiny")
-    return (client or server.client()).fine_tuning.jobs.create(**options)
+    return client.fine_tuning.jobs.create(**options)
 
 
 def wait(client: OpenAI, job: str, until: Callable[[FineTuningJob], bool], *, seconds: float = 120) -> FineTuningJob:
@@ -96,3 +96,13 @@ def losses(client: OpenAI, job: str) -> list[tuple[int, float]]:
 def events(client: OpenAI, job: str) -> list[FineTuningJobEvent]:
     """All events of a job, the newest first."""
     return list(client.fine_tuning.jobs.list_events(job, limit=100))
+
+
+def records(data_dir: Path, query: str, *values: Any) -> list[dict[str, Any]]:
+    """Rows of the service's store."""
+    store = sqlite3.connect(data_dir / "store.sqlite", timeout=30)
+    store.row_factory = sqlite3.Row
+    try:
+        return [dict(row) for row in store.execute(query, values)]
+    finally:
+        store.close()
