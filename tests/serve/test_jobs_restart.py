@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from tests.serve import jobs
 from tests.serve.conftest import Server
 
 pytestmark = pytest.mark.slow
-STEPS = 120
+STEPS = 70
 OPTIONS: dict[str, Any] = {
     "seed": 3,
     "hyperparameters": {"batch_size": 8},
@@ -61,13 +62,13 @@ def test_a_paused_job_becomes_what_it_would_have_become(
     server: Server, client: OpenAI, whole: tuple[list[tuple[int, float]], bytes]
 ) -> None:
     job = create(server, client)
-    jobs.training(server, job, step=10)
+    jobs.training(server, job, step=5)
     assert client.fine_tuning.jobs.pause(job).status == "paused"
     jobs.wait_for(lambda: not jobs.trainers(server.data_dir))
     (run,) = {path.resolve() for path in (server.data_dir / "runs" / job).iterdir()}
     assert RunDir(run).status == "interrupted" and list((run / "checkpoints").iterdir())
     taken = len(RunDir(run).read_lines("metrics.jsonl"))
-    assert 10 <= taken < STEPS and client.fine_tuning.jobs.retrieve(job).status == "paused"
+    assert 5 <= taken < STEPS and client.fine_tuning.jobs.retrieve(job).status == "paused"
     assert client.fine_tuning.jobs.resume(job).status == "queued"
     assert outcome(server, client, job) == whole
     assert [event.message for event in jobs.events(client, job)].count(
@@ -86,6 +87,12 @@ def test_a_killed_and_a_stopped_service_go_on_with_their_job(
     jobs.training(server, job, step=before + 5)
     server.stop(signal.SIGTERM)
     assert not jobs.trainers(server.data_dir)
+    queue = sqlite3.connect(server.data_dir / "queue.sqlite")
+    mine = f"from workflow_status where workflow_uuid = '{job}.0'"
+    assert queue.execute(f"select status {mine}").fetchone() == ("PENDING",)
+    queue.execute(f"delete {mine}")  # and a queue that knows nothing of it: the store decides
+    queue.commit()
+    queue.close()
     server.start()
     assert client.fine_tuning.jobs.retrieve(job).status == "running"
     assert outcome(server, client, job) == whole
@@ -99,13 +106,15 @@ def test_one_trainer_at_a_time_in_the_order_of_priorities(server: Server, client
     def only(job: str) -> None:
         jobs.wait_for(lambda: set(jobs.trainers(server.data_dir)) == {job})
 
+    def queued(priority: int) -> str:
+        body = {"recipe": jobs.QUICK, "priority": priority}
+        return jobs.create(server, client=client, extra_body=body).id
+
     with (devices / "auto.lock").open("w") as device:
         fcntl.flock(device, fcntl.LOCK_EX)
-        first, later, sooner = (
-            jobs.create(server, client=client, extra_body={"recipe": jobs.QUICK, "priority": priority}).id
-            for priority in (0, 5, -5)
-        )
+        first = queued(0)
         only(first)
+        later, sooner = queued(5), queued(-5)
         assert client.fine_tuning.jobs.cancel(first).status == "cancelled"
         only(sooner)
         client.fine_tuning.jobs.pause(sooner)
