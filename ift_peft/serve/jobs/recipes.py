@@ -98,7 +98,6 @@ def plan(
             "lr_scheduler_type": "cosine",
             "warmup_steps": 0.05,
             "seed": seed,
-            "save_strategy": "epoch",
             "save_total_limit": CHECKPOINTS,
         },
     }
@@ -206,6 +205,6 @@ def _steps(training: dict[str, Any], rows: int) -> int:
     steps, accumulated = training.get("max_steps"), training.get("gradient_accumulation_steps", 1)
     if isinstance(steps, int) and steps > 0:
         return steps
-    batch = training["per_device_train_batch_size"] * (accumulated if isinstance(accumulated, int) else 1)
+    batch: int = training["per_device_train_batch_size"] * (accumulated if isinstance(accumulated, int) else 1)
     epochs: int = training["num_train_epochs"]
     return math.ceil(rows / max(1, batch)) * epochs

@@ -21,6 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from ift_peft.errors import DataError, Faults, IftPeftError, ModelError, RecipeError, first_line
+from ift_peft.reporter import Silent
 from ift_peft.serve.jobs.folder import JobFolder, newest_run
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def check(recipe: Recipe, reporter: FileReporter) -> Prepared:
             found=f"{unsupervised} of {prepared.train.rows} rows without a token of an answer",
             fix="give each an assistant message with content",
         )
-    foreseen = foresee_memory(recipe, prepared, reporter)
+    foreseen = foresee_memory(recipe, prepared, Silent())  # told again when training begins
     if foreseen and foreseen["foreseen_bytes"] > foreseen["free_before_bytes"]:
         raise TooLarge(
             expected=f"about {foreseen['foreseen_bytes'] / 1e9:.2f} GB of memory for training",
