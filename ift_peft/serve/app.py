@@ -9,6 +9,7 @@ import anyio.to_thread
 from fastapi import FastAPI
 
 from ift_peft.serve.errors import install_handlers
+from ift_peft.serve.pages import dashboard
 from ift_peft.serve.routes import chat, files, jobs, models, operations
 from ift_peft.serve.service import Service
 
@@ -30,4 +31,6 @@ def create_app(service: Service) -> FastAPI:
     for routes in (files, jobs, models, chat):
         app.include_router(routes.router, prefix="/v1")
     app.include_router(operations.router)
+    for pages in dashboard.ROUTERS:
+        app.include_router(pages)
     return app

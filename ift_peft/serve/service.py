@@ -9,6 +9,8 @@ from typing import IO, Annotated, cast
 from fastapi import Depends, Request
 
 from ift_peft.errors import RunError
+from ift_peft.serve.pages.look import Looks
+from ift_peft.serve.pages.streams import Streams
 from ift_peft.serve.settings import Settings
 from ift_peft.serve.store import Store
 
@@ -23,6 +25,7 @@ class Service:
             folder.chmod(0o700)
         self._lock = _lock(settings)
         self.store = Store(settings.database_url)
+        self.streams, self.looks = Streams(settings.limits.streams), Looks()
 
     def start(self) -> None:
         """Begin with what is to be done; after this, requests are answered. Raises what keeps it from that."""
