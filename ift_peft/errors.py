@@ -49,6 +49,12 @@ class RecipeError(IftPeftError, ValueError):
     exit_code = 2
 
 
+class SettingsError(IftPeftError, ValueError):
+    """Options of the service that it cannot be started with."""
+
+    exit_code = 2
+
+
 class DataError(IftPeftError, ValueError):
     """Rows that cannot be read, rendered or supervised."""
 

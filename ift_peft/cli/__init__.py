@@ -2,6 +2,7 @@
 
 from ift_peft.cli import (
     after,
+    backup,
     check,
     combine,
     compare,
@@ -9,6 +10,7 @@ from ift_peft.cli import (
     explain,
     export,
     harness,
+    keys,
     pipeline,
     predict,
     serve,
@@ -20,6 +22,7 @@ from ift_peft.cli.app import app
 __all__ = [
     "after",
     "app",
+    "backup",
     "check",
     "combine",
     "compare",
@@ -27,6 +30,7 @@ __all__ = [
     "explain",
     "export",
     "harness",
+    "keys",
     "pipeline",
     "predict",
     "serve",

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from enum import StrEnum
 from functools import wraps
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, ParamSpec
 
@@ -44,6 +45,11 @@ EnsembleOption = Annotated[
 CalibrateOption = Annotated[
     bool, typer.Option("--calibrate", help="With --ensemble: a temperature, fitted on the runs' validation rows.")
 ]
+DataDir = Annotated[Path, typer.Option("--data-dir", help="Where the service keeps files, jobs and models.")]
+StoreUrl = Annotated[
+    str | None,
+    typer.Option("--store-url", help="A database for its records, as SQLAlchemy writes it; else SQLite in --data-dir."),
+]
 RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Folder of all runs.")]
 Overrides = Annotated[
     list[str] | None,
@@ -55,6 +61,18 @@ def require_ensemble(calibrate: bool) -> None:
     """Raises `RunError` for --calibrate where nothing answers together."""
     if calibrate:
         raise RunError(expected="--calibrate with --ensemble", found="it alone", fix="leave it out, or add --ensemble")
+
+
+def require_serve() -> None:
+    """Raises `RunError` where the packages of the service are not installed."""
+    packages = ("dbos", "fastapi", "prometheus_client", "python_multipart", "sqlalchemy", "uvicorn")
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise RunError(
+            expected="the packages of the service",
+            found=f"no {', '.join(missing)}",
+            fix="pip install 'ift_peft[serve]'",
+        )
 
 
 def errors_to_exit_codes(command: Callable[P, None]) -> Callable[P, None]:

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from ift_peft.errors import BusyError, IftPeftError
 
 log = logging.getLogger("ift_peft.serve")
+CODES = {404: "unknown_url", 405: "method_not_allowed", 408: "request_timeout", 413: "request_too_large"}
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -88,7 +89,7 @@ def install_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _framework(request: Request, error: HTTPException) -> JSONResponse:
-        code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code)
+        code = CODES.get(error.status_code)
         what = f"{request.method} {request.url.path}"
         message = f"Unknown request URL: {what}." if error.status_code == 404 else f"{error.detail}: {what}"
         return response_of(ApiError(error.status_code, message, code=code, headers=error.headers))

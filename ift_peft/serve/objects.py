@@ -17,6 +17,19 @@ class Object(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
+class ErrorInfo(Object):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(Object):
+    """What everything that goes wrong is answered with."""
+
+    error: ErrorInfo
+
+
 T = TypeVar("T", bound=Object)
 
 

@@ -2,36 +2,73 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import socket
+from types import FrameType
 
 import uvicorn
 
+from ift_peft.errors import SettingsError
 from ift_peft.serve.app import create_app
+from ift_peft.serve.operations.logs import configure_logs
+from ift_peft.serve.security.guard import require_key
 from ift_peft.serve.service import Service
 from ift_peft.serve.settings import Settings
 
+log = logging.getLogger("ift_peft.serve")
+
 
 class _Server(uvicorn.Server):
-    """Ends the streams of pages before it waits for what is being answered: they go on as long as their jobs."""
-
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal ends it when what is being answered is; the second at once, as if it had lost power."""
+        if self.should_exit:
+            os._exit(128 + sig)
+        super().handle_exit(sig, frame)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Streams of pages go on as long as their jobs: they are ended before other answers are waited for."""
         self._service.streams.close()
         await super().shutdown(sockets)
 
 
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or Ctrl-C, which ends what is being answered first. Raises what keeps it from starting."""
+    configure_logs()
     service = Service(settings)
+    require_key(settings, service.store)
+    listening = _listen(settings)
+    app = create_app(service)
+    host, port = listening.getsockname()[:2]
+    log.info("serving", extra={"host": host, "port": port, "data_dir": str(settings.data_dir)})
     config = uvicorn.Config(
-        create_app(service),
-        host=settings.host,
-        port=settings.port,
+        app,
         log_config=None,
+        access_log=False,
         server_header=False,
+        proxy_headers=False,  # who asks is who is connected; a proxy's word for it is not taken
+        ws="none",
         timeout_graceful_shutdown=20,
     )
-    _Server(config, service).run()
+    try:
+        _Server(config, service).run(sockets=[listening])
+    except SystemExit:  # uvicorn's word for a start that failed
+        if app.state.failure is not None:
+            raise app.state.failure from None
+        raise
+
+
+def _listen(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        raise SettingsError(
+            expected=f"to listen at {settings.host}, port {settings.port}",
+            found=error.strerror or str(error),
+            fix="stop what listens there, or give another --host or --port",
+        ) from None

@@ -9,6 +9,8 @@ from typing import IO, Annotated, cast
 from fastapi import Depends, Request
 
 from ift_peft.errors import RunError
+from ift_peft.serve.operations.housekeeping import Housekeeping
+from ift_peft.serve.operations.metrics import Metrics
 from ift_peft.serve.pages.look import Looks
 from ift_peft.serve.pages.streams import Streams
 from ift_peft.serve.settings import Settings
@@ -26,12 +28,16 @@ class Service:
         self._lock = _lock(settings)
         self.store = Store(settings.database_url)
         self.streams, self.looks = Streams(settings.limits.streams), Looks()
+        self.metrics = Metrics(self)
+        self.housekeeping = Housekeeping(settings, self.store)
 
     def start(self) -> None:
         """Begin with what is to be done; after this, requests are answered. Raises what keeps it from that."""
+        self.housekeeping.start()
 
     def stop(self) -> None:
         """Let jobs write their checkpoints, answer what is being answered, and end. What is left goes on at a start."""
+        self.housekeeping.stop()
         self.store.close()
         self._lock.close()
 

@@ -20,6 +20,10 @@ class Limits:
     min_examples: int = 10
     body_bytes: int = 4 * MEBIBYTE
     """Of every request that is no upload."""
+    body_seconds: float = 30.0
+    """In which a body may come as slowly as it likes; after them it has come at 1 KiB a second, or is refused."""
+    sweep_seconds: float = 60.0
+    """Between two looks for what has expired."""
     requests_per_minute: int = 600
     """Of one key, or of one address where no key is needed."""
     waiting_requests: int = 128

@@ -17,7 +17,7 @@ from starlette.types import Message, Receive, Scope
 from ift_peft.serve.errors import ApiError
 
 JOBS = "/v1/fine_tuning/jobs"
-PASSED_ON = (b"host", b"cookie", b"origin", b"referer", b"user-agent", b"x-forwarded-for", b"x-forwarded-proto")
+OF_A_BODY = (b"content-type", b"content-length", b"content-encoding", b"transfer-encoding", b"expect")
 SCOPE = ("type", "asgi", "http_version", "scheme", "root_path", "client", "server")
 
 
@@ -39,7 +39,7 @@ async def delete_file(request: Request, file_id: str) -> None:
 
 async def upload(request: Request) -> str:
     """Hand the form on to the API piece by piece as it comes, and return the file's id. Raises `ApiError`."""
-    headers = [(name, value) for name, value in request.headers.raw if name not in PASSED_ON]
+    headers = [(name, value) for name, value in request.headers.raw if name in OF_A_BODY]
     uploaded = await _call(_scope(request, "POST", "/v1/files", headers), request.receive, request)
     return str(uploaded["id"])
 
@@ -72,7 +72,7 @@ async def ask(
 
 
 def _scope(request: Request, method: str, path: str, headers: list[tuple[bytes, bytes]]) -> Scope:
-    passed_on = [(name, value) for name, value in request.headers.raw if name in PASSED_ON]
+    passed_on = [(name, value) for name, value in request.headers.raw if name not in OF_A_BODY]
     return {
         **{key: request.scope[key] for key in SCOPE if key in request.scope},
         "method": method,
@@ -80,7 +80,6 @@ def _scope(request: Request, method: str, path: str, headers: list[tuple[bytes, 
         "raw_path": path.encode(),
         "query_string": b"",
         "headers": passed_on + headers,
-        "state": dict(request.scope.get("state", {})),
     }
 
 

@@ -17,11 +17,13 @@ from starlette.exceptions import HTTPException
 from ift_peft.errors import IftPeftError
 from ift_peft.serve.errors import ApiError, as_api_error
 from ift_peft.serve.pages.templates import template
+from ift_peft.serve.security.headers import PAGES
+from ift_peft.serve.security.hosts import same_origin
+from ift_peft.serve.security.sessions import COOKIE
 
 log = logging.getLogger("ift_peft.serve")
-POLICY = "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 HEADERS = {
-    "Content-Security-Policy": POLICY,
+    "Content-Security-Policy": PAGES,
     # Not no-referrer: under that, browsers send forms with Origin: null, which is nobody's.
     "Referrer-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
@@ -47,7 +49,7 @@ def page(request: Request, named: str, /, *, status: int = 200, **values: Any) -
     common = {
         "here": request.url.path,
         "base_url": f"{request.url.scheme}://{request.url.netloc}/v1",
-        "signed_in": bool(request.cookies),
+        "signed_in": COOKIE in request.cookies,
     }
     return HTMLResponse(template(named).render({**common, **values}), status_code=status, headers=HEADERS)
 
@@ -65,9 +67,9 @@ def from_here(request: Request) -> None:
     origin = request.headers.get("origin")
     said = origin if origin is not None else request.headers.get("referer")
     if said is None:
-        if request.cookies:
+        if COOKIE in request.cookies:
             raise ApiError(403, "This form came without the page that it is from (Origin).", code="invalid_origin")
-    elif urlsplit(said).netloc != request.headers.get("host"):
+    elif not same_origin("{0.scheme}://{0.netloc}".format(urlsplit(said)), request.headers.get("host", "")):
         raise ApiError(403, "This form came from a page of another host.", code="invalid_origin")
 
 

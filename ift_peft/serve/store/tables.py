@@ -97,6 +97,7 @@ keys = Table(
     Column("revoked_at", Integer),
     Column("used_at", Float),
     Column("session", Boolean, nullable=False, default=False),  # of a browser, made from a key
+    Column("made_from", String(64), index=True),  # of a session: the key, which it does not outlive
 )
 
 Index("events_of_job", events.c.job, events.c.number)

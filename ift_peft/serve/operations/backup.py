@@ -1,0 +1,232 @@
+"""A copy of a service's folder in one tar file, made while it runs; and a folder made of that again.
+
+The databases are copied first, each as of one moment, and then the content that their records name. What was deleted
+in between has its record taken out of the copy, so that every record there has its content. `manifest.json` comes
+last, with the sha256 of all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import sqlite3
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from ift_peft.errors import RunError
+from ift_peft.serve.files.records import sync_folder
+
+STORE, QUEUE, MANIFEST = "store.sqlite", "queue.sqlite", "manifest.json"
+FORMAT = 1
+_PIECE = 1 << 20
+
+
+@dataclass
+class Backup:
+    """What a backup holds: number and bytes of its files, and what was left out and why."""
+
+    files: int = 0
+    bytes: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def write_backup(data_dir: Path, target: Path) -> Backup:
+    """Write the service in `data_dir` to `target`. Raises `RunError` where there is none, or `target` exists."""
+    if not (data_dir / STORE).is_file():
+        raise RunError(
+            expected=f"{STORE} in {data_dir}",
+            found="none",
+            fix="give the --data-dir of a service; records at a --store-url are backed up by that database's own tools",
+        )
+    if target.exists():
+        raise RunError(expected=f"a new file as {target}", found="one that exists", fix="give another name as --to")
+    handle, name = tempfile.mkstemp(dir=target.resolve().parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file, tempfile.TemporaryDirectory(dir=data_dir, prefix=".backup-") as scratch:
+            made = _write(data_dir, file, Path(scratch))
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(name, target)
+        sync_folder(target.resolve().parent)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return made
+
+
+def _write(data_dir: Path, file: IO[bytes], scratch: Path) -> Backup:
+    made = Backup()
+    hashes: dict[str, dict[str, Any]] = {}
+    copies = {name: _copied(data_dir / name, scratch / name) for name in (STORE, QUEUE) if (data_dir / name).is_file()}
+    store = sqlite3.connect(copies[STORE])
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name in _content(store, data_dir):
+            _add(tar, data_dir / name, name, hashes)
+        _take_out_lost(store, hashes, made)
+        store.close()
+        for name, path in copies.items():
+            _add(tar, path, name, hashes)
+        manifest = {"format": FORMAT, "made": int(time.time()), "files": hashes}
+        content = json.dumps(manifest, ensure_ascii=False, indent=1).encode()
+        info = tarfile.TarInfo(MANIFEST)
+        info.size, info.mode = len(content), 0o600
+        tar.addfile(info, io.BytesIO(content))
+    made.files, made.bytes = len(hashes), sum(one["bytes"] for one in hashes.values())
+    return made
+
+
+def _copied(source: Path, target: Path) -> Path:
+    """SQLite's own online copy: of one moment, whatever is written meanwhile."""
+    origin, copy = sqlite3.connect(source, timeout=60), sqlite3.connect(target)
+    try:
+        origin.backup(copy)
+        copy.execute("PRAGMA journal_mode=DELETE")
+    finally:
+        origin.close()
+        copy.close()
+    return target
+
+
+def _content(store: sqlite3.Connection, data_dir: Path) -> Iterator[str]:
+    """Paths below the folder of what the records name: files, runs, and what trainers were handed."""
+    for (file_id,) in store.execute("SELECT id FROM files ORDER BY number"):
+        yield f"files/{file_id}"
+    runs = {run for (run,) in store.execute("SELECT run FROM models UNION SELECT run FROM jobs") if run}
+    for folder in (*sorted(runs), *(f"jobs/{job}" for (job,) in store.execute("SELECT id FROM jobs ORDER BY number"))):
+        for path in sorted((data_dir / folder).rglob("*")):
+            if path.is_file() and not path.is_symlink() and path.name != ".lock":
+                yield path.relative_to(data_dir).as_posix()
+
+
+def _add(tar: tarfile.TarFile, path: Path, name: str, hashes: dict[str, dict[str, Any]]) -> None:
+    """One file as it is now; none where it is gone. A log that grows meanwhile is taken as far as it had come."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return
+    with file:
+        info = tarfile.TarInfo(name)
+        info.size, info.mode = os.fstat(file.fileno()).st_size, 0o600
+        info.mtime = int(os.fstat(file.fileno()).st_mtime)
+        reader = _Hashing(file)
+        tar.addfile(info, reader)  # type: ignore[arg-type]
+        hashes[name] = {"sha256": reader.digest.hexdigest(), "bytes": info.size}
+
+
+class _Hashing:
+    """A file that is hashed as it is read."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.digest = file, hashlib.sha256()
+
+    def read(self, size: int = -1) -> bytes:
+        piece = self._file.read(size)
+        self.digest.update(piece)
+        return piece
+
+
+def _take_out_lost(store: sqlite3.Connection, hashes: dict[str, Any], made: Backup) -> None:
+    for (file_id,) in store.execute("SELECT id FROM files").fetchall():
+        if f"files/{file_id}" not in hashes:
+            store.execute("DELETE FROM files WHERE id = ?", (file_id,))
+            made.notes.append(f"without {file_id}, whose content was deleted meanwhile")
+    for name, adapter in store.execute("SELECT name, adapter FROM models").fetchall():
+        if f"{adapter}/adapter_model.safetensors" not in hashes:
+            store.execute("DELETE FROM models WHERE name = ?", (name,))
+            made.notes.append(f"without {name}, whose adapter was deleted meanwhile")
+    store.commit()
+
+
+def restore_backup(archive: Path, data_dir: Path) -> Backup:
+    """Make `data_dir` from a backup, whole or not at all.
+
+    Raises `RunError` where the folder holds something, or where the file is no backup, holds a path that leads
+    elsewhere, misses a file, has one too many, or one with another content.
+    """
+    if data_dir.exists() and (not data_dir.is_dir() or any(data_dir.iterdir())):
+        raise RunError(
+            expected=f"an empty folder, or none, as {data_dir}", found="one that holds files", fix="give another"
+        )
+    data_dir.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=data_dir.parent, prefix=f".{data_dir.name}."))
+    try:
+        made = _extract(archive, scratch)
+        if data_dir.exists():
+            data_dir.rmdir()
+        os.rename(scratch, data_dir)
+        sync_folder(data_dir.parent)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    return made
+
+
+def _extract(archive: Path, folder: Path) -> Backup:
+    hashes: dict[str, dict[str, Any]] = {}
+    manifest: dict[str, Any] | None = None
+    try:
+        with tarfile.open(archive, mode="r:") as tar:
+            for member in tar:
+                found = _read(tar, member, folder)
+                if member.name == MANIFEST:
+                    manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+                elif member.name in hashes:
+                    raise _broken(archive, f"{member.name} twice")
+                else:
+                    hashes[member.name] = found
+    except (tarfile.TarError, ValueError, KeyError, EOFError) as error:
+        raise _broken(archive, f"{type(error).__name__}: {error}") from None
+    if manifest is None or manifest.get("format") != FORMAT:
+        raise _broken(archive, "no manifest of a form that is known")
+    if hashes != manifest["files"] or STORE not in hashes:
+        wrong = {name for name in hashes.keys() | manifest["files"] if hashes.get(name) != manifest["files"].get(name)}
+        raise _broken(archive, f"other content than its manifest says: {', '.join(sorted(wrong)[:5]) or STORE}")
+    (folder / MANIFEST).unlink()
+    for name in (STORE, QUEUE):
+        if name in hashes:
+            _check_database(folder / name, archive)
+    return Backup(len(hashes), sum(one["bytes"] for one in hashes.values()))
+
+
+def _read(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> dict[str, Any]:
+    parts = PurePosixPath(member.name).parts
+    if not member.isfile() or not parts or parts[0] == "/" or ".." in parts:
+        raise tarfile.TarError(f"{member.name!r} is no plain file below the folder")
+    member = tarfile.data_filter(member, str(folder))
+    source = tar.extractfile(member)
+    assert source is not None
+    path = folder.joinpath(*parts)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    digest, size = hashlib.sha256(), 0
+    with source, path.open("xb") as target:
+        while piece := source.read(_PIECE):
+            digest.update(piece)
+            size += len(piece)
+            target.write(piece)
+        target.flush()
+        os.fsync(target.fileno())
+    return {"sha256": digest.hexdigest(), "bytes": size}
+
+
+def _check_database(path: Path, archive: Path) -> None:
+    connection = sqlite3.connect(path)
+    try:
+        (found,) = connection.execute("PRAGMA integrity_check").fetchone()
+    except sqlite3.DatabaseError as error:
+        found = str(error)
+    finally:
+        connection.close()
+    if found != "ok":
+        raise _broken(archive, f"{path.name}: {found}")
+
+
+def _broken(archive: Path, found: str) -> RunError:
+    return RunError(expected=f"a whole file of ift backup as {archive}", found=found, fix="take another backup")

@@ -1,0 +1,56 @@
+"""By which names the service may be called: a page elsewhere must not reach it through a name that it makes point here.
+
+DNS rebinding: a web page's own name is pointed at 127.0.0.1, and the browser takes what is there for the page's own
+server. It sends that name as Host, by which it is told.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Collection
+
+from ift_peft.serve.settings import Settings
+
+WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104 they are recognised, not bound
+
+
+def allowed_names(settings: Settings) -> frozenset[str]:
+    """The names beside those of loopback."""
+    own = () if settings.host in WILDCARDS else (settings.host,)
+    return frozenset(name.lower().strip("[]") for name in (*own, *settings.allowed_hosts))
+
+
+def is_loopback(name: str) -> bool:
+    """Whether a name or address can only mean this machine."""
+    if name.lower() == "localhost":
+        return True
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
+def split_host(host: str) -> tuple[str, str]:
+    """Name, in lower case, and port of a header Host; the port may be empty. An address in brackets loses them."""
+    if host.startswith("["):
+        name, _, port = host[1:].partition("]")
+        return name.lower(), port.removeprefix(":")
+    name, _, port = host.partition(":")
+    return name.lower(), port
+
+
+def is_allowed(host: str, names: Collection[str]) -> bool:
+    """Whether the header Host is loopback or one of `names`."""
+    name, _ = split_host(host)
+    return is_loopback(name) or name in names
+
+
+def same_origin(origin: str, host: str) -> bool:
+    """Whether the header Origin is of the host that the request was sent to."""
+    scheme, separator, place = origin.partition("://")
+    if not separator or scheme not in ("http", "https"):
+        return False
+    standard = "443" if scheme == "https" else "80"
+    (name, port), (own, own_port) = split_host(place), split_host(host)
+    return name == own and (port or standard) == (own_port or standard)

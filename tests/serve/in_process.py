@@ -1,0 +1,62 @@
+"""The service in a thread of this process, behind a real socket: with settings that no option gives, and soon there."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+from openai import OpenAI
+
+from ift_peft.serve.app import create_app
+from ift_peft.serve.service import Service
+from ift_peft.serve.settings import Limits, Settings
+
+
+@dataclass
+class Running:
+    service: Service
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def data_dir(self) -> Path:
+        return self.service.settings.data_dir
+
+    def client(self, api_key: str = "none") -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=30)
+
+    def http(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=30, **options)
+
+
+@contextmanager
+def serving(data_dir: Path, *, limits: Limits = Limits(), **settings: Any) -> Iterator[Running]:  # noqa: B008
+    """A service over `data_dir` until the end of the block."""
+    service = Service(Settings(data_dir=data_dir, limits=limits, **settings))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        config = uvicorn.Config(
+            create_app(service), log_config=None, access_log=False, server_header=False, proxy_headers=False, ws="none"
+        )
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        try:
+            yield Running(service, listening.getsockname()[1])
+        finally:
+            server.should_exit = True
+            thread.join(30)
+    assert not thread.is_alive()
