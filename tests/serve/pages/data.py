@@ -145,14 +145,14 @@ def losses(steps: range) -> list[tuple[int, float]]:
     ]
 
 
-def conversations(count: int) -> list[dict[str, Any]]:
-    """Invented rows in the form of the API, two of them equal, with answers that repeat as classes do."""
+def conversations(count: int, *, answer: str = "delivery") -> list[dict[str, Any]]:
+    """Invented rows in the form of the API, the last two the same as the first, with answers that repeat as classes."""
     rows = []
     for number in range(count):
-        asked, answer = [("请问可以退款吗", "退款"), ("where is my parcel", "delivery")][number % 2]
+        asked, told = [("请问可以退款吗", "退款"), ("where is my parcel", answer)][number % 2]
         messages = [
             {"role": "user", "content": f"{asked} {number // 2 if number < count - 2 else 0}"},
-            {"role": "assistant", "content": answer},
+            {"role": "assistant", "content": told},
         ]
         rows.append({"messages": messages})
     return rows
