@@ -9,6 +9,7 @@ from typing import IO, Annotated, cast
 from fastapi import Depends, Request
 
 from ift_peft.errors import RunError
+from ift_peft.serve.jobs.jobs import Jobs
 from ift_peft.serve.operations.housekeeping import Housekeeping
 from ift_peft.serve.operations.metrics import Metrics
 from ift_peft.serve.pages.look import Looks
@@ -30,13 +31,16 @@ class Service:
         self.streams, self.looks = Streams(settings.limits.streams), Looks()
         self.metrics = Metrics(self)
         self.housekeeping = Housekeeping(settings, self.store)
+        self.jobs = Jobs(settings, self.store)
 
     def start(self) -> None:
         """Begin with what is to be done; after this, requests are answered. Raises what keeps it from that."""
         self.housekeeping.start()
+        self.jobs.start()
 
     def stop(self) -> None:
         """Let jobs write their checkpoints, answer what is being answered, and end. What is left goes on at a start."""
+        self.jobs.stop()
         self.housekeeping.stop()
         self.store.close()
         self._lock.close()

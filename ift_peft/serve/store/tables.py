@@ -33,13 +33,14 @@ jobs = Table(
     Column("id", String(64), nullable=False, unique=True),
     Column("created_at", Integer, nullable=False),
     Column("status", String(32), nullable=False, index=True),
-    Column("wish", String(16)),  # "pause" or "cancel", until the trainer has followed it
+    Column("checked_at", Integer),  # when its rows and its need of memory were found to be right
     Column("attempt", Integer, nullable=False, default=0),  # how often it was put into the queue
     Column("priority", Integer, nullable=False, default=0),  # the smaller, the sooner
     Column("model", String(256), nullable=False),  # as asked for: a base, or a tuned model to go on from
     Column("base", String(256), nullable=False),
     Column("recipe", JSON, nullable=False),  # what the trainer is given, as written
     Column("hyperparameters", JSON, nullable=False),
+    Column("resolved", JSON, nullable=False),  # the same with a number for each "auto", shown once files are validated
     Column("suffix", String(64)),
     Column("seed", Integer, nullable=False),
     Column("metadata", JSON),
@@ -54,6 +55,7 @@ jobs = Table(
     Column("error", JSON),
     Column("run", Text),  # folder of the run, below the data folder
     Column("request", String(64), index=True),  # hash of who asked for what, to know a repeated request
+    Column("body", String(64)),  # hash of what was asked for, where a key of the caller's own tells repeated requests
 )
 
 events = Table(

@@ -1,0 +1,204 @@
+"""What the trainer of a job tells, made into the job's events, checkpoints and times."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, delete, select, update
+
+from ift_peft.run_dir import RunDir
+from ift_peft.serve.ids import new_id
+from ift_peft.serve.jobs.folder import JobFolder, newest_run
+from ift_peft.serve.jobs.records import change, now, tell
+from ift_peft.serve.settings import Settings
+from ift_peft.serve.store import Record, Store
+from ift_peft.serve.store.tables import events, jobs, models
+from ift_peft.train.checkpoints import REQUIRED
+
+TRAINING = "training"  # the stage of that name
+
+
+class Progress:
+    """Follows one trainer through the files that it writes. `update` is called from time to time, and at its end."""
+
+    def __init__(self, settings: Settings, store: Store, record: Record, folder: JobFolder) -> None:
+        self.settings, self.store, self.folder = settings, store, folder
+        self.job, self.attempt, self.base = str(record["id"]), int(record["attempt"]), str(record["base"])
+        self.name = str(tuned_name(settings, record))
+        self.every = ((record["recipe"].get("validation") or {}).get("every")) or "epoch"
+        self.hyperparameters = record["resolved"]
+        self._offset = 0
+        self._stage, self._stage_began = "", 0.0
+        self._before = 0.0  # seconds that measuring the base took
+        self.steps, self.total = 0, 0
+        self._first: tuple[float, int] | None = None  # time and number of the first step seen
+        self._trained = False
+        self._estimated = 0
+        told = store.every(select(events.c.data).where(events.c.job == self.job, events.c.type == "metrics"))
+        self._told = {
+            kind: max((row["data"]["step"] for row in told if kind in row["data"]), default=0) for kind in KINDS
+        }
+
+    def update(self) -> None:
+        """Read what is new, and write it to the store in one transaction."""
+        lines, self._offset = self.folder.reported(self._offset)
+        run = newest_run(self.settings.runs, self.job) if self.total else None
+        metrics = metrics_of(run) if run is not None else []
+        with self.store.begin() as connection:
+            for line in lines:
+                self._take(connection, line)
+            self._tell_metrics(connection, metrics)
+            if run is not None:
+                self._tell_checkpoints(connection, run, metrics)
+            self._estimate(connection)
+
+    def ended(self, steps: int) -> None:
+        """Training has ended after `steps` steps, in this attempt or one before: tell all that is left."""
+        self.steps = self.total = steps
+        self._trained = True
+        self.update()
+
+    def _take(self, connection: Connection, line: dict[str, Any]) -> None:
+        kind, at = line["kind"], float(line["at"])
+        if kind == "note":
+            level = "warn" if line["text"].startswith("warning") else "info"
+            tell(connection, self.job, line["text"], level=level)
+        elif kind == "checked":
+            validated = {"checked_at": now(), "hyperparameters": self.hyperparameters}
+            if change(connection, self.job, to="queued", attempt=self.attempt, **validated):
+                tell(connection, self.job, "Files validated, moving job to queued state")
+        elif kind == "begun":
+            if change(connection, self.job, to="running", attempt=self.attempt, started_at=now()):
+                tell(
+                    connection, self.job, "Fine-tuning job started" if self.attempt == 0 else "Fine-tuning job resumed"
+                )
+        elif kind == "stage":
+            self._stage, self._stage_began = line["text"], at
+            if self._stage == TRAINING:
+                self.total, self._first = int(line["total"]), None
+        elif kind == "finish" and self._stage == TRAINING:
+            self._trained = True
+        elif kind == "finish" and not self.total and not self._stage.startswith("tokenising"):
+            self._before += at - self._stage_began
+        elif kind == "done" and self._stage == TRAINING:
+            self.steps = int(line["done"])
+            self._first = self._first or (at, self.steps)
+
+    def _tell_metrics(self, connection: Connection, metrics: list[dict[str, Any]]) -> None:
+        """A metrics event for each new line. A resumed run takes the steps after its checkpoint again, as they were."""
+        for line in metrics:
+            data = shown(line)
+            kind = next((kind for kind in KINDS if kind in data), None)
+            if kind is None or data["step"] <= self._told[kind]:
+                continue
+            self._told[kind] = int(data["step"])
+            called = "training" if kind == "train_loss" else "validation"
+            message = f"Step {data['step']}/{self.total}: {called} loss={data[kind]:.2f}"
+            tell(connection, self.job, message, kind="metrics", data={**data, "total_steps": self.total})
+
+    def _tell_checkpoints(self, connection: Connection, run: RunDir, metrics: list[dict[str, Any]]) -> None:
+        """A model for each checkpoint that is whole, and none for those that are there no more."""
+        known = {
+            int(row.step)
+            for row in connection.execute(
+                select(models.c.step).where(models.c.job == self.job, models.c.step.is_not(None))
+            )
+        }
+        found = {
+            int(path.name.rpartition("-")[2]): path
+            for path in run.checkpoints.glob("checkpoint-*")
+            if path.name.rpartition("-")[2].isdigit()
+        }
+        gone = known - set(found)
+        if gone:
+            connection.execute(delete(models).where(models.c.job == self.job, models.c.step.in_(gone)))
+        for step in sorted(set(found) - known):
+            if (step < self.steps or self._trained) and self._is_listed(found[step]):
+                self._add_checkpoint(connection, run, found[step], step, metrics)
+
+    def _is_listed(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint is whole and one of those that the recipe makes, not one of a pause."""
+        if not all((checkpoint / name).is_file() for name in REQUIRED):
+            return False
+        state = json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
+        if self.every != "epoch":
+            return int(state["global_step"]) % int(self.every) == 0 or state["global_step"] >= state["max_steps"]
+        return float(state["epoch"]).is_integer() or state["global_step"] >= state["max_steps"]
+
+    def _add_checkpoint(
+        self, connection: Connection, run: RunDir, checkpoint: Path, step: int, metrics: list[dict[str, Any]]
+    ) -> None:
+        name = f"{self.name}:ckpt-step-{step}"
+        connection.execute(
+            models.insert().values(
+                id=new_id("ftckpt"),
+                name=name,
+                created_at=now(),
+                job=self.job,
+                base=self.base,
+                step=step,
+                metrics=at_step(metrics, step),
+                run=str(run.path.relative_to(self.settings.data_dir)),
+                adapter=str(checkpoint.relative_to(self.settings.data_dir)),
+            )
+        )
+        tell(connection, self.job, f"Checkpoint created at step {step}", data={"fine_tuned_model_checkpoint": name})
+
+    def _estimate(self, connection: Connection) -> None:
+        """Steps left at the speed of this attempt, and measuring the adapter as long as measuring the base took."""
+        if self._first is None or self.steps <= self._first[1] or self._trained:
+            return
+        began, first = self._first
+        current = time.time()
+        left = (current - began) / (self.steps - first) * (self.total - self.steps) + self._before
+        estimated = round(current + left)
+        if abs(estimated - self._estimated) > 1:
+            self._estimated = estimated
+            connection.execute(
+                update(jobs)
+                .where(jobs.c.id == self.job, jobs.c.status == "running", jobs.c.attempt == self.attempt)
+                .values(estimated_finish=estimated)
+            )
+
+
+KINDS = ("train_loss", "valid_loss")
+_NAMES = {
+    "loss": "train_loss",
+    "mean_token_accuracy": "train_mean_token_accuracy",
+    "eval_loss": "valid_loss",
+    "learning_rate": "learning_rate",
+}
+
+
+def tuned_name(settings: Settings, record: Record) -> str:
+    """`ft:<base>:<organization>:<suffix>:<8 letters>`; the last are those of the job's id, which nobody can guess."""
+    return f"ft:{record['base']}:{settings.organization}:{record['suffix'] or ''}:{record['id'][-8:]}"
+
+
+def shown(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics.jsonl by OpenAI's names."""
+    return {"step": int(line["step"]), **{new: line[old] for old, new in _NAMES.items() if old in line}}
+
+
+def metrics_of(run: RunDir) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl, in order."""
+    path = run.path / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    whole = path.read_bytes().rpartition(b"\n")[0]
+    return [json.loads(line) for line in whole.split(b"\n") if line]
+
+
+def at_step(metrics: list[dict[str, Any]], step: int) -> dict[str, Any]:
+    """The last measured training loss up to `step`, and what was validated at it."""
+    found: dict[str, Any] = {"step": step}
+    for line in metrics:
+        data = shown(line)
+        if data["step"] <= step and "train_loss" in data:
+            found |= {name: data[name] for name in ("train_loss", "train_mean_token_accuracy") if name in data}
+        if data["step"] == step and "valid_loss" in data:
+            found["valid_loss"] = data["valid_loss"]
+    return found

@@ -1,0 +1,192 @@
+"""The trainer of one job, a process of its own: `python -m ift_peft.serve.jobs.trainer <job folder> <parent>`.
+
+It dies with the process that started it, and writes a checkpoint before that. One trainer works on a device at a time:
+the next one waits until the lock of the last is free, also where that one lost its service.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from ift_peft.errors import DataError, Faults, IftPeftError, ModelError, RecipeError, first_line
+from ift_peft.reporter import Silent
+from ift_peft.serve.jobs.folder import JobFolder, newest_run
+
+if TYPE_CHECKING:
+    from ift_peft.recipe import Recipe
+    from ift_peft.train.prepare import Prepared
+
+INTERRUPTED = 130
+PR_SET_PDEATHSIG = 1
+TOLD_EVERY_SECONDS = 0.3
+
+
+class TooLarge(ModelError):
+    """Training would need more memory than is free."""
+
+
+class FileReporter:
+    """Tells by lines of progress in the job's folder; of rows it is told numbers only."""
+
+    def __init__(self, folder: JobFolder) -> None:
+        self.folder = folder
+        self._told = 0.0
+
+    def note(self, text: str) -> None:
+        self.folder.report("note", text=text)
+
+    def stage(self, text: str, total: int) -> None:
+        self._told = 0.0
+        self.folder.report("stage", text=text, total=total)
+
+    def advance(self, done: int, detail: str = "") -> None:
+        if time.monotonic() - self._told >= TOLD_EVERY_SECONDS:
+            self._told = time.monotonic()
+            self.folder.report("done", done=done)
+
+    def finish(self) -> None:
+        self.folder.report("finish")
+
+
+def main(folder: JobFolder, parent: int) -> int:
+    """Check, train and measure what the folder's task says, or go on with it; the exit code."""
+    _die_with(parent)
+    signal.signal(signal.SIGTERM, _interrupt)
+    sys.argv = ["ift", "serve"]  # what the run's manifest shows as its command
+    folder, task = folder.taken()
+    try:
+        with _holding(Path(task["lock"])):
+            _work(folder, task)
+    except IftPeftError as error:
+        folder.write_error(_described(error, folder))
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except MemoryError as error:
+        folder.write_error(_error("insufficient_memory", first_line(error), None))
+        return 1
+    except Exception as error:
+        traceback.print_exc()
+        memory = "OutOfMemoryError" in type(error).__name__
+        folder.write_error(_error("insufficient_memory" if memory else "internal_error", first_line(error), None))
+        return 1
+    return 0
+
+
+def _work(folder: JobFolder, task: dict[str, Any]) -> None:
+    from ift_peft.recipe import validate
+    from ift_peft.report.write import write_report
+    from ift_peft.train.run import resume, train
+    from ift_peft.yaml_source import YamlSource
+
+    reporter, runs = FileReporter(folder), Path(task["runs"])
+    recipe = validate(YamlSource("recipe", task["recipe"]))
+    run = newest_run(runs, recipe.name)
+    if run is not None and "inputs" not in run.read("manifest.json"):
+        shutil.rmtree(run.path)  # it had not got as far as its rows
+        run = None
+    prepared = None
+    if not task["checked"]:
+        prepared = check(recipe, reporter)
+        folder.report("checked")
+    folder.report("begun")
+    if run is None:
+        train(recipe, root=runs, reporter=reporter, prepared=prepared)
+    elif run.status == "succeeded":
+        write_report(run)  # all but this may have been done
+    else:
+        resume(run, reporter=reporter)
+
+
+def check(recipe: Recipe, reporter: FileReporter) -> Prepared:
+    """What `recipe` makes of its rows: all of them give something to learn from, and the memory suffices.
+
+    Raises `DataError` for rows without a supervised token, `TooLarge` where more memory is needed than is free, and
+    what `prepare` raises.
+    """
+    from ift_peft.train.memory import foresee_memory
+    from ift_peft.train.prepare import prepare
+
+    prepared = prepare(recipe, reporter)
+    unsupervised = _unsupervised(prepared)
+    if unsupervised:
+        raise DataError(
+            expected="something to learn from in every row of training_file",
+            found=f"{unsupervised} of {prepared.train.rows} rows without a token of an answer",
+            fix="give each an assistant message with content",
+        )
+    foreseen = foresee_memory(recipe, prepared, Silent())  # told again when training begins
+    if foreseen and foreseen["foreseen_bytes"] > foreseen["free_before_bytes"]:
+        raise TooLarge(
+            expected=f"about {foreseen['foreseen_bytes'] / 1e9:.2f} GB of memory for training",
+            found=f"{foreseen['free_before_bytes'] / 1e9:.2f} GB free",
+            fix="set a smaller batch_size, recipe.training.max_length, or recipe.base.quantization",
+        )
+    return prepared
+
+
+def _unsupervised(prepared: Prepared) -> int:
+    from ift_peft.data.render import IGNORE
+
+    labels = prepared.train.dataset.select_columns(["labels"])
+    return sum(all(label == IGNORE for label in row["labels"][1:]) for row in labels)  # nothing predicts the first
+
+
+def _described(error: IftPeftError, folder: JobFolder) -> dict[str, Any]:
+    """An error as a job shows it: its files by the names of the parameters, no path of this machine."""
+    first = error.faults[0] if isinstance(error, Faults) else error
+    message = str(error)
+    for path in (folder.training, folder.validation):
+        message = message.replace(str(path), path.stem)
+    message = message.replace(str(folder.path), "job")
+    if isinstance(first, TooLarge):
+        return _error("insufficient_memory", message, None)
+    if isinstance(first, DataError):
+        param = "validation_file" if folder.validation.stem in message else "training_file"
+        return _error(f"invalid_{param}", message, param)
+    if isinstance(first, RecipeError):
+        return _error("invalid_recipe", message, "recipe")
+    if isinstance(first, ModelError):
+        return _error("model_unavailable", message, "model")
+    return _error("training_failed", message, None)
+
+
+def _error(code: str, message: str, param: str | None) -> dict[str, Any]:
+    return {"code": code, "message": message[:4000], "param": param}
+
+
+@contextmanager
+def _holding(lock: Path) -> Iterator[None]:
+    """Have a device to itself; waits until it is free."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel send SIGTERM where the process (more exactly: the thread) that started this one ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it ended before
+        raise SystemExit(INTERRUPTED)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(JobFolder(Path(sys.argv[1])), int(sys.argv[2])))

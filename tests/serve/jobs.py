@@ -1,0 +1,108 @@
+"""Uploaded files, put where the service keeps them, and jobs followed to their end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from openai import OpenAI
+from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
+
+from ift_peft.serve.ids import new_id
+from tests.serve.conftest import Server
+
+QUICK: dict[str, Any] = {"evaluation": {"forgetting": False, "bootstrap_samples": 100}, "adapter": {"r": 4}}
+"""A recipe of which a job on a few rows takes seconds beside importing."""
+LONG = {**QUICK, "training": {"max_steps": 400}}
+"""One that is still training when a test gets at it, and is done soon after."""
+
+
+def chats(count: int = 12) -> list[dict[str, Any]]:
+    """Rows of a chat, invented: each with a question and an answer of its own."""
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"第 {number} 件商品怎么样？"},
+                {"role": "assistant", "content": f"编号 {number}，质量不错。"},
+            ]
+        }
+        for number in range(count)
+    ]
+
+
+def upload(data_dir: Path, rows: Sequence[dict[str, Any]], *, purpose: str = "fine-tune", counted: bool = True) -> str:
+    """A file of `rows` as an upload leaves it; its id."""
+    name = new_id("file")
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    (data_dir / "files" / name).write_bytes(content)
+    values = (name, int(time.time()), "rows.jsonl", purpose, len(content), hashlib.sha256(content).hexdigest())
+    with sqlite3.connect(data_dir / "store.sqlite", timeout=30) as store:
+        store.execute(
+            "insert into files (id, created_at, filename, purpose, bytes, sha256, rows) values (?, ?, ?, ?, ?, ?, ?)",
+            (*values, len(rows) if counted else None),
+        )
+    store.close()
+    return name
+
+
+def create(server: Server, *, client: OpenAI, rows: int = 12, **options: Any) -> FineTuningJob:
+    """A job on a few rows over `tiny`; `options` go to `fine_tuning.jobs.create`."""
+    options.setdefault("training_file", upload(server.data_dir, chats(rows)))
+    options.setdefault("extra_body", {"recipe": QUICK})
+    options.setdefault("model", "tiny")
+    return client.fine_tuning.jobs.create(**options)
+
+
+def wait(client: OpenAI, job: str, until: Callable[[FineTuningJob], bool], *, seconds: float = 120) -> FineTuningJob:
+    """The job, once `until` is true of it."""
+    for _ in range(int(seconds / 0.1)):
+        found = client.fine_tuning.jobs.retrieve(job)
+        if until(found):
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"{found.to_json()}\n{[event.message for event in events(client, job)]}")
+
+
+def ended(client: OpenAI, job: str) -> FineTuningJob:
+    """The job at its end."""
+    return wait(client, job, lambda found: found.status in ("succeeded", "failed", "cancelled"))
+
+
+def training(client: OpenAI, job: str, *, step: int = 3) -> None:
+    """Wait until the job has taken `step` steps."""
+    for _ in range(1200):
+        if steps(client, job) >= step:
+            return
+        time.sleep(0.1)
+    raise AssertionError([event.message for event in events(client, job)])
+
+
+def steps(client: OpenAI, job: str) -> int:
+    """How many steps the events tell of."""
+    return max((step for step, _ in losses(client, job)), default=0)
+
+
+def losses(client: OpenAI, job: str) -> list[tuple[int, float]]:
+    """Step and training loss of each metrics event, in the order in which they were told."""
+    told = (event.data for event in reversed(events(client, job)) if event.type == "metrics")
+    return [(data["step"], data["train_loss"]) for data in told if isinstance(data, dict) and "train_loss" in data]
+
+
+def events(client: OpenAI, job: str) -> list[FineTuningJobEvent]:
+    """All events of a job, the newest first."""
+    return list(client.fine_tuning.jobs.list_events(job, limit=100))
+
+
+def records(data_dir: Path, query: str, *values: Any) -> list[dict[str, Any]]:
+    """Rows of the service's store."""
+    store = sqlite3.connect(data_dir / "store.sqlite", timeout=30)
+    store.row_factory = sqlite3.Row
+    try:
+        return [dict(row) for row in store.execute(query, values)]
+    finally:
+        store.close()
