@@ -122,14 +122,19 @@ def class_head(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> ClassHead 
 
 
 def load_model(
-    parts: Parts, *, quantization: Quantization | None = None, compute_dtype: str | None = None
+    parts: Parts,
+    *,
+    quantization: Quantization | None = None,
+    compute_dtype: str | None = None,
+    adapter: Path | None = None,
 ) -> tuple[Any, list[str]]:
     """The base with the run's adapter on it, in evaluation mode, and notes on how it was loaded.
 
-    `quantization` and `compute_dtype` replace those the run was trained with. The model is a `PeftModel`.
+    `quantization` and `compute_dtype` replace those the run was trained with, `adapter` the folder of its adapter, as
+    by one of its checkpoints. The model is a `PeftModel`.
     """
     base = _load_base(parts, quantization=quantization, compute_dtype=compute_dtype)
-    return _with_adapter(base.model, parts), base.notes
+    return _with_adapter(base.model, parts, adapter), base.notes
 
 
 def _load_base(
@@ -147,18 +152,19 @@ def _load_base(
     )
 
 
-def _with_adapter(base: Any, parts: Parts) -> PeftModel:
+def _with_adapter(base: Any, parts: Parts, folder: Path | None = None) -> PeftModel:
+    folder = folder or parts.run.adapter
     with quiet():
-        model = PeftModel.from_pretrained(base, parts.run.adapter)
-        _unrounded(model, parts, "default")
+        model = PeftModel.from_pretrained(base, folder)
+        _unrounded(model, folder, "default")
     model.eval()
     return model
 
 
-def _unrounded(model: PeftModel, parts: Parts, name: str) -> None:
+def _unrounded(model: PeftModel, folder: Path, name: str) -> None:
     """Load modules that were trained whole once more where PEFT has rounded them to the type of the base."""
     if whole_in_float32(model, name):
-        model.load_adapter(str(parts.run.adapter), name)
+        model.load_adapter(str(folder), name)
 
 
 def load_members(members: Sequence[Parts]) -> tuple[Any, list[str], list[str]]:
@@ -198,7 +204,7 @@ def _with_adapters(base: Any, members: Sequence[Parts]) -> tuple[PeftModel, list
     with quiet():
         for name, parts in zip(names[1:], members[1:], strict=True):
             model.load_adapter(str(parts.run.adapter), name)
-            _unrounded(model, parts, name)
+            _unrounded(model, parts.run.adapter, name)
     model.eval()
     return model, names
 

@@ -59,6 +59,11 @@ class Lora:
     b: Tensor
 
 
+def require_plain(folder: Path) -> None:
+    """Raise what of `read_lora`'s faults the configuration alone shows, before a base is loaded."""
+    raise_all(_faults_of(_config(folder), folder))
+
+
 def read_lora(folder: Path, model: nn.Module) -> dict[str, Lora]:
     """The weights in an adapter folder by the names of `model`'s modules.
 

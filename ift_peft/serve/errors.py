@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,6 +15,7 @@ from ift_peft.errors import BusyError, IftPeftError
 
 log = logging.getLogger("ift_peft.serve")
 CODES = {404: "unknown_url", 405: "method_not_allowed", 408: "request_timeout", 413: "request_too_large"}
+UNSUPPORTED = "unsupported_parameter"  # the type of pydantic's error, and the code of ours
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -63,6 +64,18 @@ def as_api_error(error: IftPeftError, *, param: str | None = None) -> ApiError:
     return ApiError(400, str(error), code="invalid_request", param=param)
 
 
+def _param(place: Sequence[int | str], *, whole: bool) -> str:
+    """Where a fault is as clients know it, `messages.0.content`: without the kinds that pydantic tried there.
+
+    The last part of a `whole` place is a client's own name, whatever it is called.
+    """
+    tried = ("body", "query", "path", "str", "int", "float", "bool")
+    known = [part for part in place if part not in tried and (isinstance(part, int) or part.isidentifier())]
+    if whole and place and known[-1:] != [place[-1]]:
+        known.append(place[-1])
+    return ".".join(map(str, known))
+
+
 def install_handlers(app: FastAPI) -> None:
     """Give every error of `app` the one form, and keep what went wrong inside out of it."""
 
@@ -76,15 +89,15 @@ def install_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        param = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
+        first = next((one for one in error.errors() if one["type"] == UNSUPPORTED), error.errors()[0])
+        param = _param(first["loc"], whole=first["type"] == "extra_forbidden")
         unknown = first["type"] == "extra_forbidden"
         message = (
             f"Unrecognized request argument supplied: {param}" if unknown else f"{param or 'body'}: {first['msg']}"
         )
         more = len(error.errors()) - 1
         message += f" (and {more} more)" if more else ""
-        code = "unknown_parameter" if unknown else "invalid_value"
+        code = {"extra_forbidden": "unknown_parameter", UNSUPPORTED: UNSUPPORTED}.get(first["type"], "invalid_value")
         return response_of(ApiError(400, message, code=code, param=param or None))
 
     @app.exception_handler(HTTPException)

@@ -9,6 +9,8 @@ from typing import IO, Annotated, cast
 from fastapi import Depends, Request
 
 from ift_peft.errors import RunError
+from ift_peft.serve.inference.loaded import LoadedModels
+from ift_peft.serve.inference.models import finish_removals
 from ift_peft.serve.jobs.jobs import Jobs
 from ift_peft.serve.operations.housekeeping import Housekeeping
 from ift_peft.serve.operations.metrics import Metrics
@@ -32,14 +34,17 @@ class Service:
         self.metrics = Metrics(self)
         self.housekeeping = Housekeeping(settings, self.store)
         self.jobs = Jobs(settings, self.store)
+        self.models = LoadedModels(settings, self.store)
 
     def start(self) -> None:
         """Begin with what is to be done; after this, requests are answered. Raises what keeps it from that."""
+        finish_removals(self.settings, self.store)
         self.housekeeping.start()
         self.jobs.start()
 
     def stop(self) -> None:
         """Let jobs write their checkpoints, answer what is being answered, and end. What is left goes on at a start."""
+        self.models.stop()
         self.jobs.stop()
         self.housekeeping.stop()
         self.store.close()

@@ -192,17 +192,16 @@ def _number(text: str) -> int | float | str:
 
 def _form(request: Request, service: Service, given: Mapping[str, str], fault: ApiError | None = None) -> Response:
     rows = service.store.every(select(files).where(files.c.purpose == "fine-tune").order_by(files.c.number.desc()))
-    tuned = service.store.every(select(models.c.name).where(models.c.step.is_(None)).order_by(models.c.number.desc()))
+    kept = given.get("once") if fault is None or fault.status >= 500 else None  # what was refused made no job
     at = (fault.param or "").split(".")[-1] if fault else ""
     return page(
         request,
         "start.html.j2",
         status=200 if fault is None else fault.status,
         given={**dict.fromkeys(FIELDS, ""), **given},
-        once=given.get("once") or secrets.token_hex(16),
+        once=kept or secrets.token_hex(16),
         files=rows,
         bases=sorted(service.settings.bases),
-        tuned=[one["name"] for one in tuned],
         fault=fault,
         at=at if at in FIELDS else "",
         hint=hint_of(fault.status) if fault else "",

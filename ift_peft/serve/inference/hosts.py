@@ -1,0 +1,191 @@
+"""A base on the device and the engine that answers for it, with the adapters of many models or one model's own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from ift_peft.data.render import IGNORE, Renderer
+from ift_peft.data.row import Message
+from ift_peft.errors import BusyError, Faults, ModelError
+from ift_peft.infer.engine import Engine
+from ift_peft.infer.load import Parts, load_model, open_parts
+from ift_peft.infer.lora_files import require_plain
+from ift_peft.infer.request import Request, Stream
+from ift_peft.infer.stacked import StackedAdapters
+from ift_peft.model.base import choose_device, choose_dtype, load_section
+from ift_peft.model.tokenizer import BaseLocation, ensure_pad_token, load_tokenizer, locate_base
+from ift_peft.run_dir import RunDir, versions
+from ift_peft.sections import Base
+from ift_peft.serve.errors import ApiError
+from ift_peft.serve.inference.tokens import TokenNames
+from ift_peft.serve.settings import Limits, Settings
+
+SLOT_SECONDS = 5.0  # how long a model waits for a slot whose last rows are leaving it
+
+
+class Answering(Protocol):
+    """What answers requests: an engine of this process, or a server elsewhere."""
+
+    positions: int | None
+
+    @property
+    def running(self) -> int: ...
+
+    @property
+    def waiting(self) -> int: ...
+
+    def submit(self, request: Request, *, on_change: Callable[[], None] | None = None) -> Stream: ...
+
+    def stop(self, *, drain: bool = True) -> None: ...
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a model's name stands for, before weights are loaded. `parts` is None for a base itself."""
+
+    location: BaseLocation
+    section: Base
+    fingerprint: str
+    parts: Parts | None = None
+    adapter: Path | None = None
+
+    def system_fingerprint(self) -> str:
+        """Changes with the base, the adapter, or the software."""
+        digest = hashlib.sha256(json.dumps([self.fingerprint, versions(), self.section.model_dump()]).encode())
+        if self.adapter is not None:
+            for name in ("adapter_config.json", "adapter_model.safetensors"):
+                digest.update((self.adapter / name).read_bytes())
+        return f"fp_{digest.hexdigest()[:12]}"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that is loaded: what answers for it, and how it is asked."""
+
+    host: Host
+    adapter: str | None
+    opened: Opened
+    system_fingerprint: str
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """A conversation's ids, with the system message of training where it brings none."""
+        if self.opened.parts is not None:
+            messages = self.opened.parts.converse(messages).messages
+        return self.host.renderer.prompts([tuple(messages)])[0]
+
+    def ids(self, text: str) -> list[int]:
+        """Of a bare text, as the tokenizer begins one."""
+        return list(self.host.renderer.tokenizer(text, verbose=False)["input_ids"])
+
+
+class Host:
+    """A renderer and what answers for it: for many models, or with `whole` for one alone."""
+
+    def __init__(
+        self, renderer: Renderer, engine: Answering, stack: StackedAdapters | None = None, *, whole: bool = False
+    ) -> None:
+        self.renderer, self.engine, self.stack, self.whole = renderer, engine, stack, whole
+        self.names = TokenNames(renderer.tokenizer, frozenset({renderer.end_token_id}))
+        (answer,) = renderer.render([({"role": "user", "content": "1"}, {"role": "assistant", "content": "1"})])
+        learnt = [label for label in answer.labels if label != IGNORE]
+        self.begins_with_space = str(renderer.tokenizer.decode(learnt)).startswith(" ")  # which is no part of answers
+
+    def take(self, name: str, folder: Path, make_room: Callable[[], bool]) -> None:
+        """Stack an adapter; where there is no slot, `make_room` removes an idle one and says whether there was any.
+
+        Raises `BusyError` where all slots stay in use, and what `StackedAdapters.load` raises.
+        """
+        assert self.stack is not None
+        until = time.monotonic() + SLOT_SECONDS
+        while True:
+            if len(self.stack.names) >= self.stack.max_adapters:
+                make_room()
+            try:
+                return self.stack.load(name, folder)
+            except BusyError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.02)
+
+    def has(self, adapter: str) -> bool:
+        return self.stack is None or adapter in self.stack.names
+
+    def drop(self, adapter: str) -> None:
+        """Take an adapter away, where it is there. Rows that use it keep it until they end."""
+        if self.stack is not None and adapter in self.stack.names:
+            self.stack.remove(adapter)
+
+
+def open_base(settings: Settings, name: str) -> Opened:
+    """A base of the settings, unquantised. Raises `ModelError` where it is not to be had."""
+    section = _settled(Base(model=settings.bases[name]), settings)
+    location = locate_base(section.model)
+    return Opened(location, section, location.fingerprint())
+
+
+def open_tuned(settings: Settings, run: Path, adapter: Path) -> Opened:
+    """A run of the service. Raises what `open_parts` raises; `ApiError` (400) for one that does not generate."""
+    found = RunDir(run)
+    recipe = found.recipe()
+    if recipe.base.head != "causal-lm":
+        raise ApiError(400, "This model classifies and writes no text.", code="model_not_supported", param="model")
+    recipe = recipe.model_copy(update={"base": _settled(recipe.base, settings)})
+    parts = replace(open_parts(found), recipe=recipe)
+    return Opened(parts.location, recipe.base, parts.location.fingerprint(), parts, adapter)
+
+
+def _settled(section: Base, settings: Settings) -> Base:
+    """On the service's device, and with nothing left to be chosen: equal sections are one base in memory."""
+    device = choose_device(settings.device)
+    dtype = str(choose_dtype(section.compute_dtype, device)).removeprefix("torch.")
+    return section.model_copy(update={"device": device.type, "compute_dtype": dtype})
+
+
+def stackable(opened: Opened) -> str | None:
+    """Why an adapter's configuration does not let it share a base; None where it does."""
+    assert opened.adapter is not None
+    try:
+        require_plain(opened.adapter)
+    except (ModelError, Faults) as error:
+        return error.found
+    return None
+
+
+def host_of_base(opened: Opened, limits: Limits) -> Host:
+    """The base loaded, with room for adapters, and an engine that runs."""
+    loaded = load_section(opened.location, opened.section)
+    stack = StackedAdapters(loaded.model, max_adapters=limits.adapters)
+    return _running(loaded.model, renderer_of(opened.location), opened.section, limits, stack)
+
+
+def host_of_whole(opened: Opened, limits: Limits) -> Host:
+    """A base of its own for an adapter that cannot share one."""
+    assert opened.parts is not None
+    model, _ = load_model(opened.parts, adapter=opened.adapter)
+    return _running(model, renderer_of(opened.location), opened.section, limits, None)
+
+
+def renderer_of(location: BaseLocation) -> Renderer:
+    """With a tokenizer that no other part uses. Raises `ModelError` where there is none."""
+    tokenizer = load_tokenizer(location)
+    ensure_pad_token(tokenizer)
+    return Renderer(tokenizer)
+
+
+def _running(model: object, renderer: Renderer, section: Base, limits: Limits, stack: StackedAdapters | None) -> Host:
+    engine = Engine(
+        model,
+        renderer.tokenizer,
+        end_token_ids={renderer.end_token_id},
+        adapters=stack,
+        max_rows=1 if section.quantization == "int8" else limits.rows_together,  # there rows change each other
+        max_waiting=limits.waiting_requests,
+    )
+    engine.start()
+    return Host(renderer, engine, stack, whole=stack is None)

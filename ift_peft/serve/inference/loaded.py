@@ -1,0 +1,224 @@
+"""Models while they are loaded: opened once however many ask at once, held while asked, the idle ones put out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import Counter, OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ift_peft.errors import BusyError, Faults, IftPeftError, ModelError
+from ift_peft.serve.errors import ApiError, as_api_error, not_found
+from ift_peft.serve.inference.models import Named, find
+from ift_peft.serve.settings import Settings
+from ift_peft.serve.store import Store
+
+if TYPE_CHECKING:  # it imports torch, which a service has no need of before the first request
+    from ift_peft.serve.inference.hosts import Host, Model, Opened
+
+log = logging.getLogger("ift_peft.serve")
+FAILED_SECONDS = 10.0  # for which a model that could not be loaded is not tried again
+FRESH_SECONDS = 1.0  # for which one is kept for those who waited for it
+
+
+class LoadedModels:
+    """The models in memory. `hold` is for the event loop, everything else for any thread."""
+
+    def __init__(self, settings: Settings, store: Store) -> None:
+        self._settings, self._store = settings, store
+        self._threads = ThreadPoolExecutor(8, thread_name_prefix="loading")
+        self._one_whole = threading.Lock()
+        self._lock = threading.Lock()  # of the following
+        self._models: OrderedDict[str, Model] = OrderedDict()  # the last used at the end
+        self._holds: Counter[str] = Counter()
+        self._hosts: dict[tuple[str, str], Future[Host]] = {}
+        self._forgotten: set[str] = set()
+        self._failed: dict[str, tuple[float, ApiError]] = {}
+        self._opening: dict[str, asyncio.Future[None]] = {}  # of the event loop alone
+        self._asking = 0
+
+    async def hold(self, name: str) -> Model:
+        """The model, loaded, and not put out before `release`.
+
+        Raises `ApiError`: 404 for no model, 429 where too many wait for one to load or all slots are in use, 503 for
+        one that cannot be loaded.
+        """
+        if self._asking >= self._settings.limits.waiting_requests:
+            raise as_api_error(
+                BusyError(expected="fewer requests that wait for a model to load", found=str(self._asking), fix="wait")
+            )
+        self._asking += 1
+        try:
+            loop = asyncio.get_running_loop()
+            named = await asyncio.to_thread(find, name, self._settings, self._store)
+            while True:
+                model = self._hold(name)
+                if model is not None:
+                    return model
+                if name not in self._opening:
+                    opening = loop.run_in_executor(self._threads, self._load, named)
+                    self._opening[name] = opening
+                    opening.add_done_callback(lambda done: self._opened(name, done))
+                await asyncio.shield(self._opening[name])
+        finally:
+            self._asking -= 1
+
+    def release(self, name: str) -> None:
+        with self._lock:
+            self._holds[name] -= 1
+            if self._holds[name] <= 0:
+                del self._holds[name]
+
+    def forget(self, name: str) -> None:
+        """Put a model out for good; what is being answered by it is answered to its end."""
+        with self._lock:
+            self._forgotten.add(name)
+            model = self._models.pop(name, None)
+        if model is not None:
+            self._put_out(model)
+
+    def rows(self) -> tuple[int, int]:
+        """Rows that are being answered, and requests that wait for one."""
+        hosts = self.hosts()
+        return sum(host.engine.running for host in hosts), sum(host.engine.waiting for host in hosts)
+
+    def hosts(self) -> list[Host]:
+        """Every base in memory: of its own, or shared."""
+        with self._lock:
+            shared = [one.result() for one in self._hosts.values() if one.done() and one.exception() is None]
+            own = [model.host for model in self._models.values()]
+        return list(dict.fromkeys([*shared, *own]))
+
+    def stop(self) -> None:
+        """End the engines; what they have is cancelled. Who let requests end before has nothing cancelled."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for host in self.hosts():
+            host.engine.stop(drain=False)
+
+    def _hold(self, name: str) -> Model | None:
+        with self._lock:
+            model = self._models.get(name)
+            if model is not None:
+                self._models.move_to_end(name)
+                self._holds[name] += 1
+            return model
+
+    def _opened(self, name: str, done: asyncio.Future[None]) -> None:
+        self._opening.pop(name, None)
+        if not done.cancelled():
+            done.exception()  # asked for here, as all who waited may be gone
+
+    def _load(self, named: Named) -> None:
+        """Load a model and keep it for those who wait. In a thread of its own."""
+        name = named.name
+        with self._lock:
+            until, error = self._failed.get(name, (0.0, None))
+        if error is not None and time.monotonic() < until:
+            raise error.with_traceback(None)
+        try:
+            model = self._loaded(named)
+        except ApiError:
+            raise
+        except BusyError as busy:
+            raise as_api_error(busy) from None
+        except Exception as unforeseen:
+            failed = self._failure(named, unforeseen)
+            with self._lock:
+                self._failed[name] = (time.monotonic() + FAILED_SECONDS, failed)
+            raise failed from None
+        with self._lock:
+            forgotten = name in self._forgotten
+            if not forgotten:
+                self._models[name] = model
+                self._holds[name] += 1
+                self._failed.pop(name, None)
+        if forgotten:
+            self._put_out(model)
+            raise not_found("model", name, param="model", code="model_not_found")
+        timer = threading.Timer(FRESH_SECONDS, self.release, (name,))
+        timer.daemon = True
+        timer.start()
+
+    def _loaded(self, named: Named) -> Model:
+        from ift_peft.serve.inference import hosts
+
+        if named.record is None:
+            opened = hosts.open_base(self._settings, named.name)
+            return hosts.Model(self._shared(opened), None, opened, opened.system_fingerprint())
+        folder = self._settings.data_dir
+        opened = hosts.open_tuned(self._settings, folder / named.record["run"], folder / named.record["adapter"])
+        reason = hosts.stackable(opened)
+        if reason is None:
+            host = self._shared(opened)
+            try:
+                host.take(named.name, Path(folder / named.record["adapter"]), lambda: self._make_room(host))
+                return hosts.Model(host, named.name, opened, opened.system_fingerprint())
+            except (ModelError, Faults) as error:
+                reason = error.found
+        log.info("a model takes a base of its own: %s", reason, extra={"model": named.name})
+        with self._one_whole:
+            return hosts.Model(self._whole(opened), None, opened, opened.system_fingerprint())
+
+    def _shared(self, opened: Opened) -> Host:
+        """The base in memory, loaded by whoever asks first."""
+        from ift_peft.serve.inference.hosts import host_of_base
+
+        key = (opened.section.model_dump_json(), opened.fingerprint)
+        with self._lock:
+            future = self._hosts.get(key)
+            mine = future is None
+            if future is None:
+                future = self._hosts[key] = Future()
+        if mine:
+            try:
+                future.set_result(host_of_base(opened, self._settings.limits))
+            except BaseException as error:
+                with self._lock:
+                    del self._hosts[key]
+                future.set_exception(error)
+        return future.result()
+
+    def _whole(self, opened: Opened) -> Host:
+        from ift_peft.serve.inference.hosts import host_of_whole
+
+        most = self._settings.limits.whole_models
+        with self._lock:
+            there = sum(model.host.whole for model in self._models.values())
+        if there >= most and not self._make_room(None):
+            raise BusyError(
+                expected=f"fewer than {most} models in use that need a base of their own", found=str(most), fix="wait"
+            )
+        return host_of_whole(opened, self._settings.limits)
+
+    def _make_room(self, host: Host | None) -> bool:
+        """Put out the model of `host`, or of those with a base of their own, that was idle the longest."""
+        with self._lock:
+            for name, model in self._models.items():
+                one_of = model.host.whole if host is None else model.host is host and model.adapter is not None
+                if one_of and not self._holds[name]:
+                    del self._models[name]
+                    break
+            else:
+                return False
+        self._put_out(model)
+        return True
+
+    def _put_out(self, model: Model) -> None:
+        """A stacked adapter's rows keep it; an engine of its own ends what it has, which a thread waits for."""
+        if model.host.whole:
+            threading.Thread(target=model.host.engine.stop, name="ending", daemon=True).start()
+        elif model.adapter is not None:
+            model.host.drop(model.adapter)
+
+    def _failure(self, named: Named, error: Exception) -> ApiError:
+        """What is told of a model that cannot be loaded; the log says why, without what rows hold."""
+        if isinstance(error, IftPeftError):
+            log.error("model not loaded: expected %s; %s", error.expected, error.fix, extra={"model": named.name})
+        else:
+            log.error("model not loaded", exc_info=error, extra={"model": named.name})
+        message = f"The model {named.name!r} cannot be loaded; the server's log says why."
+        return ApiError(503, message, code="model_unavailable", param="model")
