@@ -93,7 +93,10 @@ def _job_page(request: Request, service: Service, job_id: str, fault: ApiError |
 
 def _settings(job: Record) -> list[tuple[str, str]]:
     """Hyperparameters, and the sections of the recipe that training followed, setting by setting."""
-    shown = [(name, _said(value)) for name, value in job["hyperparameters"].items()]
+    shown = []
+    for name, value in job["resolved"].items():
+        drawn = " (auto)" if job["hyperparameters"].get(name) == "auto" else ""
+        shown.append((name, f"{_said(value)}{drawn}"))
     recipe = job["recipe"] if isinstance(job["recipe"], Mapping) else {}
     for name in ("base", "adapter", "training"):
         section = recipe.get(name)

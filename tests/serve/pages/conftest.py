@@ -58,10 +58,8 @@ class Board:
         }
 
 
-def fill(folder: Path) -> dict[str, Any]:
+def fill(folder: Path, done: str, run: RunDir) -> dict[str, Any]:
     """A job that succeeded, one that runs, one that failed, and files, with markup wherever a client may write."""
-    done = new_id("ftjob")
-    run = data.short_run(folder, done)
     file = data.add_file(folder, data.conversations(40), "support.jsonl")
     marked_file = data.add_file(folder, data.conversations(30, answer=data.PLANTED), f"{data.PLANTED}.jsonl")
     now = int(time.time())
@@ -94,9 +92,11 @@ def fill(folder: Path) -> dict[str, Any]:
 def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
     folder = tmp_path_factory.mktemp("pages") / "data"
     folder.mkdir()
-    filled = fill(folder)
+    done = new_id("ftjob")
+    run = data.short_run(folder, done)
     server = Server(folder).start()
-    yield Board(server, **filled)
+    # Behind the service's back, and after its start: it would go on with a job that runs.
+    yield Board(server, **fill(folder, done, run))
     server.stop()
     assert "Traceback" not in server.log, server.log
 
@@ -136,7 +136,7 @@ Browse = Callable[..., Any]
 
 
 def until(tab: Tab, holds: Callable[[], bool], *, seconds: float = 20) -> None:
-    """Wait for what the page is to become. (Playwright's own way evaluates a string, which the pages' policy forbids.)"""
+    """Wait for what a page is to become. Playwright's way evaluates a string, which the policy of the pages forbids."""
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, tab.page.content()

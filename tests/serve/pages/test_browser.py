@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from tests.serve.pages.conftest import TUNED, Board, Browse, until
 
 pytestmark = pytest.mark.slow
 POINTS = "document.querySelector('#curves polyline').getAttribute('points').split(' ').length"
-REFUSED = "Failed to load resource: the server responded with a status of 4"
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 360), ("dark", 1200)])
@@ -71,33 +69,6 @@ def test_without_the_script_pages_say_the_same(board: Board, browse: Browse) -> 
         assert tab.page.locator("#outcome").get_by_text("held-out rows").is_visible()
         assert tab.page.get_by_text(TUNED).first.is_visible()
         assert not any("/stream" in one for one in tab.requests)
-
-
-def test_a_file_is_uploaded_looked_at_and_deleted_without_the_script(
-    board: Board, browse: Browse, tmp_path: Path
-) -> None:
-    rows = tmp_path / "<b>new<b>.jsonl"
-    rows.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in data.conversations(24)), "utf-8")
-    broken = tmp_path / "broken.jsonl"
-    broken.write_text("not JSON\n" * 12, "utf-8")
-    with browse(java_script_enabled=False, expected=(REFUSED,)) as tab:
-        tab.open("/files")
-        tab.page.get_by_label("Rows to train on").set_input_files(broken)
-        tab.page.get_by_role("button", name="Upload").click()
-        assert "line 1" in tab.page.get_by_role("alert").inner_text().lower()
-        tab.page.get_by_label("Rows to train on").set_input_files(rows)
-        tab.page.get_by_role("button", name="Upload").click()
-        tab.page.wait_for_url("**/files/file-*")
-        assert tab.page.get_by_text("24 rows").is_visible()
-        assert tab.page.get_by_text("exact duplicates, 2 rows").is_visible()
-        assert tab.page.locator("td", has_text="the same as line 1").count() >= 1
-        file_id = tab.page.url.rpartition("/")[2]
-        tab.page.get_by_text("Delete…").click()
-        tab.page.get_by_role("button", name="Delete this file").click()
-        tab.page.wait_for_url("**/files")
-        assert tab.open(f"/files/{file_id}").status == 404
-        assert tab.page.get_by_text("It may have been deleted").is_visible()
-    assert not (board.data_dir / "files" / file_id).exists()
 
 
 def test_markup_from_others_is_text_everywhere(board: Board, browse: Browse) -> None:
