@@ -30,7 +30,7 @@ CURVES = {  # numbers of a metrics event, and what their chart is called
 }
 SHOWN_EVENTS = 100
 ACTIONS = {  # what may be done to a job in each state
-    "validating_files": ("cancel",),
+    "validating_files": ("pause", "cancel"),
     "queued": ("pause", "cancel"),
     "running": ("pause", "cancel"),
     "paused": ("resume", "cancel"),

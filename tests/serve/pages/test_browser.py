@@ -30,7 +30,7 @@ def test_every_page_is_readable_and_within_its_window(
             assert look["levels"][0] == 1, name
             assert all(after <= before + 1 for before, after in zip(look["levels"], look["levels"][1:], strict=False))
             assert (sum(look["background"][:3]) / 3 > 128) is (scheme == "light"), name
-            unlabelled = "e => e.filter(one => one.type !== 'hidden' && !one.labels.length).length"
+            unlabelled = "e => e.filter(one => one.type !== 'hidden' && !one.hidden && !one.labels.length).length"
             assert tab.page.eval_on_selector_all("input, select, textarea", unlabelled) == 0, name
 
 

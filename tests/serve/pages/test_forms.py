@@ -92,7 +92,7 @@ def test_base_and_adapter_answer_side_by_side(board: Board, browse: Browse, scri
         tab.open("/")
         tab.page.get_by_role("link", name=f"{TUNED} in the playground").click()
         assert tab.page.get_by_label("Tuned model").input_value() == TUNED
-        tab.page.get_by_label("Prompt").fill(prompt)
+        tab.page.get_by_label("Prompt", exact=True).fill(prompt)
         tab.page.get_by_role("button", name="Ask both").click()
         for who, text in told.items():
             if script:
@@ -107,7 +107,7 @@ def test_an_error_of_the_playground_is_told_where_the_answer_would_be(board: Boa
     said = httpx.post(f"{board.url}/v1/chat/completions", json=asked, timeout=60).json()["error"]["message"]
     with browse(expected=(REFUSED,)) as tab:
         tab.open("/playground")
-        tab.page.get_by_label("Prompt").fill(prompt)
+        tab.page.get_by_label("Prompt", exact=True).fill(prompt)
         tab.page.get_by_role("button", name="Ask both").click()
         until(tab, lambda: said in (tab.page.locator("#base").text_content() or ""))
 
