@@ -41,11 +41,12 @@ async def answered(request: Request, service: Serving) -> Response:
 
 async def _answer(request: Request, model: str, prompt: str) -> dict[str, Any]:
     try:
-        return {"text": Text(await actions.chat(request, model, prompt, max_completion_tokens=MOST_TOKENS))}
+        told = await actions.chat(request, model, prompt, max_completion_tokens=MOST_TOKENS)
+        return {"text": Text(told), "fault": None}
     except ApiError as fault:
         if fault.status == 401:
             raise
-        return {"fault": f"{fault.message} {hint_of(fault.status)}"}
+        return {"text": None, "fault": f"{fault.message} {hint_of(fault.status)}"}
 
 
 def _page(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import anyio
 import httpx
@@ -20,6 +21,8 @@ from ift_peft.serve.settings import Settings
 from tests.serve.pages import data
 from tests.serve.pages.conftest import Board
 
+T = TypeVar("T")
+
 
 def messages(lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Id and content of each message of a stream."""
@@ -30,6 +33,12 @@ def messages(lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
             number = int(value)
         elif name == "data":
             yield number, json.loads(value)
+
+
+def in_a_thread(call: Callable[..., Awaitable[T]], *arguments: Any) -> T:
+    """Run it in an event loop of its own: the browser of other tests has one in this thread."""
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(anyio.run, call, *arguments).result()
 
 
 @pytest.fixture
@@ -108,7 +117,7 @@ def test_a_place_is_given_back_by_those_who_leave_and_by_those_whose_job_ends(
         with anyio.fail_after(30):
             await answer({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)  # type: ignore[arg-type]
 
-    anyio.run(serve)
+    in_a_thread(serve)
     assert service.streams.open == 0
     assert sent[0]["status"] == 200
 
@@ -126,7 +135,7 @@ def test_silence_is_filled_with_comments(service: Service, monkeypatch: pytest.M
                 service.streams.close()  # which ends it
         return found
 
-    told = anyio.run(first, 4)
+    told = in_a_thread(first, 4)
     assert told[2:] == [": alive\n\n"] * 2
 
 
