@@ -26,6 +26,7 @@ SHARING = {
     "classifier": ("test_classifier",),
     "data recipes": ("test_data_recipes",),
     "short run": ("test_harness", "test_merge", "test_report", "test_run"),
+    "serve pages": tuple(f"serve/pages/test_{name}" for name in ("browser", "forms", "live", "pages", "signing_in")),
     "explain": ("test_attribution", "test_explain", "test_influence"),
     **{
         name: (f"test_{name}",)

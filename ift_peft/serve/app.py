@@ -10,6 +10,7 @@ from fastapi import FastAPI
 
 from ift_peft.serve.errors import install_handlers
 from ift_peft.serve.operations.observed import Observed
+from ift_peft.serve.pages import dashboard
 from ift_peft.serve.routes import chat, files, jobs, models, operations
 from ift_peft.serve.security.guard import Guard
 from ift_peft.serve.security.headers import SecurityHeaders
@@ -44,6 +45,8 @@ def create_app(service: Service) -> FastAPI:
     for routes in (files, jobs, models, chat):
         app.include_router(routes.router, prefix="/v1")
     app.include_router(operations.router)
+    for pages in dashboard.ROUTERS:
+        app.include_router(pages)
     app.add_middleware(Guard, settings=service.settings, store=service.store)
     app.add_middleware(Observed, metrics=service.metrics)
     app.add_middleware(SecurityHeaders)  # the last is the outermost

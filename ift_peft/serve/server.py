@@ -20,11 +20,20 @@ log = logging.getLogger("ift_peft.serve")
 
 
 class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal ends it when what is being answered is; the second at once, as if it had lost power."""
         if self.should_exit:
             os._exit(128 + sig)
         super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Streams of pages go on as long as their jobs: they are ended before other answers are waited for."""
+        self._service.streams.close()
+        await super().shutdown(sockets)
 
 
 def run(settings: Settings) -> None:
@@ -50,7 +59,7 @@ def run(settings: Settings) -> None:
         timeout_graceful_shutdown=20,
     )
     try:
-        _Server(config).run(sockets=[listening])
+        _Server(config, service).run(sockets=[listening])
     except SystemExit:  # uvicorn's word for a start that failed
         if app.state.failure is not None:
             raise app.state.failure from None

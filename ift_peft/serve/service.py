@@ -14,6 +14,8 @@ from ift_peft.serve.inference.models import finish_removals
 from ift_peft.serve.jobs.jobs import Jobs
 from ift_peft.serve.operations.housekeeping import Housekeeping
 from ift_peft.serve.operations.metrics import Metrics
+from ift_peft.serve.pages.look import Looks
+from ift_peft.serve.pages.streams import Streams
 from ift_peft.serve.settings import Settings
 from ift_peft.serve.store import Store
 
@@ -28,10 +30,11 @@ class Service:
             folder.chmod(0o700)
         self._lock = _lock(settings)
         self.store = Store(settings.database_url)
-        self.models = LoadedModels(settings, self.store)
-        self.jobs = Jobs(settings, self.store)
+        self.streams, self.looks = Streams(settings.limits.streams), Looks()
         self.metrics = Metrics(self)
         self.housekeeping = Housekeeping(settings, self.store)
+        self.jobs = Jobs(settings, self.store)
+        self.models = LoadedModels(settings, self.store)
 
     def start(self) -> None:
         """Begin with what is to be done; after this, requests are answered. Raises what keeps it from that."""

@@ -38,6 +38,8 @@ class Limits:
     max_completion_tokens: int = 4096
     choices: int = 8
     """The most that `n` may be."""
+    streams: int = 64
+    """Pages of the dashboard that follow a job at once."""
 
 
 @dataclass(frozen=True)
