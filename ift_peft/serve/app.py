@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import anyio.to_thread
 from fastapi import FastAPI
 
 from ift_peft.serve.errors import install_handlers
+from ift_peft.serve.objects import ErrorBody
 from ift_peft.serve.operations.observed import Observed
 from ift_peft.serve.pages import dashboard
 from ift_peft.serve.routes import chat, files, jobs, models, operations
 from ift_peft.serve.security.guard import Guard
 from ift_peft.serve.security.headers import SecurityHeaders
 from ift_peft.serve.service import Service
+
+FAULTS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": what}
+    for status, what in {
+        400: "A request that cannot be done as it is",
+        401: "No key, or none that is known",
+        403: "A key without the scope, another origin, or an object that stays",
+        404: "No such object",
+        408: "A request that did not come in time",
+        413: "A body or a file that is too large",
+        421: "A host name that is not this service's",
+        429: "Too many requests, or no room now; Retry-After says when to come back",
+        500: "An error of the service",
+    }.items()
+}
+"""What any route under /v1 may answer with, in the one form of errors."""
 
 
 def create_app(service: Service) -> FastAPI:
@@ -43,11 +61,18 @@ def create_app(service: Service) -> FastAPI:
     app.state.failure = None
     install_handlers(app)
     for routes in (files, jobs, models, chat):
-        app.include_router(routes.router, prefix="/v1")
+        app.include_router(routes.router, prefix="/v1", responses=FAULTS)
     app.include_router(operations.router)
     for pages in dashboard.ROUTERS:
         app.include_router(pages)
     app.add_middleware(Guard, settings=service.settings, store=service.store)
     app.add_middleware(Observed, metrics=service.metrics)
     app.add_middleware(SecurityHeaders)  # the last is the outermost
+    for route in _operations(app.openapi()):
+        route["responses"].pop("422", None)  # FastAPI's form of what is wrong with a request, which has ours
     return app
+
+
+def _operations(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for path in document["paths"].values():
+        yield from path.values()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -70,14 +70,6 @@ class _Looked(Collector):
         yield GaugeMetricFamily("ift_files", "Files that are kept.", record["n"])
         yield GaugeMetricFamily("ift_files_bytes", "Bytes of the files that are kept.", record["bytes"])
         yield GaugeMetricFamily("ift_resident_bytes", "Resident memory.", self._process.memory_info().rss)
-        yield from _engines(getattr(self.service, "models", None))
-
-
-def _engines(models: Any) -> Iterator[Metric]:
-    """Rows of the engines, where the models that are loaded tell them (`rows()`: running, waiting)."""
-    rows = getattr(models, "rows", None)
-    if rows is None:
-        return
-    running, waiting = rows()
-    yield GaugeMetricFamily("ift_engine_rows_running", "Rows of chats that are being generated.", running)
-    yield GaugeMetricFamily("ift_engine_rows_waiting", "Rows of chats that wait for a place.", waiting)
+        running, waiting = self.service.models.rows()
+        yield GaugeMetricFamily("ift_engine_rows_running", "Rows of chats that are being generated.", running)
+        yield GaugeMetricFamily("ift_engine_rows_waiting", "Rows of chats that wait for a place.", waiting)

@@ -18,10 +18,7 @@ from ift_peft.serve.service import Service, Serving
 from ift_peft.serve.store import Record
 from ift_peft.serve.store.tables import files
 
-FAULTS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (400, 401, 403, 404, 408, 413, 421, 429)
-}
-router = APIRouter(tags=["files"], responses=FAULTS)
+router = APIRouter(tags=["files"])
 PIECE = 1 << 16
 FORM: dict[str, Any] = {
     "requestBody": {
