@@ -3,14 +3,15 @@
     python -m benchmarks.fuzz_service --requests 10000
 
 schemathesis makes them from the service's own OpenAPI document, valid and not, one by one and in chains in which an
-answer feeds the next request, with new seeds until there were as many as asked for; a file of rows is uploaded first,
-so that jobs can be made of it. Written to benchmarks/results/fuzz_service.json: requests by status, memory, open files
+answer feeds the next request, with new seeds until there were as many as asked for. A file of rows and a job are made
+first, and their names mixed in. Written to benchmarks/results/fuzz_service.json: requests by status, memory, open files
 and threads of the server from time to time, failures of schemathesis' checks.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -27,7 +28,7 @@ import typer
 
 from benchmarks.record import write_result
 from tests.serve.conftest import Server
-from tests.serve.walk import rows
+from tests.serve.walk import FEW, rows
 
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 ENDED = (0, -signal.SIGTERM)  # as asked; uvicorn ends with the signal that it was given
@@ -58,7 +59,9 @@ def usage(server: Server) -> dict[str, Any]:
         }
 
 
-def fuzz(server: Server, *, seed: int, examples: int, folder: Path) -> tuple[int, list[str]]:
+def fuzz(
+    server: Server, *, seed: int, examples: int, folder: Path, known: dict[str, list[str]]
+) -> tuple[int, list[str]]:
     """One run of schemathesis: its exit code, and the first line of each failure."""
     report = folder / f"{seed}.json"
     command = [
@@ -68,7 +71,8 @@ def fuzz(server: Server, *, seed: int, examples: int, folder: Path) -> tuple[int
         *("--generation-database", "none", "--continue-on-failure", "--suppress-health-check", "all"),
         *("--warnings", "off", "--report", "json", "--report-json-path", str(report)),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=7200, cwd=folder)
+    env = {**os.environ, "SCHEMATHESIS_HOOKS": "benchmarks.fuzz_hooks", "IFT_FUZZ_KNOWN": json.dumps(known)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=7200, cwd=folder, env=env)
     (folder / f"{seed}.txt").write_text(done.stdout + done.stderr, "utf-8")
     return done.returncode, re.findall(r"^- (.+)$", done.stdout, flags=re.MULTILINE)
 
@@ -98,12 +102,14 @@ def main(
 
 def _until(server: Server, requests: int, examples: int, folder: Path) -> dict[str, Any]:
     client = server.client()
-    client.files.create(file=("rows.jsonl", rows(10)), purpose="fine-tune")
+    uploaded = client.files.create(file=("rows.jsonl", rows(10)), purpose="fine-tune").id
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=uploaded, extra_body={"recipe": FEW}).id
+    known = {"model": ["tiny"], "training_file": [uploaded], "file": [uploaded], "job": [job]}
     client.completions.create(model="tiny", prompt="好", max_tokens=1)  # the base is loaded before memory is looked at
     began, seen, failures, seed = time.monotonic(), [usage(server)], [], 0
     while sum(requests_by_status(server).values()) < requests:
         seed += 1
-        code, found = fuzz(server, seed=seed, examples=examples, folder=folder)
+        code, found = fuzz(server, seed=seed, examples=examples, folder=folder, known=known)
         failures += found or ([f"schemathesis ended with {code}"] if code else [])
         seen.append(usage(server))
         print(f"seed {seed}: {dict(requests_by_status(server))} {seen[-1]}", flush=True)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 router = APIRouter(tags=["chat"])
 STREAM = "text/event-stream"
 STATUSES: dict[int | str, dict[str, Any]] = {
-    200: {"content": {STREAM: {"schema": {"type": "string"}}}, "description": "Whole, or streamed as events"},
+    200: {"content": {STREAM: {}}, "description": "Whole, or streamed as events"},
     **{
         status: {"model": ErrorBody, "description": what}
         for status, what in {
