@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from sqlalchemy import insert, update
+from sqlalchemy import JSON, insert, update
 
 from ift_peft.serve.files.upload import display_name
 from ift_peft.serve.settings import Limits
@@ -170,14 +170,13 @@ def test_a_file_that_a_job_uses_stays_until_the_job_has_ended(service: Running) 
 
 
 def add_job(service: Running, file_id: str, *, status: str, run: str | None = None, job: str = "ftjob-1") -> None:
-    values = {
+    settings: dict[str, Any] = {one.name: {} for one in jobs.c if isinstance(one.type, JSON) and not one.nullable}
+    values = settings | {
         "id": job,
         "created_at": 1,
         "status": status,
         "model": "tiny",
         "base": "tiny",
-        "recipe": {},
-        "hyperparameters": {},
         "seed": 1,
         "training_file": file_id,
         "result_files": [],
