@@ -13,6 +13,12 @@ def run(settings: Settings) -> None:
     """Serve until SIGTERM or Ctrl-C, which ends what is being answered first. Raises what keeps it from starting."""
     app = create_app(Service(settings))
     config = uvicorn.Config(
-        app, host=settings.host, port=settings.port, log_config=None, server_header=False, timeout_graceful_shutdown=20
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        server_header=False,
+        timeout_keep_alive=75,  # longer than clients keep idle connections (5 s), so that none is closed as it is used
+        timeout_graceful_shutdown=20,
     )
     uvicorn.Server(config).run()
