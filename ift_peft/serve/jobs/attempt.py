@@ -43,6 +43,8 @@ class Attempt:
         try:
             self._run()
         except Exception as error:
+            if self._record() is None:  # it was withdrawn, and its files are gone
+                return
             log.exception("an attempt at a job broke off", extra={"job": self.job})
             fail(
                 self.store,
