@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import null
 
 from ift_peft.errors import DataError, Faults, IftPeftError, RecipeError
 from ift_peft.recipe import Recipe, validate
@@ -15,10 +17,14 @@ from ift_peft.serve.errors import ApiError
 from ift_peft.serve.jobs.auto import resolve
 from ift_peft.serve.jobs.body import CreateJob, hyperparameters_of, suffix_of
 from ift_peft.serve.jobs.folder import JobFolder
-from ift_peft.serve.jobs.progress import at_step
+from ift_peft.serve.jobs.progress import Progress, at_step
 from ift_peft.serve.jobs.recipes import ALLOWED, Planned, plan
+from ift_peft.serve.jobs.records import change, job_object, job_record
 from ift_peft.serve.jobs.results import step_metrics
-from ift_peft.serve.objects import Hyperparameters
+from ift_peft.serve.objects import Hyperparameters, Job
+from ift_peft.serve.settings import Settings
+from ift_peft.serve.store import Store
+from ift_peft.serve.store.tables import jobs
 from ift_peft.yaml_source import YamlSource
 from tests.serve.jobs import chats
 
@@ -183,3 +189,51 @@ def test_a_job_that_needs_more_memory_than_is_free_is_not_begun(
     described = _described(error, folder)
     assert (described["code"], described["param"]) == ("invalid_training_file", "training_file")
     assert "training_file:3" in described["message"] and str(tmp_path) not in described["message"]
+
+
+def test_what_a_trainer_tells_becomes_status_and_time_left(tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path)
+    store = Store(settings.database_url)
+    values = {
+        "id": "ftjob-x",
+        "created_at": 1,
+        "status": "validating_files",
+        "model": "tiny",
+        "base": "tiny",
+        "seed": 1,
+    }
+    values |= {"recipe": {}, "hyperparameters": {"n_epochs": "auto"}, "resolved": {"n_epochs": 4}, "result_files": []}
+    with store.begin() as connection:
+        connection.execute(jobs.insert().values(**values, training_file="file-x", error=null(), metadata=null()))
+    settings.jobs.joinpath("ftjob-x").mkdir(parents=True)
+    folder = JobFolder(settings.jobs / "ftjob-x").handed({})
+    progress = Progress(settings, store, job_record(store, "ftjob-x"), folder)
+    now = time.time()
+
+    def told(*lines: dict[str, Any]) -> Job:
+        with folder.progress.open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+        progress.update()
+        return job_object(job_record(store, "ftjob-x"), organization="local")
+
+    assert told({"kind": "stage", "at": now - 40, "text": "tokenising", "total": 9}).hyperparameters.n_epochs == "auto"
+    checked = told({"kind": "finish", "at": now - 30}, {"kind": "checked", "at": now - 30})
+    assert (checked.status, checked.hyperparameters.n_epochs) == ("queued", 4)
+    stages = [
+        {"kind": "stage", "at": now - 20, "text": "measuring the base", "total": 4},
+        {"kind": "finish", "at": now - 14},
+    ]
+    begun = told(
+        {"kind": "begun", "at": now - 30}, *stages, {"kind": "stage", "at": now - 14, "text": "training", "total": 100}
+    )
+    assert (begun.status, begun.estimated_finish) == ("running", None)
+    steps = [{"kind": "done", "at": now - 10, "done": 1}, {"kind": "done", "at": now, "done": 51}]
+    estimated = told(*steps).estimated_finish
+    assert estimated is not None and abs(estimated - (now + 10 / 50 * 49 + 6)) < 2  # and measuring as long as before
+    with store.begin() as connection:
+        assert change(connection, "ftjob-x", to="cancelled")
+    ended = told({"kind": "begun", "at": now}, {"kind": "checked", "at": now})
+    assert (ended.status, ended.estimated_finish) == ("cancelled", None)
+    with store.begin() as connection:
+        assert not change(connection, "ftjob-x", to="running")
+    store.close()
