@@ -33,6 +33,9 @@ SHARING = {
         for name in ("merging", "mix", "parity", "pipeline", "safety", "stories", "engine", "validation", "study")
     },
     "methods": ("e2e/test_methods",),
+    "serve files": ("serve/test_files",),
+    "serve security": ("serve/test_security",),
+    "serve backup": ("serve/test_backup_deletion",),
 }
 OFFLINE = ROOT / "tests" / "offline"  # holds a sitecustomize that refuses sockets
 

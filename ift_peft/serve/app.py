@@ -48,6 +48,6 @@ def create_app(service: Service) -> FastAPI:
     for pages in dashboard.ROUTERS:
         app.include_router(pages)
     app.add_middleware(Guard, settings=service.settings, store=service.store)
-    app.add_middleware(SecurityHeaders)
-    app.add_middleware(Observed, metrics=service.metrics)  # the last is the outermost
+    app.add_middleware(Observed, metrics=service.metrics)
+    app.add_middleware(SecurityHeaders)  # the last is the outermost
     return app

@@ -38,10 +38,14 @@ class _Server(uvicorn.Server):
 
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or Ctrl-C, which ends what is being answered first. Raises what keeps it from starting."""
-    configure_logs()
     service = Service(settings)
-    require_key(settings, service.store)
-    listening = _listen(settings)
+    try:
+        require_key(settings, service.store)
+        listening = _listen(settings)
+    except BaseException:
+        service.release()
+        raise
+    configure_logs()
     app = create_app(service)
     host, port = listening.getsockname()[:2]
     log.info("serving", extra={"host": host, "port": port, "data_dir": str(settings.data_dir)})

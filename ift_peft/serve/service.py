@@ -47,6 +47,10 @@ class Service:
         self.models.stop()
         self.jobs.stop()
         self.housekeeping.stop()
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the folder, also where nothing was started."""
         self.store.close()
         self._lock.close()
 

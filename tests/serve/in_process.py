@@ -7,12 +7,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 import uvicorn
+from fastapi import FastAPI
 from openai import OpenAI
 
 from ift_peft.serve.app import create_app
@@ -24,6 +25,8 @@ from ift_peft.serve.settings import Limits, Settings
 class Running:
     service: Service
     port: int
+    app: FastAPI
+    clients: dict[str, OpenAI] = field(default_factory=dict)  # to make one takes a second: each is kept
 
     @property
     def url(self) -> str:
@@ -33,8 +36,14 @@ class Running:
     def data_dir(self) -> Path:
         return self.service.settings.data_dir
 
+    def service_routes(self) -> list[tuple[str, str]]:
+        """Method and path of every route that the service describes."""
+        return [(method.upper(), path) for path, item in self.app.openapi()["paths"].items() for method in item]
+
     def client(self, api_key: str = "none") -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=30)
+        if api_key not in self.clients:
+            self.clients[api_key] = OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=30)
+        return self.clients[api_key]
 
     def http(self, **options: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=30, **options)
@@ -45,8 +54,9 @@ def serving(data_dir: Path, *, limits: Limits = Limits(), **settings: Any) -> It
     """A service over `data_dir` until the end of the block."""
     service = Service(Settings(data_dir=data_dir, limits=limits, **settings))
     with socket.create_server(("127.0.0.1", 0)) as listening:
+        app = create_app(service)
         config = uvicorn.Config(
-            create_app(service), log_config=None, access_log=False, server_header=False, proxy_headers=False, ws="none"
+            app, log_config=None, access_log=False, server_header=False, proxy_headers=False, ws="none"
         )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
@@ -54,9 +64,12 @@ def serving(data_dir: Path, *, limits: Limits = Limits(), **settings: Any) -> It
         while not server.started:
             assert thread.is_alive()
             time.sleep(0.01)
+        running = Running(service, listening.getsockname()[1], app)
         try:
-            yield Running(service, listening.getsockname()[1])
+            yield running
         finally:
+            for client in running.clients.values():
+                client.close()
             server.should_exit = True
             thread.join(30)
     assert not thread.is_alive()

@@ -14,12 +14,14 @@ from typing import Any
 
 from ift_peft.data.row import Message
 from ift_peft.errors import IftPeftError
+from ift_peft.report.write import NAME as REPORT
 from ift_peft.report.write import write_report
 from ift_peft.run_dir import RunDir
 
 log = logging.getLogger("ift_peft.serve")
 
 KEPT = ("recipe.yaml", "manifest.json", "metrics.jsonl", "scores.json", "adapter", "checkpoints", ".lock")
+GOLDEN = "golden.json"
 PUBLIC: tuple[Message, ...] = (
     {"role": "user", "content": "What is two plus two? 二加二等于几？"},
     {"role": "assistant", "content": "Four. 四。"},
@@ -27,22 +29,33 @@ PUBLIC: tuple[Message, ...] = (
 
 
 def forget_rows(path: Path) -> None:
-    """Remove from the run at `path` all that quotes rows. Done again, it changes nothing."""
+    """Remove from the run at `path` all that quotes rows. Cut short, it is done when called again; then nothing.
+
+    The report goes first and comes last: where there is one beside the fixed example, all is done.
+    """
     run = RunDir(path)
+    if _is_forgotten(run):
+        return
+    (path / REPORT).unlink(missing_ok=True)
     golden = _public_golden(run)
+    if golden is not None:
+        run.write(GOLDEN, golden)
     for found in path.iterdir():
-        if found.name in KEPT:
+        if found.name in KEPT or (found.name == GOLDEN and golden is not None):
             continue
         if found.is_dir() and not found.is_symlink():
             shutil.rmtree(found)
         else:
             found.unlink()
-    if golden is not None:
-        run.write("golden.json", golden)
     try:
         write_report(run)
     except (IftPeftError, OSError) as error:  # a run that never got far enough to have one
         log.warning("no report of a run without its rows", extra={"run": path.name, "fault": type(error).__name__})
+
+
+def _is_forgotten(run: RunDir) -> bool:
+    found = {path.name for path in run.path.iterdir()} - set(KEPT)
+    return found == {GOLDEN, REPORT} and run.read(GOLDEN).get("messages") == list(PUBLIC)
 
 
 def _public_golden(run: RunDir) -> dict[str, Any] | None:
@@ -50,9 +63,9 @@ def _public_golden(run: RunDir) -> dict[str, Any] | None:
 
     The base is the one of training, or it is refused: an example that another one rendered would let that pass.
     """
-    if not (run.path / "golden.json").is_file():
+    if not (run.path / GOLDEN).is_file():
         return None
-    then = run.read("golden.json")
+    then = run.read(GOLDEN)
     if then.get("messages") == list(PUBLIC):
         return then
     from ift_peft.infer.load import open_parts

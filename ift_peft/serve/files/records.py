@@ -7,6 +7,7 @@ round, and ends with the rows that runs hold copies of; what a crash leaves undo
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -144,5 +145,6 @@ def _forget(settings: Settings, store: Store, file_id: str) -> None:
     for job in store.every(select(jobs.c.id, jobs.c.run).where(uses)):
         runs = {path.parent for path in (settings.runs / job["id"]).glob("*/manifest.json")}
         runs |= {settings.data_dir / job["run"]} if job["run"] else set()
+        shutil.rmtree(settings.jobs / job["id"], ignore_errors=True)  # its log may quote them
         for run in sorted({path.resolve() for path in runs if path.is_dir()}):
             forget_rows(run)

@@ -8,6 +8,7 @@ import os
 import re
 import tempfile
 import unicodedata
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -70,7 +71,10 @@ class Upload:
             self._parser = MultipartParser(options[b"boundary"], callbacks)
         except FormParserError as error:
             raise ApiError(400, str(error), code="invalid_content_type", param="file") from None
-        handle, name = tempfile.mkstemp(dir=folder, prefix=TEMPORARY)
+        try:
+            handle, name = tempfile.mkstemp(dir=folder, prefix=TEMPORARY)
+        except OSError as error:
+            raise _disk(error) from None
         self.path = Path(name)
         self._file = os.fdopen(handle, "wb")
 
@@ -80,7 +84,8 @@ class Upload:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        with suppress(OSError):  # of a full disk, once more; `finish` has told it, or nobody waits for the file
+            self._file.close()
         self.path.unlink(missing_ok=True)
 
     def write(self, piece: bytes) -> None:

@@ -1,7 +1,8 @@
 """A copy of a service's folder in one tar file, made while it runs; and a folder made of that again.
 
-The databases are copied first, each as of one moment, and then the content that their records name. What was deleted
-in between has its record taken out of the copy, so that every record there has its content. `manifest.json` comes
+The databases are copied first, each as of one moment, and then the content that their records name; the queue before
+the records, as a job that is queued and has ended is passed over, and one that is not queued is queued again. What was
+deleted in between has its record taken out of the copy: every record there has its content. `manifest.json` comes
 last, with the sha256 of all.
 """
 
@@ -48,14 +49,15 @@ def write_backup(data_dir: Path, target: Path) -> Backup:
         )
     if target.exists():
         raise RunError(expected=f"a new file as {target}", found="one that exists", fix="give another name as --to")
-    handle, name = tempfile.mkstemp(dir=target.resolve().parent, prefix=f".{target.name}.")
+    folder = target.resolve().parent
+    handle, name = tempfile.mkstemp(dir=folder, prefix=f".{target.name}.")
     try:
-        with os.fdopen(handle, "wb") as file, tempfile.TemporaryDirectory(dir=data_dir, prefix=".backup-") as scratch:
+        with os.fdopen(handle, "wb") as file, tempfile.TemporaryDirectory(dir=folder, prefix=".backup-") as scratch:
             made = _write(data_dir, file, Path(scratch))
             file.flush()
             os.fsync(file.fileno())
         os.rename(name, target)
-        sync_folder(target.resolve().parent)
+        sync_folder(folder)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
@@ -65,7 +67,7 @@ def write_backup(data_dir: Path, target: Path) -> Backup:
 def _write(data_dir: Path, file: IO[bytes], scratch: Path) -> Backup:
     made = Backup()
     hashes: dict[str, dict[str, Any]] = {}
-    copies = {name: _copied(data_dir / name, scratch / name) for name in (STORE, QUEUE) if (data_dir / name).is_file()}
+    copies = {name: _copied(data_dir / name, scratch / name) for name in (QUEUE, STORE) if (data_dir / name).is_file()}
     store = sqlite3.connect(copies[STORE])
     with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for name in _content(store, data_dir):
@@ -117,7 +119,7 @@ def _add(tar: tarfile.TarFile, path: Path, name: str, hashes: dict[str, dict[str
         info.size, info.mode = os.fstat(file.fileno()).st_size, 0o600
         info.mtime = int(os.fstat(file.fileno()).st_mtime)
         reader = _Hashing(file)
-        tar.addfile(info, reader)  # type: ignore[arg-type]
+        tar.addfile(info, reader)
         hashes[name] = {"sha256": reader.digest.hexdigest(), "bytes": info.size}
 
 
@@ -182,12 +184,14 @@ def _extract(archive: Path, folder: Path) -> Backup:
                     raise _broken(archive, f"{member.name} twice")
                 else:
                     hashes[member.name] = found
-    except (tarfile.TarError, ValueError, KeyError, EOFError) as error:
+    except (tarfile.TarError, ValueError, EOFError, FileExistsError, NotADirectoryError) as error:
         raise _broken(archive, f"{type(error).__name__}: {error}") from None
-    if manifest is None or manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise _broken(archive, "no manifest of a form that is known")
-    if hashes != manifest["files"] or STORE not in hashes:
-        wrong = {name for name in hashes.keys() | manifest["files"] if hashes.get(name) != manifest["files"].get(name)}
+    told = manifest.get("files")
+    told = told if isinstance(told, dict) else {}
+    if hashes != told or STORE not in hashes:
+        wrong = {name for name in hashes.keys() | told if hashes.get(name) != told.get(name)}
         raise _broken(archive, f"other content than its manifest says: {', '.join(sorted(wrong)[:5]) or STORE}")
     (folder / MANIFEST).unlink()
     for name in (STORE, QUEUE):
@@ -198,7 +202,7 @@ def _extract(archive: Path, folder: Path) -> Backup:
 
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> dict[str, Any]:
     parts = PurePosixPath(member.name).parts
-    if not member.isfile() or not parts or parts[0] == "/" or ".." in parts:
+    if not member.isfile() or member.issparse() or not parts or parts[0] == "/" or ".." in parts:
         raise tarfile.TarError(f"{member.name!r} is no plain file below the folder")
     member = tarfile.data_filter(member, str(folder))
     source = tar.extractfile(member)

@@ -70,14 +70,14 @@ class _Looked(Collector):
         yield GaugeMetricFamily("ift_files", "Files that are kept.", record["n"])
         yield GaugeMetricFamily("ift_files_bytes", "Bytes of the files that are kept.", record["bytes"])
         yield GaugeMetricFamily("ift_resident_bytes", "Resident memory.", self._process.memory_info().rss)
-        yield from _engines(getattr(self.service, "hosts", None))
+        yield from _engines(getattr(self.service, "models", None))
 
 
-def _engines(hosts: Any) -> Iterator[Metric]:
-    """Rows of the engines, where the part that answers chats offers them (`hosts.load()`: running, waiting)."""
-    load = getattr(hosts, "load", None)
-    if load is None:
+def _engines(models: Any) -> Iterator[Metric]:
+    """Rows of the engines, where the models that are loaded tell them (`rows()`: running, waiting)."""
+    rows = getattr(models, "rows", None)
+    if rows is None:
         return
-    running, waiting = load()
+    running, waiting = rows()
     yield GaugeMetricFamily("ift_engine_rows_running", "Rows of chats that are being generated.", running)
     yield GaugeMetricFamily("ift_engine_rows_waiting", "Rows of chats that wait for a place.", waiting)

@@ -7,6 +7,7 @@ import re
 import time
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ift_peft.serve.errors import ApiError, response_of
@@ -15,12 +16,13 @@ from ift_peft.serve.operations.metrics import Metrics
 
 log = logging.getLogger("ift_peft.serve.requests")
 OTHER = "(none)"
+GONE = 499  # in the log: the client went away before it had sent all
 METHODS = ("GET", "HEAD", "POST", "DELETE", "PUT", "PATCH", "OPTIONS")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class Observed:
-    """Pure ASGI, the outermost. `X-Request-Id` is the client's, where it sent a plain one."""
+    """Pure ASGI, around all that may fail. `X-Request-Id` is the client's, where it sent a plain one."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics
@@ -44,6 +46,8 @@ class Observed:
 
         try:
             await self.app(scope, receive, send_observed)
+        except ClientDisconnect:  # nobody is there to be answered
+            status = status or GONE
         except Exception as error:  # whatever it is, the client is told in the one form, and the log where
             log.error("request failed", exc_info=error, extra={"request": request_id})
             if not status:
