@@ -36,6 +36,8 @@ SHARING = {
     "serve files": ("serve/test_files",),
     "serve security": ("serve/test_security",),
     "serve backup": ("serve/test_backup_deletion",),
+    "serve jobs": ("serve/test_jobs",),
+    "serve jobs restart": ("serve/test_jobs_restart",),
 }
 OFFLINE = ROOT / "tests" / "offline"  # holds a sitecustomize that refuses sockets
 

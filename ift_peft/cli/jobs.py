@@ -16,7 +16,7 @@ from ift_peft.cli.app import app, errors_to_exit_codes
 from ift_peft.errors import RunError
 
 TIMEOUT_SECONDS = 60
-COLUMNS = ("id", "status", "model", "created", "finishes", "fine-tuned model")
+COLUMNS = ("id", "status", "created", "finishes", "model")
 
 
 class Action(StrEnum):
@@ -70,18 +70,16 @@ def jobs(
 
 
 def _print_jobs(found: list[dict[str, Any]]) -> None:
-    from rich.table import Table
-
+    """A line for each job, however wide: names are there to be copied."""
     from ift_peft.console import out
 
-    table = Table(show_header=True)
-    for heading in COLUMNS:
-        table.add_column(heading)
+    lines = [COLUMNS]
     for job in found:
-        finishes = job["finished_at"] or job["estimated_finish"]
-        cells = (job["id"], job["status"], job["model"], _time(job["created_at"]), _time(finishes))
-        table.add_row(*cells, job["fine_tuned_model"] or "")
-    out.print(table)
+        times = (_time(job["created_at"]), _time(job["finished_at"] or job["estimated_finish"]))
+        lines.append((job["id"], job["status"], *times, job["fine_tuned_model"] or job["model"]))
+    widths = [max(len(line[at]) for line in lines) for at in range(len(COLUMNS))]
+    for line in lines:
+        out.print("  ".join(map(str.ljust, line, widths)).rstrip(), markup=False)
 
 
 def _print_job(job: dict[str, Any]) -> None:

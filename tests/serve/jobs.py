@@ -18,16 +18,14 @@ from tests.serve.conftest import Server
 
 QUICK: dict[str, Any] = {"evaluation": {"forgetting": False, "bootstrap_samples": 100}, "adapter": {"r": 4}}
 """A recipe of which a job on a few rows takes seconds beside importing."""
-LONG = {**QUICK, "training": {"max_steps": 400}}
-"""One that is still training when a test gets at it, and is done soon after."""
 
 
-def chats(count: int = 12) -> list[dict[str, Any]]:
-    """Rows of a chat, invented: each with a question and an answer of its own."""
+def chats(count: int = 12, *, length: int = 1) -> list[dict[str, Any]]:
+    """Rows of a chat, invented: each with a question, `length` times as long, and an answer of its own."""
     return [
         {
             "messages": [
-                {"role": "user", "content": f"第 {number} 件商品怎么样？"},
+                {"role": "user", "content": f"第 {number} 件商品怎么样？" * length},
                 {"role": "assistant", "content": f"编号 {number}，质量不错。"},
             ]
         }
@@ -73,18 +71,15 @@ def ended(client: OpenAI, job: str) -> FineTuningJob:
     return wait(client, job, lambda found: found.status in ("succeeded", "failed", "cancelled"))
 
 
-def training(client: OpenAI, job: str, *, step: int = 3) -> None:
+def training(server: Server, job: str, *, step: int) -> None:
     """Wait until the job has taken `step` steps."""
-    for _ in range(1200):
-        if steps(client, job) >= step:
-            return
-        time.sleep(0.1)
-    raise AssertionError([event.message for event in events(client, job)])
+    wait_for(lambda: logged(server, job) >= step)
 
 
-def steps(client: OpenAI, job: str) -> int:
-    """How many steps the events tell of."""
-    return max((step for step, _ in losses(client, job)), default=0)
+def logged(server: Server, job: str) -> int:
+    """How many steps the job's run has logged; faster to see than the events that come of it."""
+    files = [path for path in (server.data_dir / "runs" / job).glob("2*/metrics.jsonl") if path.is_file()]
+    return sum(path.read_bytes().count(b"\n") for path in files)
 
 
 def losses(client: OpenAI, job: str) -> list[tuple[int, float]]:
@@ -106,3 +101,27 @@ def records(data_dir: Path, query: str, *values: Any) -> list[dict[str, Any]]:
         return [dict(row) for row in store.execute(query, values)]
     finally:
         store.close()
+
+
+def trainers(data_dir: Path) -> dict[str, int]:
+    """The jobs that have a trainer process, and its id."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if "ift_peft.serve.jobs.trainer" in words:
+            folder = Path(words[words.index("ift_peft.serve.jobs.trainer") + 1])
+            if folder.parent.parent == data_dir:
+                found[folder.name] = int(path.parent.name)
+    return found
+
+
+def wait_for(true: Callable[[], bool], *, seconds: float = 120) -> None:
+    """Return once `true` is."""
+    for _ in range(int(seconds / 0.05)):
+        if true():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it did not come true")

@@ -13,6 +13,7 @@ from openai import BadRequestError, NotFoundError, OpenAI
 from openai.types.fine_tuning import FineTuningJob
 
 from ift_peft.run_dir import RunDir
+from tests.conftest import Ift
 from tests.serve import jobs
 from tests.serve.conftest import Server
 
@@ -244,3 +245,18 @@ def test_real_reviews_are_trained_as_a_recipe_says(server: Server, client: OpenA
     assert scores["rows"] == 12 and set(scores["adapter"]) >= {"accuracy", "f1"}
     assert [event.level for event in told if "accuracy at least 1" in event.message] == ["warn"]
     assert not any(row["text"] in server.log or row["text"] in json.dumps(event.data) for row in rows for event in told)
+
+
+def test_the_command_line_asks_the_service(server: Server, done: FineTuningJob, ift: Ift) -> None:
+    listed = ift("jobs", "--url", server.url, "--limit", "100")
+    (line,) = [line for line in listed.stdout.splitlines() if done.id in line]
+    assert "succeeded" in line and str(done.fine_tuned_model) in line
+    shown = ift("jobs", "show", done.id, "--url", server.url)
+    assert f"trained_tokens     {done.trained_tokens}" in shown.stdout and "n_epochs=4" in shown.stdout
+    told = ift("jobs", "events", done.id, "--url", server.url, "--limit", "1")
+    assert told.stdout.strip().endswith("info   The job has successfully completed")
+    refused = ift("jobs", "cancel", done.id, "--url", server.url)
+    assert refused.returncode == 5 and "400: Job" in refused.stderr and "succeeded" in refused.stderr
+    assert ift("jobs", "cancel").returncode == ift("jobs", "list", done.id).returncode == 5
+    nobody = ift("jobs", "--url", "http://127.0.0.1:9")
+    assert nobody.returncode == 5 and "a service at http://127.0.0.1:9" in nobody.stderr

@@ -54,6 +54,10 @@ class Attempt:
 
     def _run(self) -> None:
         deaths, steps = 0, 0
+        with self.store.begin() as connection:
+            is_new = select(jobs.c.id).where(jobs.c.id == self.job, jobs.c.checked_at.is_(None))
+            if connection.execute(is_new).first() is not None:
+                change(connection, self.job, to="validating_files", of=("queued",), attempt=self.number)
         while record := self._record():
             folder = self.folder.handed(self._task(record))
             progress = Progress(self.settings, self.store, record, folder)

@@ -21,7 +21,7 @@ from ift_peft.serve.jobs.folder import JobFolder
 from ift_peft.serve.jobs.queue import Queue
 from ift_peft.serve.jobs.recipes import plan
 from ift_peft.serve.jobs.records import ACTIVE, change, job_record, now, tell
-from ift_peft.serve.objects import FINAL, Status
+from ift_peft.serve.objects import FINAL
 from ift_peft.serve.settings import Settings
 from ift_peft.serve.store import Record, Store
 from ift_peft.serve.store.tables import files, jobs, models
@@ -51,7 +51,12 @@ class Jobs:
         """Go on with every job that is neither final nor paused."""
         self.queue.start()
         for record in self.store.every(select(jobs).where(jobs.c.status.in_(ACTIVE)).order_by(jobs.c.number)):
-            self._put(record)
+            if not self._put(record):
+                with self.store.begin() as connection:
+                    connection.execute(
+                        update(jobs).where(jobs.c.id == record["id"]).values(attempt=record["attempt"] + 1)
+                    )
+                self._put(job_record(self.store, record["id"]))
         ended = self.store.every(select(jobs.c.id).where(jobs.c.status.in_(("succeeded", "cancelled"))))
         for record in ended:
             JobFolder(self.settings.jobs / record["id"]).clear()
@@ -110,11 +115,12 @@ class Jobs:
             except IftPeftError as error:
                 raise as_api_error(error, param="recipe") from None
             with self.store.begin() as connection:
+                waits = connection.execute(select(jobs.c.id).where(jobs.c.status.in_(ACTIVE))).first() is not None
                 connection.execute(
                     jobs.insert().values(
                         id=job,
                         created_at=now(),
-                        status="validating_files",
+                        status="queued" if waits else "validating_files",
                         attempt=0,
                         priority=body.priority,
                         model=body.model,
@@ -133,15 +139,17 @@ class Jobs:
                         body=content,
                     )
                 )
-                self._tell_created(connection, job, body)
+                self._tell_created(connection, job, body, waits=waits)
         except BaseException:
             folder.clear()
             raise
         return job_record(self.store, job)
 
     @staticmethod
-    def _tell_created(connection: Connection, job: str, body: CreateJob) -> None:
+    def _tell_created(connection: Connection, job: str, body: CreateJob, *, waits: bool) -> None:
         tell(connection, job, f"Created fine-tuning job: {job}")
+        if waits:
+            tell(connection, job, "Waiting for the jobs before it; its files are validated when its turn comes")
         tell(connection, job, f"Validating training file: {body.training_file}")
         if body.validation_file is None:
             held_out = "No validation file: a share of the training rows is held out, and measured before and after"
@@ -207,9 +215,8 @@ class Jobs:
         if caller.retries > 0 and record["status"] in ACTIVE:
             return record
         with self.store.begin() as connection:
-            to: Status = "queued" if record["checked_at"] is not None else "validating_files"
             attempt = int(record["attempt"])
-            resumed = change(connection, job, to=to, of=("paused",), attempt=attempt)
+            resumed = change(connection, job, to="queued", of=("paused",), attempt=attempt)
             if resumed:
                 connection.execute(update(jobs).where(jobs.c.id == job).values(attempt=attempt + 1))
                 tell(connection, job, "The job was resumed, and is queued")
@@ -226,9 +233,11 @@ class Jobs:
             400, f"Job {job} {has} {status!r} and cannot be {what}.", code="invalid_status", param="fine_tuning_job_id"
         )
 
-    def _put(self, record: Record) -> None:
-        if record["status"] in ACTIVE:
-            self.queue.put(record["id"], record["attempt"], priority=record["priority"])
+    def _put(self, record: Record) -> bool:
+        """Whether the queue will do what there is to do; it does no attempt that it has once ended."""
+        if record["status"] not in ACTIVE:
+            return True
+        return self.queue.put(record["id"], record["attempt"], priority=record["priority"])
 
     def _attempt(self, job: str, number: int) -> None:
         Attempt(self.settings, self.store, self.queue.stopping, job, number).run()

@@ -11,6 +11,7 @@ from dbos import DBOS, SetEnqueueOptions, SetWorkflowID
 NAME = "fine-tuning"
 VERSION = "1"  # DBOS's own would be a hash of the source, and an edit would strand the jobs of the version before
 POLL_SECONDS = 0.5
+UNFINISHED = ("ENQUEUED", "PENDING", "DELAYED")
 LOWEST = -100  # of the priorities; DBOS counts them from 1
 
 
@@ -57,10 +58,11 @@ class Queue:
             self._idle.wait_for(lambda: self._at_work == 0, timeout)
         DBOS.destroy(destroy_registry=True)
 
-    def put(self, job: str, attempt: int, *, priority: int) -> None:
-        """Queue an attempt; one that was queued before is not queued again."""
+    def put(self, job: str, attempt: int, *, priority: int) -> bool:
+        """Queue an attempt; one that was queued before is not queued again. Whether it waits or is at work."""
         with SetWorkflowID(f"{job}.{attempt}"), SetEnqueueOptions(priority=priority - LOWEST + 1):
-            DBOS.enqueue_workflow(NAME, self._workflow, job, attempt)
+            handle = DBOS.enqueue_workflow(NAME, self._workflow, job, attempt)
+        return handle.get_status().status in UNFINISHED
 
     def _run(self, job: str, attempt: int) -> None:
         with self._idle:

@@ -18,7 +18,7 @@ class Store:
     """A database with the tables of `tables`. What a transaction wrote is on the disk when it returns."""
 
     def __init__(self, url: str) -> None:
-        self.engine: Engine = create_engine(url)
+        self.engine: Engine = create_engine(url, hide_parameters=True)  # errors are logged, and say no content
         if self.engine.dialect.name == "sqlite":
             event.listen(self.engine, "connect", _prepare_sqlite)
             event.listen(self.engine, "begin", _begin)
