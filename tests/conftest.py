@@ -38,6 +38,7 @@ SHARING = {
     "serve backup": ("serve/test_backup_deletion",),
     "serve jobs": ("serve/test_jobs",),
     "serve jobs restart": ("serve/test_jobs_restart",),
+    **{f"serve {name}": (f"serve/test_{name}",) for name in ("chat", "models", "limits", "vllm")},
 }
 OFFLINE = ROOT / "tests" / "offline"  # holds a sitecustomize that refuses sockets
 

@@ -21,6 +21,7 @@ class Inside:
 
     settings: Settings
     service: Service = field(init=False)
+    _clients: list[OpenAI] = field(default_factory=list)
 
     def start(self) -> Inside:
         self.service = Service(self.settings)
@@ -36,10 +37,14 @@ class Inside:
     def stop(self) -> None:
         self._server.should_exit = True
         self._thread.join(60)
+        for client in self._clients:
+            client.close()
         assert not self._thread.is_alive()
 
     def client(self) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+        made = OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+        self._clients.append(made)
+        return made
 
     def async_client(self) -> AsyncOpenAI:
         return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)

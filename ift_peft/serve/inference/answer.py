@@ -86,6 +86,8 @@ class Answer:
                 if done:
                     left.remove(number)
                     yield number, self._ended(stream)
+            if left and self._expired:  # also where the engine is in the middle of something long
+                raise _expired()
             if left:
                 await self._changed.wait()
 
@@ -117,6 +119,7 @@ class Answer:
 
     def _expire(self) -> None:
         self._expired = True
+        self._changed.set()
         self._timer = self._loop.call_later(GRACE_SECONDS, self.close)
         for stream in self.streams:
             stream.cancel()

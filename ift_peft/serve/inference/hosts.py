@@ -20,10 +20,12 @@ from ift_peft.infer.request import Request, Stream
 from ift_peft.infer.stacked import StackedAdapters
 from ift_peft.model.base import choose_device, choose_dtype, load_section
 from ift_peft.model.tokenizer import BaseLocation, ensure_pad_token, load_tokenizer, locate_base
+from ift_peft.reporter import Silent
 from ift_peft.run_dir import RunDir, versions
 from ift_peft.sections import Base
 from ift_peft.serve.errors import ApiError
 from ift_peft.serve.inference.tokens import TokenNames
+from ift_peft.serve.inference.vllm import VllmAdapters, VllmEngine, VllmServer
 from ift_peft.serve.settings import Limits, Settings
 
 SLOT_SECONDS = 5.0  # how long a model waits for a slot whose last rows are leaving it
@@ -54,6 +56,10 @@ class Opened:
     fingerprint: str
     parts: Parts | None = None
     adapter: Path | None = None
+
+    def over(self, host: Host) -> Opened:
+        """With the host's tokenizer, which the run's was checked against: one in memory is enough."""
+        return self if self.parts is None else replace(self, parts=replace(self.parts, renderer=host.renderer))
 
     def system_fingerprint(self) -> str:
         """Changes with the base, the adapter, or the software."""
@@ -88,7 +94,12 @@ class Host:
     """A renderer and what answers for it: for many models, or with `whole` for one alone."""
 
     def __init__(
-        self, renderer: Renderer, engine: Answering, stack: StackedAdapters | None = None, *, whole: bool = False
+        self,
+        renderer: Renderer,
+        engine: Answering,
+        stack: StackedAdapters | VllmAdapters | None = None,
+        *,
+        whole: bool = False,
     ) -> None:
         self.renderer, self.engine, self.stack, self.whole = renderer, engine, stack, whole
         self.names = TokenNames(renderer.tokenizer, frozenset({renderer.end_token_id}))
@@ -101,7 +112,7 @@ class Host:
 
         Raises `BusyError` where all slots stay in use, and what `StackedAdapters.load` raises.
         """
-        assert self.stack is not None
+        assert isinstance(self.stack, StackedAdapters)
         until = time.monotonic() + SLOT_SECONDS
         while True:
             if len(self.stack.names) >= self.stack.max_adapters:
@@ -189,3 +200,36 @@ def _running(model: object, renderer: Renderer, section: Base, limits: Limits, s
     )
     engine.start()
     return Host(renderer, engine, stack, whole=stack is None)
+
+
+def host_of_vllm(opened: Opened, public_name: str, settings: Settings) -> Host:
+    """A vLLM server that has the base. Raises `ModelError` where there is none, or none with this base."""
+    server, renderer = VllmServer(settings.vllm_url), renderer_of(opened.location)
+    served = server.models()
+    names = (public_name, opened.section.model, opened.location.public_name)
+    base = next((name for name in names if name in served), None)
+    if base is None:
+        raise ModelError(
+            expected=f"vLLM to serve {' or '.join(dict.fromkeys(names))}",
+            found=", ".join(served) or "nothing",
+            fix=f"start it with --served-model-name {public_name}",
+        )
+    limits, positions = settings.limits, served[base].get("max_model_len")
+    most = limits.rows_together + limits.waiting_requests
+    engine = VllmEngine(server, base, positions=positions, end_token=renderer.end_token_id, most=most)
+    return Host(renderer, engine, VllmAdapters(server))
+
+
+def give_to_vllm(host: Host, opened: Opened, name: str, folder: Path) -> None:
+    """Export the run's adapter to `folder`, where it is not yet, and have vLLM load it under `name`.
+
+    Raises `ExportError` for what vLLM does not serve; `ApiError` (400) for a checkpoint, which is not exported.
+    """
+    from ift_peft.adapters.export.run import export
+
+    assert isinstance(host.stack, VllmAdapters) and opened.parts is not None
+    if opened.adapter != opened.parts.run.adapter:
+        raise ApiError(400, "Checkpoints are not served through vLLM.", code="model_not_supported", param="model")
+    if not (folder / "export.json").is_file():
+        export(opened.parts, to="vllm", output=folder, reporter=Silent())
+    host.stack.load(name, folder / "adapter")

@@ -39,7 +39,7 @@ class LoadedModels:
         self._forgotten: set[str] = set()
         self._failed: dict[str, tuple[float, ApiError]] = {}
         self._opening: dict[str, asyncio.Future[None]] = {}  # of the event loop alone
-        self._asking = 0
+        self._whole_hosts = self._asking = 0
 
     async def hold(self, name: str) -> Model:
         """The model, loaded, and not put out before `release`.
@@ -148,25 +148,33 @@ class LoadedModels:
 
         if named.record is None:
             opened = hosts.open_base(self._settings, named.name)
-            return hosts.Model(self._shared(opened), None, opened, opened.system_fingerprint())
+            return hosts.Model(self._shared(opened, named.name), None, opened, opened.system_fingerprint())
         folder = self._settings.data_dir
         opened = hosts.open_tuned(self._settings, folder / named.record["run"], folder / named.record["adapter"])
+        if self._settings.engine == "vllm":
+            host = self._shared(opened, named.record["base"])
+            hosts.give_to_vllm(
+                host, opened, named.name, self._settings.data_dir / "cache" / "vllm" / named.record["id"]
+            )
+            return hosts.Model(host, named.name, opened.over(host), opened.system_fingerprint())
         reason = hosts.stackable(opened)
         if reason is None:
-            host = self._shared(opened)
+            host = self._shared(opened, named.record["base"])
             try:
                 host.take(named.name, Path(folder / named.record["adapter"]), lambda: self._make_room(host))
-                return hosts.Model(host, named.name, opened, opened.system_fingerprint())
+                return hosts.Model(host, named.name, opened.over(host), opened.system_fingerprint())
             except (ModelError, Faults) as error:
                 reason = error.found
         log.info("a model takes a base of its own: %s", reason, extra={"model": named.name})
         with self._one_whole:
-            return hosts.Model(self._whole(opened), None, opened, opened.system_fingerprint())
+            host = self._whole(opened)
+        return hosts.Model(host, None, opened.over(host), opened.system_fingerprint())
 
-    def _shared(self, opened: Opened) -> Host:
+    def _shared(self, opened: Opened, base: str) -> Host:
         """The base in memory, loaded by whoever asks first."""
-        from ift_peft.serve.inference.hosts import host_of_base
+        from ift_peft.serve.inference.hosts import host_of_base, host_of_vllm
 
+        settings = self._settings
         key = (opened.section.model_dump_json(), opened.fingerprint)
         with self._lock:
             future = self._hosts.get(key)
@@ -175,7 +183,10 @@ class LoadedModels:
                 future = self._hosts[key] = Future()
         if mine:
             try:
-                future.set_result(host_of_base(opened, self._settings.limits))
+                vllm = settings.engine == "vllm"
+                future.set_result(
+                    host_of_vllm(opened, base, settings) if vllm else host_of_base(opened, settings.limits)
+                )
             except BaseException as error:
                 with self._lock:
                     del self._hosts[key]
@@ -183,16 +194,19 @@ class LoadedModels:
         return future.result()
 
     def _whole(self, opened: Opened) -> Host:
-        from ift_peft.serve.inference.hosts import host_of_whole
+        from ift_peft.serve.inference.hosts import SLOT_SECONDS, host_of_whole
 
         most = self._settings.limits.whole_models
+        until = time.monotonic() + SLOT_SECONDS
+        while self._whole_hosts >= most and not self._make_room(None):
+            if time.monotonic() > until:
+                expected = f"fewer than {most} models in use that need a base of their own"
+                raise BusyError(expected=expected, found=str(most), fix="wait")
+            time.sleep(0.02)
+        host = host_of_whole(opened, self._settings.limits)
         with self._lock:
-            there = sum(model.host.whole for model in self._models.values())
-        if there >= most and not self._make_room(None):
-            raise BusyError(
-                expected=f"fewer than {most} models in use that need a base of their own", found=str(most), fix="wait"
-            )
-        return host_of_whole(opened, self._settings.limits)
+            self._whole_hosts += 1
+        return host
 
     def _make_room(self, host: Host | None) -> bool:
         """Put out the model of `host`, or of those with a base of their own, that was idle the longest."""
@@ -210,6 +224,8 @@ class LoadedModels:
     def _put_out(self, model: Model) -> None:
         """A stacked adapter's rows keep it; an engine of its own ends what it has, which a thread waits for."""
         if model.host.whole:
+            with self._lock:
+                self._whole_hosts -= 1
             threading.Thread(target=model.host.engine.stop, name="ending", daemon=True).start()
         elif model.adapter is not None:
             model.host.drop(model.adapter)

@@ -92,9 +92,9 @@ def _finish(id_: str, settings: Settings, store: Store) -> None:
         if record is not None:
             whole = record["step"] is None
             connection.execute(delete(models).where(models.c.job == record["job"] if whole else models.c.id == id_))
-    folder = settings.runs / f"{DELETED}{id_}"
-    if folder.is_dir():
-        shutil.rmtree(folder)
+    for folder in (settings.data_dir / "cache" / "vllm" / id_, settings.runs / f"{DELETED}{id_}"):
+        if folder.is_dir():
+            shutil.rmtree(folder)
 
 
 def _checkpoints_of(record: Record, store: Store) -> list[str]:
