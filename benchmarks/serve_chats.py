@@ -54,7 +54,7 @@ def make_models(data: Path, count: int) -> list[str]:
         "evaluation: {forgetting: false}\n",
         "utf-8",
     )
-    run = train(load_recipe(folder / "recipe.yaml"), root=data / "runs", reporter=Silent())
+    run = train(load_recipe(str(folder / "recipe.yaml")), root=data / "runs", reporter=Silent())
     names, store = [], Store(f"sqlite:///{data / 'store.sqlite'}")
     for number in range(count):
         own = run if number == 0 else changed(run, number)
@@ -82,7 +82,7 @@ def changed(run: RunDir, number: int) -> RunDir:
     weights = load_file(copy.adapter / "adapter_model.safetensors")
     generator = torch.Generator().manual_seed(number)
     save_file(
-        {name: one + 0.02 * torch.randn(one.shape, generator=generator) for name, one in weights.items()},
+        {name: one + 0.04 * torch.randn(one.shape, generator=generator) for name, one in weights.items()},
         copy.adapter / "adapter_model.safetensors",
         metadata={"format": "pt"},
     )
@@ -159,10 +159,12 @@ async def measure(url: str, names: list[str], process: subprocess.Popen[bytes], 
     memory = [resident(process)]
     for _ in range(how["rounds"]):
         answers, rate = await chats.together()
-        lost = sum(isinstance(one, BaseException) for one in answers)
+        lost = [f"{type(one).__name__}: {one}" for one in answers if isinstance(one, BaseException)]
+        for reason in lost:
+            typer.echo(f"lost: {reason}", err=True)
         equal = sum(one == other for one, other in zip(answers, expected, strict=True))
         memory.append(resident(process))
-        found["rounds"].append({"lost": lost, "equal": equal, "tokens_per_second": rate, "rss_mib": memory[-1]})
+        found["rounds"].append({"lost": len(lost), "equal": equal, "tokens_per_second": rate, "rss_mib": memory[-1]})
     found["rss_mib_before"] = memory[0]
     await chats.client.close()
     return found

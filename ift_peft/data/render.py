@@ -10,6 +10,7 @@ character offsets. A prompt for generation is a training row cut where its answe
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,6 +42,9 @@ FALLBACK_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}"
 )
+
+# transformers keeps one compiled template, with one tracker of where answers lie, for all threads.
+_RENDERING = threading.Lock()
 
 _QUESTION: tuple[Message, ...] = ({"role": "user", "content": "1"},)
 _PROBE: Message = {"role": "assistant", "content": "1"}
@@ -172,11 +176,12 @@ class Renderer:
 
     def _render(self, conversations: Sequence[Sequence[Message]], **options: Any) -> tuple[list[str], list[list[Span]]]:
         try:
-            texts, spans = render_jinja_template(
-                conversations=[list(conversation) for conversation in conversations],
-                chat_template=self.template,
-                **{**self.tokenizer.special_tokens_map, **options},
-            )
+            with _RENDERING:
+                texts, spans = render_jinja_template(
+                    conversations=[list(conversation) for conversation in conversations],
+                    chat_template=self.template,
+                    **{**self.tokenizer.special_tokens_map, **options},
+                )
         except jinja2.TemplateError as error:
             raise DataError(
                 expected="a chat template that takes these messages",

@@ -56,6 +56,7 @@ def run(settings: Settings) -> None:
         server_header=False,
         proxy_headers=False,  # who asks is who is connected; a proxy's word for it is not taken
         ws="none",
+        timeout_keep_alive=75,  # longer than clients keep idle connections (5 s), so that none is closed as it is used
         timeout_graceful_shutdown=20,
     )
     try:

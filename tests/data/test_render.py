@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
 
@@ -247,3 +249,20 @@ def test_whatever_is_asked_and_answered_the_answer_and_its_end_are_what_is_super
             assert tokenizer.decode(learnt[:-1]) == answer.strip()
 
     round_trip()
+
+
+def test_threads_render_as_one_does() -> None:
+    renderers = [Renderer(AutoTokenizer.from_pretrained(TINY)) for _ in range(2)]
+    conversations = [[{"role": "user", "content": f"{number} " * (number % 40)}] for number in range(1, 400)]
+    expected = renderers[0].prompts(conversations)
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            asked = [
+                threads.submit(renderers[number % 2].prompts, [conversation])
+                for number, conversation in enumerate(conversations)
+            ]
+            assert [one.result()[0] for one in asked] == expected
+    finally:
+        sys.setswitchinterval(usual)
