@@ -5,9 +5,10 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,17 @@ class Running:
         return httpx.Client(base_url=self.url, timeout=30, **options)
 
 
+def _stop(service: Service) -> None:
+    service.housekeeping.stop()
+    service.release()
+
+
 @contextmanager
 def serving(data_dir: Path, *, limits: Limits = Limits(), **settings: Any) -> Iterator[Running]:  # noqa: B008
     """A service over `data_dir` until the end of the block."""
     service = Service(Settings(data_dir=data_dir, limits=limits, **settings))
+    # Files, keys and limits alone: trainers and engines take seconds to start, and nothing here asks them.
+    service.start, service.stop = service.housekeeping.start, partial(_stop, service)  # type: ignore[method-assign]
     with socket.create_server(("127.0.0.1", 0)) as listening:
         app = create_app(service)
         config = uvicorn.Config(
@@ -73,3 +81,12 @@ def serving(data_dir: Path, *, limits: Limits = Limits(), **settings: Any) -> It
             server.should_exit = True
             thread.join(30)
     assert not thread.is_alive()
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    """Until `condition` holds, for 20 s."""
+    for _ in range(400):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it did not happen")

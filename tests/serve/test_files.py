@@ -15,12 +15,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from sqlalchemy import insert, update
+from sqlalchemy import JSON, insert, update
 
 from ift_peft.serve.files.upload import display_name
 from ift_peft.serve.settings import Limits
 from ift_peft.serve.store.tables import files, jobs
-from tests.serve.in_process import Running, serving
+from tests.serve.in_process import Running, serving, wait_for
 
 LIMITS = Limits(
     upload_bytes=60_000, line_bytes=2_000, rows=200, body_bytes=5_000, sweep_seconds=0.05, requests_per_minute=100_000
@@ -166,22 +166,17 @@ def test_a_file_that_a_job_uses_stays_until_the_job_has_ended(service: Running) 
     assert (service.data_dir / "files" / kept.id).exists(), "the trainer may still read it"
     with service.service.store.begin() as connection:
         connection.execute(update(jobs).values(status="cancelled"))
-    for _ in range(100):
-        if not (service.data_dir / "files" / kept.id).exists():
-            break
-        time.sleep(0.05)
-    assert not (service.data_dir / "files" / kept.id).exists()
+    wait_for(lambda: not (service.data_dir / "files" / kept.id).exists())
 
 
 def add_job(service: Running, file_id: str, *, status: str, run: str | None = None, job: str = "ftjob-1") -> None:
-    values = {
+    settings: dict[str, Any] = {one.name: {} for one in jobs.c if isinstance(one.type, JSON) and not one.nullable}
+    values = settings | {
         "id": job,
         "created_at": 1,
         "status": status,
         "model": "tiny",
         "base": "tiny",
-        "recipe": {},
-        "hyperparameters": {},
         "seed": 1,
         "training_file": file_id,
         "result_files": [],
@@ -263,14 +258,6 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
         assert (caught.value.status_code, caught.value.code) == (507, "insufficient_storage")
         assert not list((running.data_dir / "files").iterdir())
         assert client.files.create(file=("rows.jsonl", ROWS * 400), purpose="fine-tune").bytes == len(ROWS) * 400
-
-
-def wait_for(condition: Any) -> None:
-    for _ in range(200):
-        if condition():
-            return
-        time.sleep(0.02)
-    raise AssertionError("it did not happen")
 
 
 def test_content_is_streamed_as_an_attachment(service: Running) -> None:

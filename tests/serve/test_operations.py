@@ -7,7 +7,6 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -16,15 +15,8 @@ import pytest
 
 from tests.conftest import Ift
 from tests.serve.conftest import Server
+from tests.serve.in_process import wait_for
 from tests.serve.test_files import ROWS, row
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    for _ in range(400):
-        if condition():
-            return
-        time.sleep(0.05)
-    raise AssertionError("it did not happen")
 
 
 def send_half(server: Server) -> socket.socket:

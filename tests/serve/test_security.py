@@ -26,7 +26,7 @@ from ift_peft.serve.security.scopes import RULES, scopes_for
 from ift_peft.serve.security.sessions import COOKIE, sign_in, sign_out
 from ift_peft.serve.settings import Limits
 from ift_peft.serve.store.tables import keys
-from tests.serve.in_process import Running, serving
+from tests.serve.in_process import Running, serving, wait_for
 
 LIMITS = Limits(body_bytes=5_000, body_seconds=0.5, requests_per_minute=100_000)
 
@@ -72,13 +72,16 @@ def test_every_route_but_healthz_needs_a_key(service: Running, http: httpx.Clien
     assert caught.value.code == "invalid_api_key"
 
 
-def test_a_key_does_what_its_scopes_say(service: Running, http: httpx.Client) -> None:
+def test_a_key_does_what_its_scopes_say(service: Running, http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "ift_peft.serve.requests")
     read, write, admin = (bearer(service, scope) for scope in ("read", "write", "admin"))
     assert http.get("/v1/files", headers=read).status_code == 200
     assert code_of(http.get("/v1/files", headers=write)) == (403, "insufficient_scope")
     assert code_of(http.delete("/v1/files/file-x", headers=read)) == (403, "insufficient_scope")
     assert http.delete("/v1/files/file-x", headers=write).status_code == 404
     assert code_of(http.get("/metrics", headers=read)) == (403, "insufficient_scope")
+    read_id = read["Authorization"][14:30]
+    wait_for(lambda: (403, read_id) in [(vars(one).get("status"), vars(one).get("key")) for one in caplog.records])
     for path in ("/metrics", "/v1/files", "/openapi.json"):
         assert http.get(path, headers=admin).status_code == 200
     assert code_of(http.post("/v1/completions", headers=read, json={})) == (403, "insufficient_scope")
@@ -294,6 +297,7 @@ def test_the_log_tells_requests_and_no_secret(
         with monkeypatch.context() as patched:
             patched.setattr(service.service.store, "page", fails)
             broken = http.get("/v1/files", headers=key)
+        wait_for(lambda: len(lines) == 5)  # the last is written when the answer is already there
     finally:
         log.removeHandler(handler)
         log.setLevel(level)

@@ -38,7 +38,7 @@ def require_key(settings: Settings, store: Store) -> None:
         raise SettingsError(
             expected=f"a key, where others can reach the service (--host {settings.host})",
             found="none",
-            fix=f"ift keys create --data-dir {settings.data_dir}, or leave --host out",
+            fix=f"ift keys create first --data-dir {settings.data_dir}, or leave --host out",
         )
 
 
@@ -61,16 +61,16 @@ class Guard:
         limits = self.settings.limits
         most = None if UPLOADS.fullmatch(scope["path"]) else limits.body_bytes
         try:
-            caller = await self._admit(scope, most)
+            await self._admit(scope, most)
         except ApiError as error:
             page = error.status == 401 and _is_page(scope)
             answer = RedirectResponse("/login", 303) if page else response_of(error)
             await answer(scope, receive, send)
             return
-        scope.setdefault("state", {})["caller"] = caller
         await self.app(scope, limited(receive, most=most, seconds=limits.body_seconds), send)
 
-    async def _admit(self, scope: Scope, most: int | None) -> Caller:
+    async def _admit(self, scope: Scope, most: int | None) -> None:
+        """Raises `ApiError` for what is not let in. Who asks is noted before it is known whether they may."""
         headers, method = Headers(scope=scope), scope["method"]
         host = self._host(headers)
         if method not in SAFE and not all(same_origin(origin, host) for origin in headers.getlist("origin")):
@@ -88,6 +88,7 @@ class Guard:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+        scope.setdefault("state", {})["caller"] = caller
         if needed is not None and not caller.may(needed):
             raise ApiError(
                 403, f"This key lacks a scope that the request needs: {' or '.join(needed)}.", code="insufficient_scope"
@@ -99,7 +100,6 @@ class Guard:
         length = headers.get("content-length", "")
         if most is not None and length.isdecimal() and int(length[:20]) > most:
             raise ApiError(413, f"The body is larger than {most:,} bytes.", code="request_too_large")
-        return caller
 
     def _host(self, headers: Headers) -> str:
         hosts = headers.getlist("host")
