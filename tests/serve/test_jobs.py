@@ -18,6 +18,7 @@ from tests.serve import jobs
 from tests.serve.conftest import Server
 
 pytestmark = pytest.mark.slow
+KEY = 'a "键" of $.any[\'kind]'
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def done(server: Server, client: OpenAI) -> FineTuningJob:
         validation_file=jobs.upload(server.data_dir, jobs.chats(4)),
         suffix="Own Words!",
         seed=7,
-        metadata={"for": "a test"},
+        metadata={"for": "a test", KEY: "值"},
         method={"type": "supervised", "supervised": {"hyperparameters": {"batch_size": 8, "n_epochs": 4}}},
         extra_body={"recipe": {**jobs.QUICK, "validation": {"size": 8}}},
     )
@@ -53,7 +54,7 @@ def test_a_job_ends_with_a_model_of_its_name(server: Server, done: FineTuningJob
     assert done.method is not None and done.method.supervised is not None
     assert done.method.supervised.hyperparameters is not None
     assert done.method.supervised.hyperparameters.n_epochs == 4
-    assert (done.seed, done.metadata, done.estimated_finish) == (7, {"for": "a test"}, None)
+    assert (done.seed, done.metadata, done.estimated_finish) == (7, {"for": "a test", KEY: "值"}, None)
     assert done.finished_at is not None and done.finished_at >= done.created_at
     (model,) = jobs.records(server.data_dir, "select * from models where name = ?", done.fine_tuned_model)
     run = RunDir(server.data_dir / model["run"])
@@ -187,7 +188,8 @@ def test_lists_are_filtered_by_metadata_and_paged(server: Server, client: OpenAI
     listed = client.fine_tuning.jobs.list(metadata={"for": "a test"})
     assert [job.id for job in listed.data] == [done.id]
     assert client.fine_tuning.jobs.list(metadata={"for": "another"}).data == []
-    assert client.fine_tuning.jobs.list(metadata={"x\"]'": "a test"}).data == []
+    assert [job.id for job in client.fine_tuning.jobs.list(metadata={KEY: "值", "for": "a test"}).data] == [done.id]
+    assert client.fine_tuning.jobs.list(metadata={KEY: "a test"}).data == []
     none = client.fine_tuning.jobs.list(extra_query={"metadata": "null"})
     assert all(job.metadata is None for job in none) and done.id not in [job.id for job in none]
     for wrong in ({"metadata": "x"}, {"metadata": "null", "metadata[for]": "a test"}, {"limit": 0}, {"after": "x"}):

@@ -17,7 +17,8 @@ from ift_peft.serve.jobs.folder import JobFolder
 from ift_peft.serve.jobs.progress import Progress
 from ift_peft.serve.jobs.queue import Stopping
 from ift_peft.serve.jobs.records import ACTIVE, change, fail, tell
-from ift_peft.serve.jobs.results import succeed
+from ift_peft.serve.jobs.results import succeed, tidy
+from ift_peft.serve.objects import FINAL
 from ift_peft.serve.settings import Settings
 from ift_peft.serve.store import Record, Store
 from ift_peft.serve.store.tables import jobs
@@ -42,6 +43,8 @@ class Attempt:
         try:
             self._run()
         except Exception as error:
+            if self._record() is None:  # it was withdrawn, and its files are gone
+                return
             log.exception("an attempt at a job broke off", extra={"job": self.job})
             fail(
                 self.store,
@@ -82,8 +85,8 @@ class Attempt:
             with self.store.begin() as connection:
                 tell(connection, self.job, "The trainer was stopped from outside; it is started again", level="warn")
         ended = self.store.one(select(jobs.c.status).where(jobs.c.id == self.job))
-        if ended is not None and ended["status"] not in (*ACTIVE, "paused"):
-            self.folder.clear()
+        if ended is not None and ended["status"] in FINAL:
+            tidy(self.settings, self.job)
 
     def _record(self) -> Record | None:
         """The job, as long as this attempt is to go on with it."""

@@ -11,8 +11,9 @@ from ift_peft.serve.errors import ApiError
 from ift_peft.serve.objects import Hyperparameters, Object, Supervised
 
 MOST_PAIRS = 16
-Key = Annotated[str, StringConstraints(max_length=64)]
-Value = Annotated[str, StringConstraints(max_length=512)]
+NO_NUL = r"^[^\x00]*$"  # which databases do not keep
+Key = Annotated[str, StringConstraints(max_length=64, pattern=NO_NUL)]
+Value = Annotated[str, StringConstraints(max_length=512, pattern=NO_NUL)]
 Id = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
 

@@ -21,10 +21,11 @@ from ift_peft.serve.jobs.folder import JobFolder
 from ift_peft.serve.jobs.queue import Queue
 from ift_peft.serve.jobs.recipes import plan
 from ift_peft.serve.jobs.records import ACTIVE, change, job_record, now, tell
+from ift_peft.serve.jobs.results import tidy
 from ift_peft.serve.objects import FINAL
 from ift_peft.serve.settings import Settings
 from ift_peft.serve.store import Record, Store
-from ift_peft.serve.store.tables import files, jobs, models
+from ift_peft.serve.store.tables import files, jobs, metadata_pairs, models
 
 RETRIED_SECONDS = 30 * 60  # after which an equal request is a new one, also where it says that it is repeated
 
@@ -67,7 +68,7 @@ class Jobs:
 
     def create(self, body: CreateJob, caller: Caller) -> Record:
         """Make a job of `body`, or find the one that was made of the same request. Raises `ApiError`."""
-        content = json.dumps(body.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
+        content = _written(body)
         keyed = caller.idempotency_key is not None
         request = _hash(caller.authorization, caller.idempotency_key if keyed else content, str(keyed))
         with self._creating:
@@ -139,6 +140,8 @@ class Jobs:
                         body=content,
                     )
                 )
+                for key, value in (body.metadata or {}).items():
+                    connection.execute(metadata_pairs.insert().values(job=job, key=key, value=value))
                 self._tell_created(connection, job, body, waits=waits)
         except BaseException:
             folder.clear()
@@ -199,6 +202,8 @@ class Jobs:
         repeated = caller.retries > 0 and record["status"] == "cancelled"
         if not repeated and not withdraw(self.store, job, to_cancelled=True):
             raise self._wrong_status(job, "cancelled")
+        if record["status"] == "paused":  # otherwise its attempt does this when it has ended
+            tidy(self.settings, job)
         return job_record(self.store, job)
 
     def pause(self, job: str, caller: Caller) -> Record:
@@ -241,6 +246,17 @@ class Jobs:
 
     def _attempt(self, job: str, number: int) -> None:
         Attempt(self.settings, self.store, self.queue.stopping, job, number).run()
+
+
+def _written(body: CreateJob) -> str:
+    """The request as JSON, the same for the same. Raises `ApiError` for what JSON or UTF-8 does not have."""
+    try:
+        content = json.dumps(body.model_dump(), sort_keys=True, ensure_ascii=False, allow_nan=False)
+        content.encode()
+    except (ValueError, RecursionError) as error:
+        message = f"recipe: {type(error).__name__}: a number, a character or a depth that JSON in UTF-8 does not have"
+        raise ApiError(400, message, code="invalid_value", param="recipe") from None
+    return content
 
 
 def _hash(*parts: Any) -> str:

@@ -71,10 +71,9 @@ class Progress:
             if change(connection, self.job, to="queued", attempt=self.attempt, **validated):
                 tell(connection, self.job, "Files validated, moving job to queued state")
         elif kind == "begun":
-            if change(connection, self.job, to="running", attempt=self.attempt, started_at=now()):
-                tell(
-                    connection, self.job, "Fine-tuning job started" if self.attempt == 0 else "Fine-tuning job resumed"
-                )
+            began = connection.execute(select(jobs.c.started_at).where(jobs.c.id == self.job)).scalar()
+            if change(connection, self.job, to="running", attempt=self.attempt, started_at=began or now()):
+                tell(connection, self.job, "Fine-tuning job started" if began is None else "Fine-tuning job resumed")
         elif kind == "stage":
             self._stage, self._stage_began = line["text"], at
             if self._stage == TRAINING:

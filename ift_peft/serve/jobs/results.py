@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Connection, null, select, update
 
 from ift_peft.run_dir import RunDir, write_atomically
-from ift_peft.serve.jobs.folder import newest_run
+from ift_peft.serve.jobs.folder import JobFolder, newest_run
 from ift_peft.serve.jobs.progress import Progress, metrics_of, shown
 from ift_peft.serve.jobs.records import change, derived_id, now, tell
 from ift_peft.serve.settings import Settings
@@ -120,6 +120,14 @@ def step_metrics(metrics: list[dict[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(by_step[step] for step in sorted(by_step))
     return text.getvalue()
+
+
+def tidy(settings: Settings, job: str) -> None:
+    """Remove what nothing needs of a job that was cancelled; its checkpoints stay models."""
+    JobFolder(settings.jobs / job).clear()
+    run = newest_run(settings.runs, job)
+    if run is not None:
+        slim(run)
 
 
 def slim(run: RunDir) -> None:

@@ -6,7 +6,7 @@ import re
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Request
-from sqlalchemy import null
+from sqlalchemy import null, select
 
 from ift_peft.serve.errors import ApiError
 from ift_peft.serve.jobs.body import CreateJob
@@ -15,7 +15,7 @@ from ift_peft.serve.jobs.records import checkpoint_object, event_object, job_obj
 from ift_peft.serve.objects import ErrorBody, Job, JobCheckpoint, JobEvent, Page, page_of
 from ift_peft.serve.service import Service, Serving
 from ift_peft.serve.store import Record
-from ift_peft.serve.store.tables import events, jobs, models
+from ift_peft.serve.store.tables import events, jobs, metadata_pairs, models
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 401, 403, 404, 408, 413, 421, 429)
@@ -104,7 +104,8 @@ def _metadata(request: Request) -> list[Any]:
             continue
         pair = re.fullmatch(r"metadata\[(.*)\]", name, re.DOTALL)
         if pair is not None:
-            conditions.append(jobs.c.metadata[pair[1]].as_string() == value)
+            pairs = metadata_pairs.c
+            conditions.append(jobs.c.id.in_(select(pairs.job).where(pairs.key == pair[1], pairs.value == value)))
         elif name == "metadata" and value == "null":
             conditions.append(jobs.c.metadata.is_(null()))
         else:

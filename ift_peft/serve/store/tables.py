@@ -58,6 +58,14 @@ jobs = Table(
     Column("body", String(64)),  # hash of what was asked for, where a key of the caller's own tells repeated requests
 )
 
+metadata_pairs = Table(  # of `jobs.metadata`, to be asked for; paths into JSON do not reach every key
+    "metadata_pairs",
+    metadata,
+    Column("job", String(64), primary_key=True),
+    Column("key", String(64), primary_key=True),
+    Column("value", String(512), nullable=False),
+)
+
 events = Table(
     "events",
     metadata,
@@ -102,4 +110,5 @@ keys = Table(
     Column("made_from", String(64), index=True),  # of a session: the key, which it does not outlive
 )
 
+Index("jobs_of_pair", metadata_pairs.c.key, metadata_pairs.c.value)
 Index("events_of_job", events.c.job, events.c.number)
