@@ -33,8 +33,6 @@ SHARING = {
         for name in ("merging", "mix", "parity", "pipeline", "safety", "stories", "engine", "validation", "study")
     },
     "methods": ("e2e/test_methods",),
-    "serve jobs": ("serve/test_jobs",),
-    "serve jobs restart": ("serve/test_jobs_restart",),
 }
 OFFLINE = ROOT / "tests" / "offline"  # holds a sitecustomize that refuses sockets
 

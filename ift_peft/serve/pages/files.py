@@ -8,11 +8,14 @@ import anyio.to_thread
 from fastapi import APIRouter, Depends, Query, Request, Response
 from sqlalchemy import or_, select
 
-from ift_peft.serve.errors import ApiError, not_found
+from ift_peft.serve.errors import ApiError
+from ift_peft.serve.files.records import alive, find_file
 from ift_peft.serve.pages import actions
 from ift_peft.serve.pages.job_view import called
+from ift_peft.serve.pages.look import Look
 from ift_peft.serve.pages.page import Page, from_here, hint_of, page, to
 from ift_peft.serve.service import Service, Serving
+from ift_peft.serve.store import Record
 from ift_peft.serve.store.tables import files, jobs
 
 router = APIRouter(route_class=Page, include_in_schema=False)
@@ -28,14 +31,14 @@ def all_files(request: Request, service: Serving, after: Annotated[str | None, Q
 
 
 def _list(request: Request, service: Service, after: str | None, fault: ApiError | None = None) -> Response:
-    found, more = service.store.page(files, after=after, limit=ON_A_PAGE)
+    found, more = service.store.page(files, alive(), after=after, limit=ON_A_PAGE)
     lines, looked_at = [], 0
     for file in found:
         seen = service.looks.known(file["id"])
         if seen is None and looked_at < LOOKED_AT and file["bytes"] <= SMALL and file["purpose"] == "fine-tune":
             looked_at += 1
             try:
-                seen = service.looks.look(file["id"], service.settings.files / file["id"])
+                seen = _look(service, file)
             except OSError:
                 seen = None  # its own page says so
         lines.append({"file": file, "look": seen})
@@ -49,6 +52,10 @@ def _list(request: Request, service: Service, after: str | None, fault: ApiError
         fault=fault,
         hint=hint_of(fault.status) if fault else "",
     )
+
+
+def _look(service: Service, file: Record) -> Look:
+    return service.looks.look(file["id"], service.settings.files / file["id"], until=file["expires_at"])
 
 
 @router.post("/files", dependencies=[Depends(from_here)])
@@ -71,13 +78,11 @@ def one_file(request: Request, service: Serving, file_id: str) -> Response:
 
 
 def _file_page(request: Request, service: Service, file_id: str, fault: ApiError | None = None) -> Response:
-    file = service.store.one(select(files).where(files.c.id == file_id))
-    if file is None:
-        raise not_found("file", file_id, param="file_id")
+    file = find_file(service.store, file_id)
     seen = None
     if file["purpose"] == "fine-tune":
         try:
-            seen = service.looks.look(file["id"], service.settings.files / file["id"])
+            seen = _look(service, file)
         except OSError:
             raise ApiError(
                 500, f"The content of {file['id']} cannot be read. Delete the file, or restore a backup."
@@ -110,5 +115,4 @@ async def delete(request: Request, service: Serving, file_id: str) -> Response:
             raise
         told = fault
         return await anyio.to_thread.run_sync(lambda: _file_page(request, service, file_id, told))
-    service.looks.forget(file_id)
     return to("/files")

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from sqlalchemy import func, select
 
 from ift_peft.serve.errors import ApiError, not_found
+from ift_peft.serve.files.records import alive
 from ift_peft.serve.pages import actions
 from ift_peft.serve.pages.job_view import called, newest_metrics, run_of, scores_of, state_of
 from ift_peft.serve.pages.live import Followed
@@ -51,7 +52,7 @@ def overview(request: Request, service: Serving, after: Annotated[str | None, Qu
         for job in found
     ]
     tuned = service.store.every(select(models).where(models.c.step.is_(None)).order_by(models.c.number.desc()))
-    count = service.store.every(select(func.count().label("files")).select_from(files))[0]["files"]
+    count = service.store.every(select(func.count().label("files")).select_from(files).where(alive()))[0]["files"]
     return page(
         request,
         "overview.html.j2",
@@ -115,7 +116,7 @@ def _said(value: Any) -> str:
 
 def _filename(service: Service, file_id: str) -> str | None:
     """The name of a file, None where it has been deleted."""
-    found = service.store.one(select(files.c.filename).where(files.c.id == file_id))
+    found = service.store.one(select(files.c.filename).where(files.c.id == file_id, alive()))
     return None if found is None else str(found["filename"])
 
 
@@ -194,7 +195,9 @@ def _number(text: str) -> int | float | str:
 
 
 def _form(request: Request, service: Service, given: Mapping[str, str], fault: ApiError | None = None) -> Response:
-    rows = service.store.every(select(files).where(files.c.purpose == "fine-tune").order_by(files.c.number.desc()))
+    rows = service.store.every(
+        select(files).where(files.c.purpose == "fine-tune", alive()).order_by(files.c.number.desc())
+    )
     kept = given.get("once") if fault is None or fault.status >= 500 else None  # what was refused made no job
     at = (fault.param or "").split(".")[-1] if fault else ""
     return page(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -62,25 +64,30 @@ class Looks:
     """Files that were looked at, the last ones remembered. One at a time: others have the processors too."""
 
     def __init__(self) -> None:
-        self._seen: OrderedDict[str, Look] = OrderedDict()
+        self._seen: OrderedDict[str, tuple[Look, float]] = OrderedDict()
         self._lock = threading.Lock()
         self._turn = threading.Lock()
 
     def known(self, file_id: str) -> Look | None:
+        """What was seen of a file that has neither been forgotten nor expired."""
         with self._lock:
-            return self._seen.get(file_id)
+            for ended in [one for one, (_, until) in self._seen.items() if until <= time.time()]:
+                del self._seen[ended]
+            found = self._seen.get(file_id)
+        return None if found is None else found[0]
 
-    def look(self, file_id: str, path: Path) -> Look:
-        """What the file of that id at `path` holds. Raises OSError where it cannot be read."""
+    def look(self, file_id: str, path: Path, *, until: float | None = None) -> Look:
+        """What the file of that id at `path` holds, remembered `until` then. Raises OSError where it cannot be read."""
         with self._turn:
             found = self.known(file_id) or look(path)
         with self._lock:
-            self._seen[file_id] = found
+            self._seen[file_id] = (found, math.inf if until is None else until)
             while len(self._seen) > KEPT:
                 self._seen.popitem(last=False)
         return found
 
     def forget(self, file_id: str) -> None:
+        """What is deleted is not to be seen any more."""
         with self._lock:
             self._seen.pop(file_id, None)
 

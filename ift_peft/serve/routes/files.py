@@ -114,6 +114,7 @@ def get_content(file_id: str, service: Serving) -> StreamingResponse:
 def remove_file(file_id: str, service: Serving) -> FileDeleted:
     """Delete a file, and the rows that finished runs have copied from it."""
     delete_file(service.settings, service.store, file_id)
+    service.looks.forget(file_id)
     return FileDeleted(id=file_id)
 
 

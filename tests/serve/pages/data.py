@@ -33,7 +33,7 @@ def store_of(data_dir: Path) -> Store:
 def short_run(data_dir: Path, job_id: str) -> RunDir:
     """A run of a few steps with the scores of a few rows, where the jobs of the service have theirs."""
     recipe = load_recipe(
-        REVIEWS,
+        str(REVIEWS),
         [
             f"name={job_id}",
             "base.quantization=none",

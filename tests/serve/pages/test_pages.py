@@ -123,8 +123,12 @@ def test_answers_of_their_own_are_no_classes_and_a_large_file_is_looked_at_in_pa
     path.unlink()
     assert looks.look("file-a", path) is found  # remembered
     looks.forget("file-a")
+    assert looks.known("file-a") is None
     with pytest.raises(OSError):
         looks.look("file-a", path)
+    path.write_text('{"prompt": "q", "completion": "a"}\n', "utf-8")
+    looks.look("file-b", path, until=1.0)
+    assert looks.known("file-b") is None  # its time is over
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,21 @@ def test_a_form_that_does_not_say_where_it_is_from_is_refused(locked: tuple[Serv
         assert answer.status_code == status, headers
 
 
+def test_a_form_may_do_no_more_than_its_key_and_says_so_on_its_page(locked: tuple[Server, str]) -> None:
+    server, _ = locked
+    _, reads = create_key(data.store_of(server.data_dir), "reads", scopes=["read"])
+    file_id = data.add_file(server.data_dir, data.conversations(12), "kept.jsonl")
+    job_id = data.add_job(server.data_dir, training_file=file_id, status="paused")
+    own = {"Origin": server.url}
+    cookies = dict(httpx.post(f"{server.url}/login", data={"key": reads}, headers=own).cookies)
+    for path in ("/start", f"/jobs/{job_id}/resume", f"/files/{file_id}/delete"):
+        answer = httpx.post(server.url + path, data={"model": "tiny"}, headers=own, cookies=cookies)
+        assert (answer.status_code, answer.headers["content-type"][:9]) == (403, "text/html")
+        assert "lacks a scope" in answer.text
+    assert "paused" in httpx.get(f"{server.url}/jobs/{job_id}", cookies=cookies).text
+    assert (server.data_dir / "files" / file_id).is_file()
+
+
 def test_a_page_that_follows_a_job_does_not_keep_the_service_from_ending(locked: tuple[Server, str]) -> None:
     server, key = locked
     job_id = data.add_job(server.data_dir, training_file="file-none")
