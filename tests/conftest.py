@@ -56,9 +56,8 @@ class _BySharedRuns(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::")[0].removesuffix(".py")
-        if "serve/" in file:  # the tests of a file share a server
-            return file
-        return next((group for group, files in SHARING.items() if file.endswith(files)), nodeid)
+        alone = file if "serve/" in file else nodeid  # the tests of a file there share a server
+        return next((group for group, files in SHARING.items() if file.endswith(files)), alone)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _BySharedRuns:
