@@ -20,6 +20,9 @@ from openai import OpenAI
 from tests.conftest import OFFLINE, ROOT
 
 
+OPEN: list[OpenAI] = []
+
+
 @dataclass
 class Server:
     """`ift serve` over `data_dir`. It may be stopped by any signal and started again over the same folder."""
@@ -29,7 +32,8 @@ class Server:
     port: int = 0
     process: subprocess.Popen[bytes] | None = None
     env: dict[str, str] = field(default_factory=dict)
-    clients: list[OpenAI] = field(default_factory=list)
+    clients: dict[tuple[object, ...], OpenAI] = field(default_factory=dict)
+    """Those that were asked for: making one takes long. They stay open until the session ends."""
 
     @property
     def url(self) -> str:
@@ -40,9 +44,12 @@ class Server:
         return (self.data_dir.parent / f"{self.data_dir.name}.log").read_text("utf-8", errors="replace")
 
     def client(self, api_key: str = "none", *, max_retries: int = 0, timeout: float = 120) -> OpenAI:
-        client = OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=max_retries, timeout=timeout)
-        self.clients.append(client)
-        return client
+        which = (api_key, max_retries, timeout, self.port)
+        if which not in self.clients:
+            made = OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=max_retries, timeout=timeout)
+            self.clients[which] = made
+            OPEN.append(made)
+        return self.clients[which]
 
     def start(self) -> Server:
         if not self.port:
@@ -81,8 +88,6 @@ class Server:
     def stop(self, number: int = signal.SIGTERM, *, timeout: float = 60) -> int:
         """Send it a signal and wait for its end; its exit code."""
         assert self.process is not None
-        while self.clients:
-            self.clients.pop().close()
         if self.process.poll() is None:
             self.process.send_signal(number)
         try:
@@ -90,6 +95,13 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise AssertionError(f"the server did not end:\n{self.log}") from None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _clients_are_closed() -> Iterator[None]:
+    yield
+    while OPEN:
+        OPEN.pop().close()
 
 
 @pytest.fixture(autouse=True)

@@ -107,7 +107,7 @@ def test_a_base_and_a_model_at_work_are_not_deleted(server: Inside, first: RunDi
         server.client().models.delete("tiny")
     with server.service.store.begin() as connection:
         made = {"id": "ftjob-on", "created_at": 1, "status": "running", "model": name, "base": "tiny", "recipe": {}}
-        more = {"hyperparameters": {}, "seed": 1, "training_file": "file-x", "result_files": []}
+        more = {"hyperparameters": {}, "resolved": {}, "seed": 1, "training_file": "file-x", "result_files": []}
         connection.execute(insert(jobs).values(**made, **more))
     with pytest.raises(openai.BadRequestError) as raised:
         server.client().models.delete(name)

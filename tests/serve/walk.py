@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from openai import APIStatusError, DefaultHttpxClient, OpenAI
 
-from tests.serve.conftest import Server
+from tests.serve.conftest import OPEN, Server
 
 FEW: dict[str, Any] = {  # a training of seconds
     "training": {"max_steps": 4},
@@ -48,7 +48,7 @@ class Walk:
             max_retries=0,
             http_client=DefaultHttpxClient(event_hooks=hooks, timeout=120),
         )
-        self.server.clients.append(self.client)
+        OPEN.append(self.client)
 
     def _keep(self, response: Any) -> None:
         body: Any = None
