@@ -19,7 +19,6 @@ from openai import OpenAI
 
 from tests.conftest import OFFLINE, ROOT
 
-
 OPEN: list[OpenAI] = []
 
 
