@@ -58,7 +58,7 @@ def whole(server: Server, client: OpenAI) -> tuple[list[tuple[int, float]], byte
     return outcome(server, client, create(server, client))
 
 
-def test_a_paused_job_becomes_what_it_would_have_become(
+def test_a_paused_killed_and_stopped_job_becomes_what_it_would_have_become(
     server: Server, client: OpenAI, whole: tuple[list[tuple[int, float]], bytes]
 ) -> None:
     job = create(server, client)
@@ -70,32 +70,28 @@ def test_a_paused_job_becomes_what_it_would_have_become(
     taken = len(RunDir(run).read_lines("metrics.jsonl"))
     assert 5 <= taken < STEPS and client.fine_tuning.jobs.retrieve(job).status == "paused"
     assert client.fine_tuning.jobs.resume(job).status == "queued"
-    assert outcome(server, client, job) == whole
-    assert [event.message for event in jobs.events(client, job)].count(
-        "Files validated, moving job to queued state"
-    ) == 1
-
-
-def test_a_killed_and_a_stopped_service_go_on_with_their_job(
-    server: Server, client: OpenAI, whole: tuple[list[tuple[int, float]], bytes]
-) -> None:
-    job = create(server, client)
-    jobs.training(server, job, step=5)
+    jobs.training(server, job, step=taken + 5)
     server.stop(signal.SIGKILL)
     server.start()
-    before = jobs.logged(server, job)
-    jobs.training(server, job, step=before + 5)
+    jobs.training(server, job, step=jobs.logged(server, job) + 5)
     server.stop(signal.SIGTERM)
     assert not jobs.trainers(server.data_dir)
-    queue = sqlite3.connect(server.data_dir / "queue.sqlite")
-    mine = f"from workflow_status where workflow_uuid = '{job}.0'"
-    assert queue.execute(f"select status {mine}").fetchone() == ("PENDING",)
-    queue.execute(f"delete {mine}")  # and a queue that knows nothing of it: the store decides
-    queue.commit()
-    queue.close()
+    _forget(server, job)
     server.start()
     assert client.fine_tuning.jobs.retrieve(job).status == "running"
     assert outcome(server, client, job) == whole
+    told = [event.message for event in jobs.events(client, job)]
+    assert told.count("Files validated, moving job to queued state") == 1
+
+
+def _forget(server: Server, job: str) -> None:
+    """A queue that knows nothing of a job which it had left to go on with: the store decides."""
+    queue = sqlite3.connect(server.data_dir / "queue.sqlite")
+    mine = f"from workflow_status where workflow_uuid = '{job}.1'"
+    assert queue.execute(f"select status {mine}").fetchone() == ("PENDING",)
+    queue.execute(f"delete {mine}")
+    queue.commit()
+    queue.close()
 
 
 def test_one_trainer_at_a_time_in_the_order_of_priorities(server: Server, client: OpenAI) -> None:
