@@ -38,6 +38,7 @@ class _Server(uvicorn.Server):
 
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or Ctrl-C, which ends what is being answered first. Raises what keeps it from starting."""
+    os.umask(0o077)  # what is made from here on, databases too, is the owner's alone
     service = Service(settings)
     try:
         require_key(settings, service.store)

@@ -7,6 +7,7 @@ round, and ends with the rows that runs hold copies of; what a crash leaves undo
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from sqlalchemy import Connection, delete, insert, or_, select
 
+from ift_peft.errors import RunError
 from ift_peft.serve.errors import ApiError, not_found
 from ift_peft.serve.files.forget import forget_rows
 from ift_peft.serve.ids import new_id
@@ -23,6 +25,13 @@ from ift_peft.serve.store import Record, Store
 from ift_peft.serve.store.tables import files, jobs
 
 TEMPORARY = ".upload-"
+_NAME = r"file-[A-Za-z0-9]{24}"
+_TEMPORARY = re.compile(rf"{re.escape(TEMPORARY)}.*|\.{_NAME}\..*")  # of uploads, and of result files
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a name in the folder of files is of something that was never finished."""
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 def alive(now: float | None = None) -> Any:
@@ -106,11 +115,18 @@ def sweep(settings: Settings, store: Store) -> int:
 
 def clean(settings: Settings, store: Store) -> None:
     """What a crash may have left, before anything is served: uploads without an end, content without a record, rows of
-    deleted files."""
+    deleted files. Raises `RunError`, and deletes nothing, where something lies there that the service never makes."""
     known = {record["id"] for record in store.every(select(files.c.id))}
-    for path in settings.files.iterdir():
-        if path.name not in known:
-            path.unlink()
+    left = sorted(path for path in settings.files.iterdir() if path.name not in known)
+    for path in left:
+        if path.is_dir() or not (is_temporary(path.name) or re.fullmatch(_NAME, path.name)):
+            raise RunError(
+                expected=f"files of the service alone in {settings.files}",
+                found=repr(path.name),
+                fix="move it elsewhere, or give another --data-dir",
+            )
+    for path in left:
+        path.unlink()
     used = select(jobs.c.training_file, jobs.c.validation_file).where(jobs.c.status.in_(FINAL))
     gone = {name for record in store.every(used) for name in record.values() if name is not None} - known
     for file_id in gone:
