@@ -41,7 +41,7 @@ class Service:
             raise
         self.streams, self.looks = Streams(settings.limits.streams), Looks()
         self.metrics = Metrics(self)
-        self.housekeeping = Housekeeping(settings, self.store)
+        self.housekeeping = Housekeeping(settings, self.store, forget=self.looks.forget)
         self.jobs = Jobs(settings, self.store)
         self.models = LoadedModels(settings, self.store)
 

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,8 @@ def delete_file(settings: Settings, store: Store, file_id: str) -> None:
     _erase(settings, store, file_id)
 
 
-def sweep(settings: Settings, store: Store) -> int:
-    """Delete the files that have expired, but those that a job still uses; their number."""
+def sweep(settings: Settings, store: Store, *, forget: Callable[[str], None]) -> int:
+    """Delete the files that have expired, but those that a job still uses; their number. `forget` is told each."""
     expired = [record["id"] for record in store.every(select(files.c.id).where(~alive()))]
     done = 0
     for file_id in expired:
@@ -109,6 +110,7 @@ def sweep(settings: Settings, store: Store) -> int:
                 continue
             connection.execute(delete(files).where(files.c.id == file_id))
         _erase(settings, store, file_id)
+        forget(file_id)  # after it: no look can begin any more
         done += 1
     return done
 

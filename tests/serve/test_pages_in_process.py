@@ -1,0 +1,97 @@
+"""Pages under load and under attack, of a service in this process: what one of them does must not stop the others."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from sqlalchemy import update
+
+from ift_peft.serve.pages import look as looking
+from ift_peft.serve.settings import Limits
+from ift_peft.serve.store.tables import files
+from tests.serve.in_process import Running, serving, wait_for
+from tests.serve.test_files import ROWS
+
+HTML = {"Accept": "text/html"}
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    limits = Limits(sweep_seconds=0.05, requests_per_minute=100_000)
+    with serving(tmp_path_factory.mktemp("pages") / "data", limits=limits) as running:
+        yield running
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, threading.Event]]:
+    """Looks that say when they have read a file, and end when they are let."""
+    begun, let, look = threading.Event(), threading.Event(), looking.look
+
+    def waiting(path: Path) -> looking.Look:
+        found = look(path)
+        begun.set()
+        assert let.wait(30)
+        return found
+
+    monkeypatch.setattr(looking, "look", waiting)
+    yield begun, let
+    let.set()
+
+
+def uploaded(service: Running) -> str:
+    return service.client().files.create(file=("rows.jsonl", ROWS), purpose="fine-tune").id
+
+
+def test_pages_that_wait_for_a_look_keep_nobody_from_being_answered(
+    service: Running, slow: tuple[threading.Event, threading.Event]
+) -> None:
+    begun, let = slow
+    kept = uploaded(service)
+    limits = httpx.Limits(max_connections=60)
+    with ThreadPoolExecutor(45) as threads, service.http(limits=limits) as http:
+        pages = [threads.submit(http.get, f"/files/{kept}") for _ in range(45)]
+        try:
+            assert begun.wait(20)
+            time.sleep(0.3)  # for the others to arrive
+            assert http.get("/v1/files", timeout=5).status_code == 200
+            assert not any(page.done() for page in pages)
+        finally:
+            let.set()
+        assert [page.result().status_code for page in pages] == [200] * 45
+
+
+@pytest.mark.parametrize("expired", [False, True])
+def test_a_look_at_a_file_that_is_deleted_meanwhile_is_not_remembered(
+    service: Running, slow: tuple[threading.Event, threading.Event], expired: bool
+) -> None:
+    begun, let = slow
+    kept = uploaded(service)
+    with ThreadPoolExecutor(1) as threads, service.http() as http:
+        page = threads.submit(http.get, f"/files/{kept}")
+        assert begun.wait(20)
+        if expired:
+            with service.service.store.begin() as connection:
+                connection.execute(update(files).where(files.c.id == kept).values(expires_at=1))
+            wait_for(lambda: not (service.data_dir / "files" / kept).exists())
+            wait_for(lambda: service.service.looks._looking is None)
+        else:
+            service.client().files.delete(kept)
+        let.set()
+        assert page.result().status_code == 200
+    assert service.service.looks.known(kept) is None
+
+
+def test_a_file_that_has_expired_is_forgotten_with_what_was_seen_of_it(service: Running) -> None:
+    kept = uploaded(service)
+    with service.http() as http:
+        assert http.get(f"/files/{kept}").status_code == 200
+    assert service.service.looks.known(kept) is not None
+    with service.service.store.begin() as connection:
+        connection.execute(update(files).where(files.c.id == kept).values(expires_at=1))
+    wait_for(lambda: kept not in service.service.looks._seen)
