@@ -21,7 +21,8 @@ class Limits:
     body_bytes: int = 4 * MEBIBYTE
     """Of every request that is no upload."""
     body_seconds: float = 30.0
-    """In which a body may come as slowly as it likes; after them it has come at 1 KiB a second, or is refused."""
+    """In which a body may come as slowly as it likes; after them it has come at 1 KiB a second, or is refused. In which
+    the head of a request is whole, or its connection closed."""
     sweep_seconds: float = 60.0
     """Between two looks for what has expired."""
     requests_per_minute: int = 600

@@ -7,6 +7,7 @@ import logging
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +260,36 @@ def test_a_body_that_trickles_is_given_up(service: Running) -> None:
     assert b"request_timeout" in answer
     assert time.monotonic() - started >= LIMITS.body_seconds
     assert not list((service.data_dir / "files").iterdir())
+
+
+def test_a_head_that_trickles_ends_its_connection(service: Running) -> None:
+    """From the start of the connection, or of a further request on it; idle in between it may stay."""
+    whole = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    for before, sent in ((b"", b""), (b"", b"GET /healthz HT"), (whole, b"GET /hea"), (whole + b"GET /h", b"")):
+        with socket.create_connection(("127.0.0.1", service.port), timeout=20) as client:
+            if before:
+                client.sendall(before)
+                assert b"200 OK" in client.recv(4096)
+            ended = started = time.monotonic()
+            client.sendall(sent)
+            client.settimeout(0.1)
+            while ended - started < 20:
+                ended = time.monotonic()
+                try:
+                    if client.recv(4096) == b"":
+                        break
+                    raise AssertionError("an answer to no whole request")
+                except TimeoutError:
+                    with suppress(ConnectionError):
+                        client.sendall(b"x" if sent else b"")
+                except ConnectionError:
+                    break
+            assert LIMITS.body_seconds * 0.8 < ended - started < 20, (before, sent)
+    with socket.create_connection(("127.0.0.1", service.port), timeout=20) as client:
+        for _ in range(2):
+            client.sendall(whole)
+            assert b"200 OK" in client.recv(4096)
+            time.sleep(2 * LIMITS.body_seconds)
 
 
 def test_answers_tell_browsers_to_be_careful(service: Running, http: httpx.Client) -> None:
