@@ -24,7 +24,7 @@ from ift_peft.serve.security.hosts import is_loopback, same_origin
 from ift_peft.serve.security.keys import check_key, create_key, list_keys, revoke_key, rotate_key
 from ift_peft.serve.security.rates import Rates
 from ift_peft.serve.security.scopes import RULES, scopes_for
-from ift_peft.serve.security.sessions import COOKIE, sign_in, sign_out
+from ift_peft.serve.security.sessions import COOKIE, MOST, check_session, sign_in, sign_out
 from ift_peft.serve.settings import Limits
 from ift_peft.serve.store.tables import keys
 from tests.serve.in_process import Running, serving, wait_for
@@ -226,6 +226,18 @@ def test_requests_have_a_rate(tmp_path: Path) -> None:
         assert [http.get("/v1/files", headers=one).status_code for _ in range(6)] == [200] * 5 + [429]
         assert http.get("/v1/files", headers=two).status_code == 200
         assert http.get("/v1/files").status_code == 429, "guesses at keys count for the address"
+
+
+def test_sessions_share_the_rate_of_their_key_and_are_bounded(tmp_path: Path) -> None:
+    with serving(tmp_path / "data", limits=Limits(requests_per_minute=5)) as running, running.http() as http:
+        store = running.service.store
+        _, text = create_key(store, "person", scopes=["read"])
+        secrets = [session.secret for _ in range(MOST + 2) if (session := sign_in(store, text))]
+        valid = [check_session(store, secret) is not None for secret in secrets]
+        assert valid == [False] * 2 + [True] * MOST, "the oldest end"
+        cookies = [{"Cookie": f"{COOKIE}={secret}"} for secret in secrets[-3:]]
+        asked = [*cookies, *cookies, {"Authorization": f"Bearer {text}"}]
+        assert [http.get("/v1/files", headers=one).status_code for one in asked] == [200] * 5 + [429] * 2
 
 
 def test_bodies_are_bounded_as_they_come(service: Running, http: httpx.Client) -> None:

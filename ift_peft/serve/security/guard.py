@@ -80,7 +80,7 @@ class Guard:
         caller: Caller | None = NOBODY
         if needed is not None:
             caller = await anyio.to_thread.run_sync(self._caller, headers, address, limiter=self._threads)
-        self._rate(f"address {address}" if caller is None or caller.id is None else caller.id)
+        self._rate(f"address {address}" if caller is None or caller.key is None else caller.key)
         if caller is None:
             raise ApiError(
                 401,

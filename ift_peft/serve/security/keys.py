@@ -32,6 +32,8 @@ class Caller:
     id: str | None
     scopes: frozenset[str]
     session: bool = False
+    key: str | None = None
+    """The id of the key, also of a session: all that come from one share its rate."""
 
     def may(self, accepted: Collection[str]) -> bool:
         """Whether one of the scopes `accepted` is among the caller's. `admin` is all of them."""
@@ -85,7 +87,7 @@ def check_key(store: Store, text: str, *, session: bool = False) -> Caller | Non
     if record is None or not same:
         return None
     _note_use(store, record)
-    return Caller(key_id, frozenset(record["scopes"]), session)
+    return Caller(key_id, frozenset(record["scopes"]), session, record["made_from"] or key_id)
 
 
 def key_exists(store: Store) -> bool:
