@@ -151,6 +151,13 @@ def test_no_key_is_needed_on_the_same_machine_until_one_is_made(tmp_path: Path) 
         ("127.0.0.1.evil.example", False),
         ("localhost.evil.example:8000", False),
         ("", False),
+        ("127.0.0.1:<b>", False),
+        ("127.0.0.1:123456", False),
+        ("127.0.0.1:80:80", False),
+        ("[127.0.0.1]@evil.example", False),
+        ("[::1]evil.example", False),
+        ("[::1", False),
+        ("a@127.0.0.1", False),
     ],
 )
 def test_a_name_that_is_not_ours_is_refused(service: Running, http: httpx.Client, host: str, allowed: bool) -> None:
@@ -176,7 +183,28 @@ def test_pages_of_other_origins_change_nothing(service: Running, http: httpx.Cli
     assert same_origin("https://models.example", "models.example")
     assert same_origin("https://models.example", "models.example:443")
     assert not same_origin("http://models.example", "models.example:443")
+    assert not same_origin("http://models.example@evil.example/", "models.example")
+    assert not same_origin("http://", "") and not same_origin("http://[", "[")
     assert is_loopback("::ffff:127.0.0.1") and not is_loopback("::ffff:8.8.8.8")
+
+
+def test_what_browsers_say_of_where_a_form_is_from_decides_without_a_session_too(tmp_path: Path) -> None:
+    with serving(tmp_path / "data") as running, running.http() as http:
+        own = f"{running.url}/start?x=1"
+        for referer, status in (("http://[", 403), ("http://evil.example/", 403), ("", 403), (own, 303)):
+            assert http.post("/logout", headers={"Referer": referer}).status_code == status, referer
+        assert http.post("/logout").status_code == 303, "a program may say nothing"
+        cookie = {"Cookie": f"{COOKIE}=x"}
+        assert http.post("/logout", headers=cookie).status_code == 403, "but no browser that has a session"
+        assert http.post("/logout", headers={**cookie, "Origin": running.url}).status_code == 303
+        session = sign_in(running.service.store, create_key(running.service.store, "one", scopes=["write"])[1])
+        assert session is not None
+        signed_in = {"Cookie": f"{COOKIE}={session.secret}"}
+        for referer, status in (("http://[", 403), (own, 404)):
+            answer = http.delete("/v1/files/file-x", headers={**signed_in, "Referer": referer})
+            assert answer.status_code == status, referer
+        elsewhere = {"Referer": "http://evil.example/", **bearer(running, "write")}
+        assert http.delete("/v1/files/file-x", headers=elsewhere).status_code == 404, "a key comes from no browser"
 
 
 def test_a_session_is_a_browsers_and_ends_with_its_key(service: Running, http: httpx.Client) -> None:
@@ -290,7 +318,6 @@ def test_a_head_that_trickles_ends_its_connection(service: Running) -> None:
                 try:
                     if client.recv(4096) == b"":
                         break
-                    raise AssertionError("an answer to no whole request")
                 except TimeoutError:
                     with suppress(ConnectionError):
                         client.sendall(b"x" if sent else b"")

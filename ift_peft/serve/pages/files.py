@@ -6,7 +6,7 @@ from functools import partial
 from typing import Annotated
 
 import anyio.to_thread
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from sqlalchemy import or_, select
 
 from ift_peft.serve.errors import ApiError
@@ -14,7 +14,7 @@ from ift_peft.serve.files.records import alive, find_file
 from ift_peft.serve.pages import actions
 from ift_peft.serve.pages.job_view import called
 from ift_peft.serve.pages.look import Look
-from ift_peft.serve.pages.page import Page, from_here, hint_of, page, to
+from ift_peft.serve.pages.page import Page, hint_of, page, to
 from ift_peft.serve.service import Service, Serving
 from ift_peft.serve.store import Record
 from ift_peft.serve.store.tables import files, jobs
@@ -63,7 +63,7 @@ async def _look(service: Service, file: Record) -> Look:
     return await service.looks.look(file["id"], service.settings.files / file["id"], until=file["expires_at"])
 
 
-@router.post("/files", dependencies=[Depends(from_here)])
+@router.post("/files")
 async def upload(request: Request, service: Serving) -> Response:
     """Upload a file, and go on to it; or the list again with what is wrong."""
     try:
@@ -113,7 +113,7 @@ async def _file_page(request: Request, service: Service, file_id: str, fault: Ap
     return await anyio.to_thread.run_sync(shown)
 
 
-@router.post("/files/{file_id}/delete", dependencies=[Depends(from_here)])
+@router.post("/files/{file_id}/delete")
 async def delete(request: Request, service: Serving, file_id: str) -> Response:
     """Delete a file for good, and back to the list; or the file again with what keeps it."""
     try:

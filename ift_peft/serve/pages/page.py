@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
-from urllib.parse import urlsplit
 
 import anyio.to_thread
 from fastapi import Request, Response
@@ -18,7 +17,6 @@ from ift_peft.errors import IftPeftError
 from ift_peft.serve.errors import ApiError, as_api_error
 from ift_peft.serve.pages.templates import template
 from ift_peft.serve.security.headers import PAGES
-from ift_peft.serve.security.hosts import same_origin
 from ift_peft.serve.security.sessions import COOKIE
 
 log = logging.getLogger("ift_peft.serve")
@@ -57,20 +55,6 @@ def page(request: Request, named: str, /, *, status: int = 200, **values: Any) -
 def to(path: str) -> RedirectResponse:
     """Go on by a GET of `path`, so that reloading repeats nothing."""
     return RedirectResponse(path, status_code=303, headers=HEADERS)
-
-
-def from_here(request: Request) -> None:
-    """Let nobody else's page send our forms. Raises `ApiError` (403) where a request does not say that it is from here.
-
-    Browsers send `Origin` with every POST. Where no session is at stake, a program may leave it out.
-    """
-    origin = request.headers.get("origin")
-    said = origin if origin is not None else request.headers.get("referer")
-    if said is None:
-        if COOKIE in request.cookies:
-            raise ApiError(403, "This form came without the page that it is from (Origin).", code="invalid_origin")
-    elif not same_origin("{0.scheme}://{0.netloc}".format(urlsplit(said)), request.headers.get("host", "")):
-        raise ApiError(403, "This form came from a page of another host.", code="invalid_origin")
 
 
 class Page(APIRoute):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from urllib.parse import urlsplit
 
 import anyio
 import anyio.to_thread
@@ -73,7 +72,7 @@ class Guard:
         """Raises `ApiError` for what is not let in. Who asks is noted before it is known whether they may."""
         headers, method = Headers(scope=scope), scope["method"]
         host = self._host(headers)
-        if method not in SAFE and not all(same_origin(origin, host) for origin in headers.getlist("origin")):
+        if method not in SAFE and _is_foreign(headers, host):
             raise ApiError(403, "The request comes from a page of another origin.", code="origin_not_allowed")
         address = scope["client"][0] if scope.get("client") else ""
         needed = scopes_for(method, scope["path"])
@@ -93,7 +92,8 @@ class Guard:
             raise ApiError(
                 403, f"This key lacks a scope that the request needs: {' or '.join(needed)}.", code="insufficient_scope"
             )
-        if caller.session and method not in SAFE and not _from_here(headers, host):
+        session = caller.session or (caller is NOBODY and secret_of(headers.get("cookie", "")) is not None)
+        if session and method not in SAFE and not _from_here(headers, host):
             raise ApiError(
                 403, "With a session, requests come from the service's own pages.", code="origin_not_allowed"
             )
@@ -141,9 +141,15 @@ def _is_page(scope: Scope) -> bool:
     return accepts and scope["method"] in SAFE and not scope["path"].startswith("/v1/")
 
 
+def _is_foreign(headers: Headers, host: str) -> bool:
+    """Whether a browser says that another page made the request. It sends no key of its own accord: who has, may."""
+    if "origin" in headers:
+        return not all(same_origin(origin, host) for origin in headers.getlist("origin"))
+    told = "referer" in headers and "authorization" not in headers
+    return told and not same_origin(headers["referer"], host)
+
+
 def _from_here(headers: Headers, host: str) -> bool:
     """Whether a browser says that one of this service's pages made the request; other origins are refused before."""
-    if "origin" in headers or headers.get("sec-fetch-site") == "same-origin":
-        return True
-    referer = urlsplit(headers.get("referer", ""))
-    return same_origin(f"{referer.scheme}://{referer.netloc}", host)
+    here = "origin" in headers or headers.get("sec-fetch-site") == "same-origin"
+    return here or same_origin(headers.get("referer", ""), host)
