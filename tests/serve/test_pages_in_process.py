@@ -16,6 +16,7 @@ from ift_peft.serve.pages import look as looking
 from ift_peft.serve.settings import Limits
 from ift_peft.serve.store.tables import files
 from tests.serve.in_process import Running, serving, wait_for
+from tests.serve.pages import data
 from tests.serve.test_files import ROWS
 
 HTML = {"Accept": "text/html"}
@@ -85,6 +86,16 @@ def test_a_look_at_a_file_that_is_deleted_meanwhile_is_not_remembered(
         let.set()
         assert page.result().status_code == 200
     assert service.service.looks.known(kept) is None
+
+
+@pytest.mark.parametrize("given", ["9" * 5_000, "٣", "-1", "x"])
+def test_a_last_event_that_is_no_number_is_passed_over(service: Running, given: str) -> None:
+    job_id = data.add_job(service.data_dir, training_file="file-none", status="failed")
+    data.tell(service.data_dir, job_id, "it is told")
+    headers = [(b"Last-Event-ID", given.encode())]
+    with service.http() as http:
+        answer = http.get(f"/jobs/{job_id}/stream", headers=headers)
+    assert answer.status_code == 200 and "it is told" in answer.text
 
 
 def test_a_file_that_has_expired_is_forgotten_with_what_was_seen_of_it(service: Running) -> None:

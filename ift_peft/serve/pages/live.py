@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
@@ -35,6 +36,7 @@ EVERY = 1.0  # seconds between two looks into the store
 RENDERED_AGAIN = 5.0  # seconds after which the time that is left is told anew
 HEARTBEAT = 15.0  # seconds of silence after which a comment says that the stream is alive
 PARTS = "job_parts.html.j2"
+_NUMBER = re.compile(r"[0-9]{1,18}")
 
 
 class Followed:
@@ -113,7 +115,7 @@ async def stream(
     Every message holds the parts that are new and has the number of the newest event as its id. Answers 503 where
     there are too many streams.
     """
-    known = int(last_event_id) if last_event_id is not None and last_event_id.isdecimal() else after
+    known = int(last_event_id) if last_event_id and _NUMBER.fullmatch(last_event_id) else after
     followed = await anyio.to_thread.run_sync(Followed, service, job_id)
     service.streams.enter()
     return Stream(_messages(followed, known, service.streams), service.streams)
