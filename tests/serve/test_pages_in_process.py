@@ -13,6 +13,7 @@ import pytest
 from sqlalchemy import update
 
 from ift_peft.serve.pages import look as looking
+from ift_peft.serve.security.keys import create_key
 from ift_peft.serve.settings import Limits
 from ift_peft.serve.store.tables import files
 from tests.serve.in_process import Running, serving, wait_for
@@ -86,6 +87,31 @@ def test_a_look_at_a_file_that_is_deleted_meanwhile_is_not_remembered(
         let.set()
         assert page.result().status_code == 200
     assert service.service.looks.known(kept) is None
+
+
+def test_people_are_told_on_a_page_why_they_are_not_let_in(tmp_path: Path) -> None:
+    with serving(tmp_path / "data", limits=Limits(requests_per_minute=12)) as running, running.http() as http:
+        key = create_key(running.service.store, "chats", scopes=["inference"])[1]
+        own = {**HTML, "Origin": running.url}
+        asked = [
+            (http.get("/files", headers=HTML), 303),
+            (http.post("/start", headers=own), 303),
+            (http.get("/files", headers={**HTML, "Authorization": f"Bearer {key}"}), 403),
+            (http.post("/start", headers={**HTML, "Origin": "http://evil.example"}), 403),
+            (http.get("/files", headers={**HTML, "Host": "http://[<b>"}), 421),
+            *[(http.post("/login", headers=own, data={"key": ""}), 403) for _ in range(12)],
+            (http.post("/login", headers=own, data={"key": ""}), 429),
+        ]
+        for answer, status in asked:
+            assert answer.status_code == status
+            if status == 303:
+                assert answer.headers["location"] == "/login"
+            else:
+                assert answer.headers["content-type"].startswith("text/html")
+                assert "default-src 'self'" in answer.headers["content-security-policy"]
+                assert "<b>" not in answer.text
+        assert int(asked[-1][0].headers["retry-after"]) >= 1
+        assert http.get("/v1/files", headers=HTML).json()["error"]["code"]
 
 
 @pytest.mark.parametrize("given", ["9" * 5_000, "٣", "-1", "x"])

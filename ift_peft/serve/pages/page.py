@@ -45,8 +45,8 @@ def hint_of(status: int) -> str:
 def page(request: Request, named: str, /, *, status: int = 200, **values: Any) -> HTMLResponse:
     """The template `named` as an answer; everything in `values` is escaped where it is shown."""
     common = {
-        "here": request.url.path,
-        "base_url": f"{request.url.scheme}://{request.url.netloc}/v1",
+        "here": request.scope["path"],
+        "base_url": f"{request.scope['scheme']}://{request.headers.get('host', '')}/v1",
         "signed_in": COOKIE in request.cookies,
     }
     return HTMLResponse(template(named).render({**common, **values}), status_code=status, headers=HEADERS)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 
 import anyio
 import anyio.to_thread
 from starlette.datastructures import Headers
-from starlette.responses import RedirectResponse
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ift_peft.errors import SettingsError
@@ -42,10 +44,15 @@ def require_key(settings: Settings, store: Store) -> None:
 
 
 class Guard:
-    """Pure ASGI: nothing of a stream is held back. Puts the `Caller` into `request.state.caller`."""
+    """Pure ASGI: nothing of a stream is held back. Puts the `Caller` into `request.state.caller`.
 
-    def __init__(self, app: ASGIApp, settings: Settings, store: Store) -> None:
-        self.app, self.settings, self.store = app, settings, store
+    People at the dashboard are told what is refused by `error_page`.
+    """
+
+    def __init__(
+        self, app: ASGIApp, settings: Settings, store: Store, error_page: Callable[[Request, ApiError], Response]
+    ) -> None:
+        self.app, self.settings, self.store, self.error_page = app, settings, store, error_page
         self.names = allowed_names(settings)
         self.rates = Rates(settings.limits.requests_per_minute)
         self._threads = anyio.CapacityLimiter(8)  # of their own: those of the routes may all be waiting
@@ -62,11 +69,14 @@ class Guard:
         try:
             await self._admit(scope, most)
         except ApiError as error:
-            page = error.status == 401 and _is_page(scope)
-            answer = RedirectResponse("/login", 303) if page else response_of(error)
-            await answer(scope, receive, send)
+            await self._refusal(scope, error)(scope, receive, send)
             return
         await self.app(scope, limited(receive, most=most, seconds=limits.body_seconds), send)
+
+    def _refusal(self, scope: Scope, error: ApiError) -> Response:
+        if not _is_page(scope):
+            return response_of(error)
+        return RedirectResponse("/login", 303) if error.status == 401 else self.error_page(Request(scope), error)
 
     async def _admit(self, scope: Scope, most: int | None) -> None:
         """Raises `ApiError` for what is not let in. Who asks is noted before it is known whether they may."""
@@ -138,7 +148,7 @@ class Guard:
 def _is_page(scope: Scope) -> bool:
     """Whether a person is looking at the dashboard, and not a program at the API."""
     accepts = "text/html" in Headers(scope=scope).get("accept", "")
-    return accepts and scope["method"] in SAFE and not scope["path"].startswith("/v1/")
+    return accepts and not scope["path"].startswith("/v1/")
 
 
 def _is_foreign(headers: Headers, host: str) -> bool:
