@@ -26,7 +26,7 @@ class Limits:
     sweep_seconds: float = 60.0
     """Between two looks for what has expired."""
     requests_per_minute: int = 600
-    """Of one key, or of one address where no key is needed."""
+    """Of one key, or of one address where no key is needed; of one address also without a key that is valid."""
     waiting_requests: int = 128
     """Chats that wait for a row of the engine; those that come then are told to come back."""
     rows_together: int = 16

@@ -253,7 +253,13 @@ def test_requests_have_a_rate(tmp_path: Path) -> None:
         one, two = (bearer(running, "read") for _ in range(2))
         assert [http.get("/v1/files", headers=one).status_code for _ in range(6)] == [200] * 5 + [429]
         assert http.get("/v1/files", headers=two).status_code == 200
-        assert http.get("/v1/files").status_code == 429, "guesses at keys count for the address"
+        guesses = [http.get("/v1/files", headers={"Authorization": f"Bearer {n}"}).status_code for n in range(6)]
+        assert guesses == [401] * 5 + [429]
+    with serving(tmp_path / "other", limits=Limits(requests_per_minute=5)) as running, running.http() as http:
+        create_key(running.service.store, "first", scopes=["read"])
+        assert [http.get("/v1/files").status_code for _ in range(6)] == [401] * 5 + [429]
+        assert [http.get("/static/pages.css").status_code for _ in range(9)] == [200] * 9
+        assert [http.get("/login").status_code for _ in range(6)] == [200] * 5 + [429], "guesses are counted apart"
 
 
 def test_sessions_share_the_rate_of_their_key_and_are_bounded(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from ift_peft.serve.store import Store
 SAFE = ("GET", "HEAD", "OPTIONS")
 UPLOADS = re.compile(r"/v1/files/?|/files/?")
 """Whose routes count the body themselves."""
+STATIC = re.compile(r"/static/[^/]*")
 PROBES = ("/healthz",)
 FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
 OWNER = Caller(None, frozenset(SCOPES))
@@ -89,7 +90,8 @@ class Guard:
         caller: Caller | None = NOBODY
         if needed is not None:
             caller = await anyio.to_thread.run_sync(self._caller, headers, address, limiter=self._threads)
-        self._rate(f"address {address}" if caller is None or caller.key is None else caller.key)
+        if not STATIC.fullmatch(scope["path"]):
+            self._rate(_bucket(caller, address))
         if caller is None:
             raise ApiError(
                 401,
@@ -143,6 +145,13 @@ class Guard:
                 code="rate_limit_exceeded",
                 headers={"Retry-After": str(math.ceil(wait))},
             )
+
+
+def _bucket(caller: Caller | None, address: str) -> str:
+    """Whose rate a request counts for. Of an address, guesses at keys leave what needs none, as signing in, alone."""
+    if caller is None:
+        return f"refused {address}"
+    return f"address {address}" if caller.key is None else caller.key
 
 
 def _is_page(scope: Scope) -> bool:
