@@ -114,6 +114,22 @@ def test_people_are_told_on_a_page_why_they_are_not_let_in(tmp_path: Path) -> No
         assert http.get("/v1/files", headers=HTML).json()["error"]["code"]
 
 
+def test_a_look_reads_a_file_as_the_upload_did_and_counts_all_faults(
+    service: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with service.http() as http:
+        for begun in (b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"):
+            kept = service.client().files.create(file=("rows.jsonl", begun + ROWS), purpose="fine-tune").id
+            assert "cannot be used" not in http.get(f"/files/{kept}").text
+        for limit, told in ((100_000, "25 rows cannot be used, the first of them:"), (63, "At least 21 rows cannot")):
+            kept = uploaded(service)  # and spoilt afterwards, as no upload lets them in
+            (service.data_dir / "files" / kept).write_bytes(b"[]\n" * 25)
+            monkeypatch.setattr(looking, "MOST_BYTES", limit)
+            text = http.get(f"/files/{kept}").text
+            assert told in text
+            assert text.count("expected one JSON object a line") == looking.SHOWN_FAULTS
+
+
 @pytest.mark.parametrize("given", ["9" * 5_000, "٣", "-1", "x"])
 def test_a_last_event_that_is_no_number_is_passed_over(service: Running, given: str) -> None:
     job_id = data.add_job(service.data_dir, training_file="file-none", status="failed")

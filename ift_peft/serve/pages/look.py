@@ -6,6 +6,7 @@ import json
 import math
 import threading
 import time
+from codecs import BOM_UTF8
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -54,6 +55,8 @@ class Look:
     """Answer, rows and share of it, where answers repeat as the names of classes do."""
     findings: tuple[Finding, ...]
     faults: tuple[str, ...]
+    """The first of them; `faulty` counts them all."""
+    faulty: int
     first: tuple[tuple[Text, Text], ...]
 
     @property
@@ -133,6 +136,7 @@ def look(path: Path) -> Look:
         classes=tuple((cut(name), count, count / len(rows)) for name, count in classes),
         findings=tuple(one for one in findings if one.count),
         faults=tuple(f"expected {one.expected}; found {one.found}; {one.fix}" for one in faults[:SHOWN_FAULTS]),
+        faulty=len(faults),
         first=tuple((cut(_question(row)), cut(row.answer)) for row in rows[:SHOWN_ROWS]),
     )
 
@@ -152,7 +156,8 @@ def _first_lines(path: Path) -> tuple[list[bytes], bool]:
 
 def _records(lines: Sequence[bytes], faults: list[IftPeftError]) -> list[Record]:
     records = []
-    for number, line in enumerate(lines, start=1):
+    for number, whole in enumerate(lines, start=1):
+        line = whole.removeprefix(BOM_UTF8) if number == 1 else whole  # as the check of uploads and training read it
         if not line.strip():
             continue
         try:
