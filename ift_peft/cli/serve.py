@@ -58,6 +58,7 @@ def serve(
     On loopback no key is needed until one is made: ift keys create
     """
     require_serve()
+    from ift_peft.serve.security.hosts import check_name
     from ift_peft.serve.server import run
     from ift_peft.serve.settings import MEBIBYTE, Limits, Settings
 
@@ -72,6 +73,7 @@ def serve(
                 expected="--organization of 1 to 32 of a-z, 0-9 and -", found=repr(organization), fix="shorten it"
             )
         )
+    faults += [fault for name in allowed_host or () if (fault := check_name(name)) is not None]
     raise_all(faults)
     limits = Limits(
         upload_bytes=max_upload_mib * MEBIBYTE,

@@ -17,10 +17,13 @@ import openai
 import pytest
 from sqlalchemy import update
 from starlette.exceptions import HTTPException
+from typer.testing import CliRunner
 
+from ift_peft.cli.app import app
+from ift_peft.errors import SettingsError
 from ift_peft.serve.operations.logs import JsonLines
 from ift_peft.serve.security.bodies import limited
-from ift_peft.serve.security.hosts import is_loopback, same_origin
+from ift_peft.serve.security.hosts import check_name, is_loopback, same_origin
 from ift_peft.serve.security.keys import check_key, create_key, list_keys, revoke_key, rotate_key
 from ift_peft.serve.security.rates import Rates
 from ift_peft.serve.security.scopes import RULES, scopes_for
@@ -166,6 +169,17 @@ def test_a_name_that_is_not_ours_is_refused(service: Running, http: httpx.Client
         assert answer.status_code == 200
     else:
         assert code_of(answer) == (421, "host_not_allowed")
+
+
+@pytest.mark.parametrize("name", ["https://models.example", "models.example:8000", "models.example/", "a b", "", "x:"])
+def test_a_name_that_no_header_host_could_have_is_refused_at_the_start(name: str, tmp_path: Path) -> None:
+    told = CliRunner().invoke(app, ["serve", "--data-dir", str(tmp_path / "data"), "--allowed-host", name])
+    assert told.exit_code == SettingsError.exit_code
+    assert "no scheme, port or path" in " ".join(told.output.split())
+    assert not (tmp_path / "data").exists()
+    assert check_name("models.example") is None and check_name("[::1]") is None
+    fault = check_name("https://models.example:80/v1")
+    assert fault is not None and fault.fix == "--allowed-host models.example"
 
 
 def test_pages_of_other_origins_change_nothing(service: Running, http: httpx.Client) -> None:

@@ -10,6 +10,7 @@ import ipaddress
 import re
 from collections.abc import Collection
 
+from ift_peft.errors import SettingsError
 from ift_peft.serve.settings import Settings
 
 _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+))(?::([0-9]{0,5}))?")
@@ -20,6 +21,18 @@ def allowed_names(settings: Settings) -> frozenset[str]:
     """The names beside those of loopback."""
     own = () if settings.host in WILDCARDS else (settings.host,)
     return frozenset(name.lower().strip("[]") for name in (*own, *settings.allowed_hosts))
+
+
+def check_name(name: str) -> SettingsError | None:
+    """What is wrong with a name by which clients shall be allowed to call, if anything."""
+    if split_host(name)[0] and not split_host(name)[1] and not name.endswith(":"):
+        return None
+    bare = re.sub(r"^\w+://|[/:].*$", "", name)
+    return SettingsError(
+        expected="--allowed-host NAME, as models.example: no scheme, port or path",
+        found=repr(name),
+        fix=f"--allowed-host {bare}" if split_host(bare)[0] else "give the name that clients have in their URL",
+    )
 
 
 def is_loopback(name: str) -> bool:
