@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import httpx
 import pytest
 from sqlalchemy import update
 
+from ift_peft.serve.operations.logs import JsonLines
 from ift_peft.serve.pages import look as looking
 from ift_peft.serve.security.keys import create_key
 from ift_peft.serve.settings import Limits
@@ -19,6 +21,7 @@ from ift_peft.serve.store.tables import files
 from tests.serve.in_process import Running, serving, wait_for
 from tests.serve.pages import data
 from tests.serve.test_files import ROWS
+from tests.serve.test_security import fails
 
 HTML = {"Accept": "text/html"}
 
@@ -128,6 +131,24 @@ def test_a_look_reads_a_file_as_the_upload_did_and_counts_all_faults(
             text = http.get(f"/files/{kept}").text
             assert told in text
             assert text.count("expected one JSON object a line") == looking.SHOWN_FAULTS
+
+
+def test_what_fails_is_logged_once_and_by_its_route(
+    service: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "ift_peft.serve")
+    monkeypatch.setattr("ift_peft.serve.pages.files.find_file", fails)
+    monkeypatch.setattr("ift_peft.serve.routes.files.find_file", fails)
+    with service.http() as http:
+        for path, route in (("/files/PATHTEXT", "/files/{file_id}"), ("/v1/files/PATHTEXT", "/v1/files/{file_id}")):
+            caplog.clear()
+            answer = http.get(path)
+            assert answer.status_code == 500
+            assert answer.headers["referrer-policy"] == "same-origin"
+            assert answer.headers["cache-control"] == "no-store"
+            wait_for(lambda: route in [vars(one).get("route") for one in caplog.records])
+            assert len([one for one in caplog.records if one.levelno >= logging.ERROR]) == 1
+            assert not [one for one in caplog.records if "PATHTEXT" in JsonLines().format(one)]
 
 
 @pytest.mark.parametrize("given", ["9" * 5_000, "٣", "-1", "x"])

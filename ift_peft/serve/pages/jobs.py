@@ -15,7 +15,7 @@ from ift_peft.serve.files.records import alive
 from ift_peft.serve.pages import actions
 from ift_peft.serve.pages.job_view import called, newest_metrics, run_of, scores_of, state_of
 from ift_peft.serve.pages.live import Followed
-from ift_peft.serve.pages.page import HEADERS, Page, hint_of, page, to
+from ift_peft.serve.pages.page import Page, hint_of, page, to
 from ift_peft.serve.service import Service, Serving
 from ift_peft.serve.store import Record
 from ift_peft.serve.store.tables import files, jobs, models
@@ -128,9 +128,7 @@ def report(service: Serving, job_id: str) -> Response:
     path = None if run is None else run.path / "report.html"
     if path is None or not path.is_file():
         raise not_found("report of job", job_id, param="fine_tuning_job_id")
-    return Response(
-        path.read_bytes(), media_type="text/html", headers={**HEADERS, "Content-Security-Policy": REPORT_POLICY}
-    )
+    return Response(path.read_bytes(), media_type="text/html", headers={"Content-Security-Policy": REPORT_POLICY})
 
 
 @router.post("/jobs/{job_id}/{action}")

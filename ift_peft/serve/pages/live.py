@@ -24,7 +24,6 @@ from ift_peft.serve.pages.job_view import (
     scores_of,
     state_of,
 )
-from ift_peft.serve.pages.page import HEADERS
 from ift_peft.serve.pages.streams import Streams
 from ift_peft.serve.pages.templates import macro
 from ift_peft.serve.service import Service, Serving
@@ -92,7 +91,7 @@ class Stream(StreamingResponse):
     """A stream that gives its place back, however it ends."""
 
     def __init__(self, content: AsyncIterator[str], streams: Streams) -> None:
-        super().__init__(content, media_type="text/event-stream", headers={**HEADERS, "X-Accel-Buffering": "no"})
+        super().__init__(content, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
         self._streams = streams
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

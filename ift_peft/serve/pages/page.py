@@ -16,17 +16,9 @@ from starlette.exceptions import HTTPException
 from ift_peft.errors import IftPeftError
 from ift_peft.serve.errors import ApiError, as_api_error
 from ift_peft.serve.pages.templates import template
-from ift_peft.serve.security.headers import PAGES
 from ift_peft.serve.security.sessions import COOKIE
 
 log = logging.getLogger("ift_peft.serve")
-HEADERS = {
-    "Content-Security-Policy": PAGES,
-    # Not no-referrer: under that, browsers send forms with Origin: null, which is nobody's.
-    "Referrer-Policy": "same-origin",
-    "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-store",
-}
 HINTS = {
     400: "Correct what it names and send it again.",
     403: "The key that you signed in with does not allow this: sign in with another one.",
@@ -49,12 +41,12 @@ def page(request: Request, named: str, /, *, status: int = 200, **values: Any) -
         "base_url": f"{request.scope['scheme']}://{request.headers.get('host', '')}/v1",
         "signed_in": COOKIE in request.cookies,
     }
-    return HTMLResponse(template(named).render({**common, **values}), status_code=status, headers=HEADERS)
+    return HTMLResponse(template(named).render({**common, **values}), status_code=status)
 
 
 def to(path: str) -> RedirectResponse:
     """Go on by a GET of `path`, so that reloading repeats nothing."""
-    return RedirectResponse(path, status_code=303, headers=HEADERS)
+    return RedirectResponse(path, status_code=303)
 
 
 class Page(APIRoute):
@@ -98,5 +90,6 @@ def _as_api_error(error: Exception, request: Request) -> ApiError:
         return ApiError(400, f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}", code="invalid_value")
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail))
-    log.error("page failed", exc_info=error, extra={"path": request.url.path})
+    route = getattr(request.scope.get("route"), "path", None)  # never the path itself, which holds ids
+    log.error("page failed", exc_info=error, extra={"route": route})
     return ApiError(500, "The server had an error; its log says which.", code="internal_error")
