@@ -14,8 +14,10 @@ import pytest
 from sqlalchemy import update
 
 from ift_peft.serve.operations.logs import JsonLines
+from ift_peft.serve.pages import live
 from ift_peft.serve.pages import look as looking
-from ift_peft.serve.security.keys import create_key
+from ift_peft.serve.security.keys import create_key, revoke_key
+from ift_peft.serve.security.sessions import COOKIE, sign_in, sign_out
 from ift_peft.serve.settings import Limits
 from ift_peft.serve.store.tables import files
 from tests.serve.in_process import Running, serving, wait_for
@@ -149,6 +151,35 @@ def test_what_fails_is_logged_once_and_by_its_route(
             wait_for(lambda: route in [vars(one).get("route") for one in caplog.records])
             assert len([one for one in caplog.records if one.levelno >= logging.ERROR]) == 1
             assert not [one for one in caplog.records if "PATHTEXT" in JsonLines().format(one)]
+
+
+@pytest.mark.parametrize("how", ["revoked", "signed out", "first key"])
+def test_a_stream_ends_with_the_right_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    monkeypatch.setattr(live, "EVERY", 0.02)
+    monkeypatch.setattr(live, "CHECKED_AGAIN", 0.05)
+    with serving(tmp_path / "data") as running:
+        store, headers = running.service.store, {}
+        job_id = data.add_job(running.data_dir, training_file="file-none")
+        if how != "first key":
+            key_id, key = create_key(store, "one", scopes=["read"])
+            session = sign_in(store, key)
+            assert session is not None
+            signed_in = {"Cookie": f"{COOKIE}={session.secret}"}
+            headers = signed_in if how == "signed out" else {"Authorization": f"Bearer {key}"}
+        with running.http(headers=headers) as http, http.stream("GET", f"/jobs/{job_id}/stream") as answer:
+            lines = answer.iter_lines()
+            while not next(lines).startswith("data:"):
+                pass
+            time.sleep(0.2)
+            assert running.service.streams.open == 1, "who may follow goes on doing so"
+            if how == "first key":
+                create_key(store, "one", scopes=["read"])
+            elif how == "revoked":
+                revoke_key(store, key_id)
+            else:
+                sign_out(store, session.secret)
+            assert not [line for line in lines if line.startswith("data:")]
+        wait_for(lambda: running.service.streams.open == 0)
 
 
 @pytest.mark.parametrize("given", ["9" * 5_000, "٣", "-1", "x"])

@@ -90,6 +90,15 @@ def check_key(store: Store, text: str, *, session: bool = False) -> Caller | Non
     return Caller(key_id, frozenset(record["scopes"]), session, record["made_from"] or key_id)
 
 
+def is_valid(store: Store, caller: Caller) -> bool:
+    """Whether one who was let in still would be; without a key, as long as there is none."""
+    if caller.id is None:
+        return not key_exists(store)
+    ids = {caller.id, caller.key}  # a session, and the key that it was made from
+    found = store.every(select(keys.c.id).where(keys.c.id.in_(ids), *_valid(keys)))
+    return len(found) == len(ids)
+
+
 def key_exists(store: Store) -> bool:
     """Whether a key was ever made. One that is revoked or expired still counts: its end opens nothing."""
     return store.one(select(keys.c.id).where(keys.c.session.is_(False)).limit(1)) is not None
