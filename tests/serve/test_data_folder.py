@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ift_peft.cli.app import app
-from ift_peft.errors import RunError
+from ift_peft.errors import RunError, SettingsError
 from ift_peft.serve.files.records import clean
 from ift_peft.serve.operations.backup import restore_backup, write_backup
 from ift_peft.serve.service import Service
@@ -67,6 +67,18 @@ def test_a_restored_folder_is_taken_for_its_stores(tmp_path: Path) -> None:
     with serving(tmp_path / "new") as running:
         assert running.client().files.content(kept.id).content == ROWS
     assert (tmp_path / "new" / ".store").read_bytes() == (tmp_path / "data" / ".store").read_bytes()
+
+
+@pytest.mark.parametrize("given", ["nan", "inf", "1e300", "999999"])
+def test_a_key_ends_at_a_time_that_there_is(tmp_path: Path, given: str) -> None:
+    where = ["--data-dir", str(tmp_path / "data")]
+    made = CliRunner().invoke(app, ["keys", "create", "first", *where])
+    key_id = made.stdout.strip()[7:23]
+    for command in (["create", "second", "--days", given], ["rotate", key_id, "--grace-hours", given]):
+        told = CliRunner().invoke(app, ["keys", *command, *where])
+        assert told.exit_code == SettingsError.exit_code, told.output
+    listed = CliRunner().invoke(app, ["keys", "list", *where]).stdout
+    assert key_id in listed and "second" not in listed
 
 
 def test_rights_of_a_folder_that_was_there_stay_and_are_warned_of(
