@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from ift_peft.serve.files.records import clean
 from ift_peft.serve.operations.backup import restore_backup, write_backup
 from ift_peft.serve.service import Service
 from ift_peft.serve.settings import Settings
+from ift_peft.train.checkpoints import REQUIRED
 from tests.serve.in_process import serving
-from tests.serve.test_files import ROWS
+from tests.serve.test_files import ROWS, add_job
 
 
 def refused(data_dir: Path, text: str, **settings: str) -> None:
@@ -79,6 +81,36 @@ def test_a_key_ends_at_a_time_that_there_is(tmp_path: Path, given: str) -> None:
         assert told.exit_code == SettingsError.exit_code, told.output
     listed = CliRunner().invoke(app, ["keys", "list", *where]).stdout
     assert key_id in listed and "second" not in listed
+
+
+def test_a_backup_beside_a_training_holds_what_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log that shrinks while it is copied, and a checkpoint that is being written."""
+    with serving(tmp_path / "data") as running:
+        add_job(running, "file-none", status="running", run="runs/ftjob-1/one")
+        checkpoints = running.data_dir / "runs" / "ftjob-1" / "one" / "checkpoints"
+        for step, names in ((2, REQUIRED), (4, REQUIRED[:2])):
+            (checkpoints / f"checkpoint-{step}").mkdir(parents=True)
+            for name in names:
+                (checkpoints / f"checkpoint-{step}" / name).write_bytes(b"{}")
+        log = running.data_dir / "jobs" / "ftjob-1" / "log"
+        log.parent.mkdir()
+        log.write_bytes(b"x" * 3_000_000)
+        fstat = os.fstat
+
+        def shrinking(handle: int) -> os.stat_result:
+            found = fstat(handle)
+            if os.readlink(f"/proc/self/fd/{handle}") == str(log):
+                os.truncate(log, 1_000_000)
+            return found
+
+        monkeypatch.setattr(os, "fstat", shrinking)
+        made = write_backup(running.data_dir, tmp_path / "copy.tar")
+        monkeypatch.undo()
+    assert [note for note in made.notes if "checkpoint-4" in note] == made.notes != []
+    restore_backup(tmp_path / "copy.tar", tmp_path / "new")
+    assert (tmp_path / "new" / "jobs" / "ftjob-1" / "log").stat().st_size == 1_000_000
+    kept = [path.name for path in (tmp_path / "new" / "runs" / "ftjob-1" / "one" / "checkpoints").iterdir()]
+    assert kept == ["checkpoint-2"]
 
 
 def test_rights_of_a_folder_that_was_there_stay_and_are_warned_of(
