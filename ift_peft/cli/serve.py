@@ -38,6 +38,9 @@ def serve(
         list[str] | None,
         typer.Option(help="A base to train and serve: NAME, or NAME=PATH or Hub id. Repeatable; by default tiny."),
     ] = None,
+    needs_key: Annotated[
+        bool, typer.Option("--require-key", help="Not to start without a key: behind a proxy all come from loopback.")
+    ] = False,
     allowed_host: Annotated[
         list[str] | None, typer.Option(help="A further name by which clients call the service. Repeatable.")
     ] = None,
@@ -90,6 +93,7 @@ def serve(
             store_url=store_url,
             bases=bases,
             limits=limits,
+            require_key=needs_key,
             allowed_hosts=tuple(allowed_host or ()),
             engine=engine.value,
             vllm_url=vllm_url,

@@ -55,6 +55,8 @@ class Settings:
     bases: dict[str, str] = field(default_factory=lambda: {"tiny": "tiny"})
     """Public name of each base that is allowed, and what a recipe's `base.model` says for it."""
     limits: Limits = Limits()
+    require_key: bool = False
+    """Not to start without a key, also where only this machine reaches the service: as behind a proxy."""
     allowed_hosts: tuple[str, ...] = ()
     """Names, beside loopback and `host`, by which clients may call this service."""
     engine: Literal["builtin", "vllm"] = "builtin"

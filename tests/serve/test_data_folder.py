@@ -13,6 +13,8 @@ from ift_peft.cli.app import app
 from ift_peft.errors import RunError, SettingsError
 from ift_peft.serve.files.records import clean
 from ift_peft.serve.operations.backup import restore_backup, write_backup
+from ift_peft.serve.security.guard import require_key
+from ift_peft.serve.security.keys import create_key
 from ift_peft.serve.service import Service
 from ift_peft.serve.settings import Settings
 from ift_peft.train.checkpoints import REQUIRED
@@ -111,6 +113,18 @@ def test_a_backup_beside_a_training_holds_what_is_whole(tmp_path: Path, monkeypa
     assert (tmp_path / "new" / "jobs" / "ftjob-1" / "log").stat().st_size == 1_000_000
     kept = [path.name for path in (tmp_path / "new" / "runs" / "ftjob-1" / "one" / "checkpoints").iterdir()]
     assert kept == ["checkpoint-2"]
+
+
+def test_a_start_that_needs_a_key_is_refused_without_one(tmp_path: Path) -> None:
+    told = CliRunner().invoke(app, ["serve", "--require-key", "--port", "0", "--data-dir", str(tmp_path / "data")])
+    assert told.exit_code == SettingsError.exit_code
+    assert "ift keys create first" in " ".join(told.output.split())
+    service = Service(Settings(data_dir=tmp_path / "data", require_key=True))
+    try:
+        create_key(service.store, "first", scopes=["read"])
+        require_key(service.settings, service.store)
+    finally:
+        service.release()
 
 
 def test_rights_of_a_folder_that_was_there_stay_and_are_warned_of(

@@ -35,12 +35,14 @@ NOBODY = Caller(None, frozenset())
 
 
 def require_key(settings: Settings, store: Store) -> None:
-    """Raises `SettingsError` for a service that others could reach and that has no key."""
-    if not is_loopback(settings.host) and not key_exists(store):
+    """Raises `SettingsError` for a service without a key that others could reach, or that is said to need one."""
+    public = not is_loopback(settings.host)
+    if (public or settings.require_key) and not key_exists(store):
+        option = f"--host {settings.host}" if public else "--require-key"
         raise SettingsError(
-            expected=f"a key, where others can reach the service (--host {settings.host})",
+            expected=f"a key, where others can reach the service ({option})",
             found="none",
-            fix=f"ift keys create first --data-dir {settings.data_dir}, or leave --host out",
+            fix=f"ift keys create first --data-dir {settings.data_dir}, or leave {option.split()[0]} out",
         )
 
 
