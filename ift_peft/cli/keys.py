@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -119,12 +120,16 @@ def _store(data_dir: Path, store_url: str | None) -> Iterator[Store]:
     from ift_peft.serve.store import Store
 
     settings = Settings(data_dir=data_dir.resolve(), store_url=store_url)
-    settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    store = Store(settings.database_url)
+    before = os.umask(0o077)  # the database is the owner's alone, whatever the folder is
     try:
-        yield store
+        settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        store = Store(settings.database_url)
+        try:
+            yield store
+        finally:
+            store.close()
     finally:
-        store.close()
+        os.umask(before)
 
 
 def _time(seconds: float | None) -> str:

@@ -38,6 +38,9 @@ def serve(
         list[str] | None,
         typer.Option(help="A base to train and serve: NAME, or NAME=PATH or Hub id. Repeatable; by default tiny."),
     ] = None,
+    needs_key: Annotated[
+        bool, typer.Option("--require-key", help="Not to start without a key: behind a proxy all come from loopback.")
+    ] = False,
     allowed_host: Annotated[
         list[str] | None, typer.Option(help="A further name by which clients call the service. Repeatable.")
     ] = None,
@@ -58,6 +61,7 @@ def serve(
     On loopback no key is needed until one is made: ift keys create
     """
     require_serve()
+    from ift_peft.serve.security.hosts import check_name
     from ift_peft.serve.server import run
     from ift_peft.serve.settings import MEBIBYTE, Limits, Settings
 
@@ -72,6 +76,7 @@ def serve(
                 expected="--organization of 1 to 32 of a-z, 0-9 and -", found=repr(organization), fix="shorten it"
             )
         )
+    faults += [fault for name in allowed_host or () if (fault := check_name(name)) is not None]
     raise_all(faults)
     limits = Limits(
         upload_bytes=max_upload_mib * MEBIBYTE,
@@ -88,6 +93,7 @@ def serve(
             store_url=store_url,
             bases=bases,
             limits=limits,
+            require_key=needs_key,
             allowed_hosts=tuple(allowed_host or ()),
             engine=engine.value,
             vllm_url=vllm_url,

@@ -13,6 +13,7 @@ from ift_peft.serve.errors import install_handlers
 from ift_peft.serve.objects import ErrorBody
 from ift_peft.serve.operations.observed import Observed
 from ift_peft.serve.pages import dashboard
+from ift_peft.serve.pages.page import error_page
 from ift_peft.serve.routes import chat, files, jobs, models, operations
 from ift_peft.serve.security.guard import Guard
 from ift_peft.serve.security.headers import SecurityHeaders
@@ -65,7 +66,7 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(operations.router)
     for pages in dashboard.ROUTERS:
         app.include_router(pages)
-    app.add_middleware(Guard, settings=service.settings, store=service.store)
+    app.add_middleware(Guard, settings=service.settings, store=service.store, error_page=error_page)
     app.add_middleware(Observed, metrics=service.metrics)
     app.add_middleware(SecurityHeaders)  # the last is the outermost
     for route in _operations(app.openapi()):

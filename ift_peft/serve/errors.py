@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,6 @@ from starlette.exceptions import HTTPException
 
 from ift_peft.errors import BusyError, IftPeftError
 
-log = logging.getLogger("ift_peft.serve")
 CODES = {404: "unknown_url", 405: "method_not_allowed", 408: "request_timeout", 413: "request_too_large"}
 UNSUPPORTED = "unsupported_parameter"  # the type of pydantic's error, and the code of ours
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -77,7 +75,7 @@ def _param(place: Sequence[int | str], *, whole: bool) -> str:
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Give every error of `app` the one form, and keep what went wrong inside out of it."""
+    """Give every error of `app` the one form. What is unforeseen goes on to `Observed`, which tells it."""
 
     @app.exception_handler(ApiError)
     async def _ours(request: Request, error: ApiError) -> JSONResponse:
@@ -106,8 +104,3 @@ def install_handlers(app: FastAPI) -> None:
         what = f"{request.method} {request.url.path}"
         message = f"Unknown request URL: {what}." if error.status_code == 404 else f"{error.detail}: {what}"
         return response_of(ApiError(error.status_code, message, code=code, headers=error.headers))
-
-    @app.exception_handler(Exception)
-    async def _unforeseen(request: Request, error: Exception) -> JSONResponse:
-        log.error("request failed", exc_info=error, extra={"path": request.url.path})
-        return response_of(ApiError(500, "The server had an error; its log says which.", code="internal_error"))

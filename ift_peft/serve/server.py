@@ -8,11 +8,13 @@ import socket
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from ift_peft.errors import SettingsError
 from ift_peft.serve.app import create_app
 from ift_peft.serve.operations.logs import configure_logs
 from ift_peft.serve.security.guard import require_key
+from ift_peft.serve.security.heads import timed_heads
 from ift_peft.serve.service import Service
 from ift_peft.serve.settings import Settings
 
@@ -38,6 +40,7 @@ class _Server(uvicorn.Server):
 
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or Ctrl-C, which ends what is being answered first. Raises what keeps it from starting."""
+    os.umask(0o077)  # what is made from here on, databases too, is the owner's alone
     service = Service(settings)
     try:
         require_key(settings, service.store)
@@ -49,8 +52,19 @@ def run(settings: Settings) -> None:
     app = create_app(service)
     host, port = listening.getsockname()[:2]
     log.info("serving", extra={"host": host, "port": port, "data_dir": str(settings.data_dir)})
-    config = uvicorn.Config(
+    try:
+        _Server(configured(app, settings), service).run(sockets=[listening])
+    except SystemExit:  # uvicorn's word for a start that failed
+        if app.state.failure is not None:
+            raise app.state.failure from None
+        raise
+
+
+def configured(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """How uvicorn serves the application."""
+    return uvicorn.Config(
         app,
+        http=timed_heads(settings.limits.body_seconds),
         log_config=None,
         access_log=False,
         server_header=False,
@@ -59,12 +73,6 @@ def run(settings: Settings) -> None:
         timeout_keep_alive=75,  # longer than clients keep idle connections (5 s), so that none is closed as it is used
         timeout_graceful_shutdown=20,
     )
-    try:
-        _Server(config, service).run(sockets=[listening])
-    except SystemExit:  # uvicorn's word for a start that failed
-        if app.state.failure is not None:
-            raise app.state.failure from None
-        raise
 
 
 def _listen(settings: Settings) -> socket.socket:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 from typing import IO, Annotated, cast
 
 from fastapi import Depends, Request
 
 from ift_peft.errors import RunError
+from ift_peft.serve.files.identity import check_place, tie
 from ift_peft.serve.inference.loaded import LoadedModels
 from ift_peft.serve.inference.models import finish_removals
 from ift_peft.serve.jobs.jobs import Jobs
@@ -19,25 +21,35 @@ from ift_peft.serve.pages.streams import Streams
 from ift_peft.serve.settings import Settings
 from ift_peft.serve.store import Store
 
+log = logging.getLogger("ift_peft.serve")
+
 
 class Service:
     """One service over one data folder, which no other process may serve."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        check_place(settings)
         for folder in (settings.data_dir, settings.files, settings.runs, settings.jobs):
-            folder.mkdir(parents=True, exist_ok=True)
-            folder.chmod(0o700)
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # one that is there stays as it is
         self._lock = _lock(settings)
-        self.store = Store(settings.database_url)
+        try:
+            self.store = Store(settings.database_url)
+            tie(settings, self.store)
+        except BaseException:
+            self._lock.close()
+            raise
         self.streams, self.looks = Streams(settings.limits.streams), Looks()
         self.metrics = Metrics(self)
-        self.housekeeping = Housekeeping(settings, self.store)
+        self.housekeeping = Housekeeping(settings, self.store, forget=self.looks.forget)
         self.jobs = Jobs(settings, self.store)
         self.models = LoadedModels(settings, self.store)
 
     def start(self) -> None:
         """Begin with what is to be done; after this, requests are answered. Raises what keeps it from that."""
+        mode = self.settings.data_dir.stat().st_mode & 0o777
+        if mode & 0o077:
+            log.warning("others on this machine can open the data folder; chmod 700 it", extra={"mode": f"{mode:04o}"})
         finish_removals(self.settings, self.store)
         self.housekeeping.start()
         self.jobs.start()
@@ -56,7 +68,7 @@ class Service:
 
 
 def _lock(settings: Settings) -> IO[str]:
-    lock = (settings.data_dir / ".lock").open("w")
+    lock = (settings.data_dir / ".lock").open("a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

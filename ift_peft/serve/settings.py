@@ -21,11 +21,12 @@ class Limits:
     body_bytes: int = 4 * MEBIBYTE
     """Of every request that is no upload."""
     body_seconds: float = 30.0
-    """In which a body may come as slowly as it likes; after them it has come at 1 KiB a second, or is refused."""
+    """In which a body may come as slowly as it likes; after them it has come at 1 KiB a second, or is refused. In which
+    the head of a request is whole, or its connection closed."""
     sweep_seconds: float = 60.0
     """Between two looks for what has expired."""
     requests_per_minute: int = 600
-    """Of one key, or of one address where no key is needed."""
+    """Of one key, or of one address where no key is needed; of one address also without a key that is valid."""
     waiting_requests: int = 128
     """Chats that wait for a row of the engine; those that come then are told to come back."""
     rows_together: int = 16
@@ -54,6 +55,8 @@ class Settings:
     bases: dict[str, str] = field(default_factory=lambda: {"tiny": "tiny"})
     """Public name of each base that is allowed, and what a recipe's `base.model` says for it."""
     limits: Limits = Limits()
+    require_key: bool = False
+    """Not to start without a key, also where only this machine reaches the service: as behind a proxy."""
     allowed_hosts: tuple[str, ...] = ()
     """Names, beside loopback and `host`, by which clients may call this service."""
     engine: Literal["builtin", "vllm"] = "builtin"

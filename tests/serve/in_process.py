@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from openai import OpenAI
 
 from ift_peft.serve.app import create_app
+from ift_peft.serve.server import configured
 from ift_peft.serve.service import Service
 from ift_peft.serve.settings import Limits, Settings
 
@@ -63,10 +64,7 @@ def serving(data_dir: Path, *, limits: Limits = Limits(), **settings: Any) -> It
     service.start, service.stop = service.housekeeping.start, partial(_stop, service)  # type: ignore[method-assign]
     with socket.create_server(("127.0.0.1", 0)) as listening:
         app = create_app(service)
-        config = uvicorn.Config(
-            app, log_config=None, access_log=False, server_header=False, proxy_headers=False, ws="none"
-        )
-        server = uvicorn.Server(config)
+        server = uvicorn.Server(configured(app, service.settings))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         while not server.started:

@@ -216,7 +216,7 @@ def test_a_start_removes_what_a_crash_has_left(tmp_path: Path) -> None:
     with serving(data_dir) as running:
         kept = running.client().files.create(file=("rows.jsonl", ROWS), purpose="fine-tune")
         (data_dir / "files" / ".upload-abc").write_bytes(b"half")
-        (data_dir / "files" / "file-without-a-record").write_bytes(b"whole")
+        (data_dir / "files" / f"file-{'a' * 24}").write_bytes(b"whole")
     with sqlite3.connect(data_dir / "store.sqlite") as store:
         assert store.execute("SELECT count(*), sum(rows) FROM files").fetchone() == (1, 12)
     with serving(data_dir) as running:

@@ -7,6 +7,7 @@ import logging
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,17 @@ import openai
 import pytest
 from sqlalchemy import update
 from starlette.exceptions import HTTPException
+from typer.testing import CliRunner
 
+from ift_peft.cli.app import app
+from ift_peft.errors import SettingsError
 from ift_peft.serve.operations.logs import JsonLines
 from ift_peft.serve.security.bodies import limited
-from ift_peft.serve.security.hosts import is_loopback, same_origin
+from ift_peft.serve.security.hosts import check_name, is_loopback, same_origin
 from ift_peft.serve.security.keys import check_key, create_key, list_keys, revoke_key, rotate_key
 from ift_peft.serve.security.rates import Rates
 from ift_peft.serve.security.scopes import RULES, scopes_for
-from ift_peft.serve.security.sessions import COOKIE, sign_in, sign_out
+from ift_peft.serve.security.sessions import COOKIE, MOST, check_session, sign_in, sign_out
 from ift_peft.serve.settings import Limits
 from ift_peft.serve.store.tables import keys
 from tests.serve.in_process import Running, serving, wait_for
@@ -150,6 +154,13 @@ def test_no_key_is_needed_on_the_same_machine_until_one_is_made(tmp_path: Path) 
         ("127.0.0.1.evil.example", False),
         ("localhost.evil.example:8000", False),
         ("", False),
+        ("127.0.0.1:<b>", False),
+        ("127.0.0.1:123456", False),
+        ("127.0.0.1:80:80", False),
+        ("[127.0.0.1]@evil.example", False),
+        ("[::1]evil.example", False),
+        ("[::1", False),
+        ("a@127.0.0.1", False),
     ],
 )
 def test_a_name_that_is_not_ours_is_refused(service: Running, http: httpx.Client, host: str, allowed: bool) -> None:
@@ -158,6 +169,17 @@ def test_a_name_that_is_not_ours_is_refused(service: Running, http: httpx.Client
         assert answer.status_code == 200
     else:
         assert code_of(answer) == (421, "host_not_allowed")
+
+
+@pytest.mark.parametrize("name", ["https://models.example", "models.example:8000", "models.example/", "a b", "", "x:"])
+def test_a_name_that_no_header_host_could_have_is_refused_at_the_start(name: str, tmp_path: Path) -> None:
+    told = CliRunner().invoke(app, ["serve", "--data-dir", str(tmp_path / "data"), "--allowed-host", name])
+    assert told.exit_code == SettingsError.exit_code
+    assert "no scheme, port or path" in " ".join(told.output.split())
+    assert not (tmp_path / "data").exists()
+    assert check_name("models.example") is None and check_name("[::1]") is None
+    fault = check_name("https://models.example:80/v1")
+    assert fault is not None and fault.fix == "--allowed-host models.example"
 
 
 def test_pages_of_other_origins_change_nothing(service: Running, http: httpx.Client) -> None:
@@ -175,7 +197,28 @@ def test_pages_of_other_origins_change_nothing(service: Running, http: httpx.Cli
     assert same_origin("https://models.example", "models.example")
     assert same_origin("https://models.example", "models.example:443")
     assert not same_origin("http://models.example", "models.example:443")
+    assert not same_origin("http://models.example@evil.example/", "models.example")
+    assert not same_origin("http://", "") and not same_origin("http://[", "[")
     assert is_loopback("::ffff:127.0.0.1") and not is_loopback("::ffff:8.8.8.8")
+
+
+def test_what_browsers_say_of_where_a_form_is_from_decides_without_a_session_too(tmp_path: Path) -> None:
+    with serving(tmp_path / "data") as running, running.http() as http:
+        own = f"{running.url}/start?x=1"
+        for referer, status in (("http://[", 403), ("http://evil.example/", 403), ("", 403), (own, 303)):
+            assert http.post("/logout", headers={"Referer": referer}).status_code == status, referer
+        assert http.post("/logout").status_code == 303, "a program may say nothing"
+        cookie = {"Cookie": f"{COOKIE}=x"}
+        assert http.post("/logout", headers=cookie).status_code == 403, "but no browser that has a session"
+        assert http.post("/logout", headers={**cookie, "Origin": running.url}).status_code == 303
+        session = sign_in(running.service.store, create_key(running.service.store, "one", scopes=["write"])[1])
+        assert session is not None
+        signed_in = {"Cookie": f"{COOKIE}={session.secret}"}
+        for referer, status in (("http://[", 403), (own, 404)):
+            answer = http.delete("/v1/files/file-x", headers={**signed_in, "Referer": referer})
+            assert answer.status_code == status, referer
+        elsewhere = {"Referer": "http://evil.example/", **bearer(running, "write")}
+        assert http.delete("/v1/files/file-x", headers=elsewhere).status_code == 404, "a key comes from no browser"
 
 
 def test_a_session_is_a_browsers_and_ends_with_its_key(service: Running, http: httpx.Client) -> None:
@@ -224,7 +267,25 @@ def test_requests_have_a_rate(tmp_path: Path) -> None:
         one, two = (bearer(running, "read") for _ in range(2))
         assert [http.get("/v1/files", headers=one).status_code for _ in range(6)] == [200] * 5 + [429]
         assert http.get("/v1/files", headers=two).status_code == 200
-        assert http.get("/v1/files").status_code == 429, "guesses at keys count for the address"
+        guesses = [http.get("/v1/files", headers={"Authorization": f"Bearer {n}"}).status_code for n in range(6)]
+        assert guesses == [401] * 5 + [429]
+    with serving(tmp_path / "other", limits=Limits(requests_per_minute=5)) as running, running.http() as http:
+        create_key(running.service.store, "first", scopes=["read"])
+        assert [http.get("/v1/files").status_code for _ in range(6)] == [401] * 5 + [429]
+        assert [http.get("/static/pages.css").status_code for _ in range(9)] == [200] * 9
+        assert [http.get("/login").status_code for _ in range(6)] == [200] * 5 + [429], "guesses are counted apart"
+
+
+def test_sessions_share_the_rate_of_their_key_and_are_bounded(tmp_path: Path) -> None:
+    with serving(tmp_path / "data", limits=Limits(requests_per_minute=5)) as running, running.http() as http:
+        store = running.service.store
+        _, text = create_key(store, "person", scopes=["read"])
+        secrets = [session.secret for _ in range(MOST + 2) if (session := sign_in(store, text))]
+        valid = [check_session(store, secret) is not None for secret in secrets]
+        assert valid == [False] * 2 + [True] * MOST, "the oldest end"
+        cookies = [{"Cookie": f"{COOKIE}={secret}"} for secret in secrets[-3:]]
+        asked = [*cookies, *cookies, {"Authorization": f"Bearer {text}"}]
+        assert [http.get("/v1/files", headers=one).status_code for one in asked] == [200] * 5 + [429] * 2
 
 
 def test_bodies_are_bounded_as_they_come(service: Running, http: httpx.Client) -> None:
@@ -259,6 +320,44 @@ def test_a_body_that_trickles_is_given_up(service: Running) -> None:
     assert b"request_timeout" in answer
     assert time.monotonic() - started >= LIMITS.body_seconds
     assert not list((service.data_dir / "files").iterdir())
+
+
+def answered(client: socket.socket) -> None:
+    told = b""
+    while not told.endswith(b"}"):
+        piece = client.recv(4096)
+        assert piece
+        told += piece
+    assert b"200 OK" in told
+
+
+def test_a_head_that_trickles_ends_its_connection(service: Running) -> None:
+    """From the start of the connection, or of a further request on it; idle in between it may stay."""
+    whole = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    for before, sent in ((b"", b""), (b"", b"GET /healthz HT"), (whole, b"GET /hea"), (whole + b"GET /h", b"")):
+        with socket.create_connection(("127.0.0.1", service.port), timeout=20) as client:
+            if before:
+                client.sendall(before)
+                answered(client)
+            ended = started = time.monotonic()
+            client.sendall(sent)
+            client.settimeout(0.1)
+            while ended - started < 20:
+                ended = time.monotonic()
+                try:
+                    if client.recv(4096) == b"":
+                        break
+                except TimeoutError:
+                    with suppress(ConnectionError):
+                        client.sendall(b"x" if sent else b"")
+                except ConnectionError:
+                    break
+            assert LIMITS.body_seconds * 0.8 < ended - started < 20, (before, sent)
+    with socket.create_connection(("127.0.0.1", service.port), timeout=20) as client:
+        for _ in range(2):
+            client.sendall(whole)
+            answered(client)
+            time.sleep(2 * LIMITS.body_seconds)
 
 
 def test_answers_tell_browsers_to_be_careful(service: Running, http: httpx.Client) -> None:

@@ -55,6 +55,35 @@ def strict(line: bytes) -> Any:
     return json.loads(line.decode("utf-8"), parse_constant=refuse, object_pairs_hook=twice)
 
 
+def test_blank_lines_are_passed_over_until_they_are_too_many() -> None:
+    limits = Limits(rows=20, min_examples=1)
+    row = b'{"prompt": "q", "completion": "a"}'
+    for content, ends in ((b"\n" * 39 + row + b"\n", True), (b" \r\n" * 39 + row, True), (b"\n" * 41, False)):
+        checker = LineChecker(limits)
+        checker.feed(content)
+        checker.close()
+        assert (checker.message == "", checker.rows) == (ends, int(ends)), content
+    assert "line 41: more than 40 lines" in checker.message
+
+
+def test_nothing_is_looked_at_behind_the_line_that_ends_the_check() -> None:
+    class Piece(bytes):
+        found = 0
+
+        def find(self, *arguments: Any) -> int:
+            Piece.found += 1
+            return super().find(*arguments)
+
+    for line in (b"\n", b"{\n", b'{"prompt": "q", "completion": "a"}\n'):
+        checker = LineChecker(Limits(rows=2_000))
+        Piece.found = 0
+        checker.feed(Piece(line * 20_000))
+        checker.feed(Piece(line * 20_000))
+        checker.close()
+        assert checker.message and Piece.found <= 4_001, line
+        assert checker.bytes == 40_000 * len(line)
+
+
 @given(st.binary(max_size=200) | VALUES.map(written) | ROWS.map(written))
 @example(b"[" * 100_000)
 @example(b'{"a":' * 100_000)

@@ -1,7 +1,7 @@
 """Rows to train on, checked line by line as they arrive: what is accepted here, training reads.
 
 A row is `{"messages": [...]}` or `{"prompt": …, "completion": …}`, one form in a file. Lines end in a line feed; blank
-ones are passed over, and so is a byte order mark at the start, as by the reader of training. Faults name lines, bytes
+ones are passed over, as long as the lines are at most twice the rows that a file may have, and so is a byte order mark at the start, as by the reader of training. Faults name lines, bytes
 and fields, never what a row says.
 """
 
@@ -59,12 +59,19 @@ class LineChecker:
     def feed(self, piece: bytes) -> None:
         """Take the next bytes of the file."""
         self.bytes += len(piece)
-        start = 0
-        while (end := piece.find(b"\n", start)) >= 0:
-            self._extend(piece[start:end])
-            self._end_line()
+        start, most = 0, 2 * self.limits.rows
+        while not self._stopped and (end := piece.find(b"\n", start)) >= 0:
+            if self._number > most:
+                self._fault(self._number, f"more than {most:,} lines, most of them blank")
+                self._stopped = True
+            elif end == start and not self._line and not self._skipping:
+                self._number += 1
+            else:
+                self._extend(piece[start:end])
+                self._end_line()
             start = end + 1
-        self._extend(piece[start:])
+        if not self._stopped:
+            self._extend(piece[start:])
 
     def close(self) -> None:
         """The file has ended."""

@@ -7,13 +7,16 @@ round, and ends with the rows that runs hold copies of; what a crash leaves undo
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, delete, insert, or_, select
 
+from ift_peft.errors import RunError
 from ift_peft.serve.errors import ApiError, not_found
 from ift_peft.serve.files.forget import forget_rows
 from ift_peft.serve.ids import new_id
@@ -23,6 +26,13 @@ from ift_peft.serve.store import Record, Store
 from ift_peft.serve.store.tables import files, jobs
 
 TEMPORARY = ".upload-"
+_NAME = r"file-[A-Za-z0-9]{24}"
+_TEMPORARY = re.compile(rf"{re.escape(TEMPORARY)}.*|\.{_NAME}\..*")  # of uploads, and of result files
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a name in the folder of files is of something that was never finished."""
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 def alive(now: float | None = None) -> Any:
@@ -90,8 +100,8 @@ def delete_file(settings: Settings, store: Store, file_id: str) -> None:
     _erase(settings, store, file_id)
 
 
-def sweep(settings: Settings, store: Store) -> int:
-    """Delete the files that have expired, but those that a job still uses; their number."""
+def sweep(settings: Settings, store: Store, *, forget: Callable[[str], None]) -> int:
+    """Delete the files that have expired, but those that a job still uses; their number. `forget` is told each."""
     expired = [record["id"] for record in store.every(select(files.c.id).where(~alive()))]
     done = 0
     for file_id in expired:
@@ -100,17 +110,25 @@ def sweep(settings: Settings, store: Store) -> int:
                 continue
             connection.execute(delete(files).where(files.c.id == file_id))
         _erase(settings, store, file_id)
+        forget(file_id)  # after it: no look can begin any more
         done += 1
     return done
 
 
 def clean(settings: Settings, store: Store) -> None:
     """What a crash may have left, before anything is served: uploads without an end, content without a record, rows of
-    deleted files."""
+    deleted files. Raises `RunError`, and deletes nothing, where something lies there that the service never makes."""
     known = {record["id"] for record in store.every(select(files.c.id))}
-    for path in settings.files.iterdir():
-        if path.name not in known:
-            path.unlink()
+    left = sorted(path for path in settings.files.iterdir() if path.name not in known)
+    for path in left:
+        if path.is_dir() or not (is_temporary(path.name) or re.fullmatch(_NAME, path.name)):
+            raise RunError(
+                expected=f"files of the service alone in {settings.files}",
+                found=repr(path.name),
+                fix="move it elsewhere, or give another --data-dir",
+            )
+    for path in left:
+        path.unlink()
     used = select(jobs.c.training_file, jobs.c.validation_file).where(jobs.c.status.in_(FINAL))
     gone = {name for record in store.every(used) for name in record.values() if name is not None} - known
     for file_id in gone:

@@ -3,7 +3,8 @@
 The databases are copied first, each as of one moment, and then the content that their records name; the queue before
 the records, as a job that is queued and has ended is passed over, and one that is not queued is queued again. What was
 deleted in between has its record taken out of the copy: every record there has its content. `manifest.json` comes
-last, with the sha256 of all.
+last, with the sha256 of all. Of a run that is being trained the checkpoints are copied that were whole when they were
+looked at; it goes on from the newest of them.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ from typing import IO, Any
 
 from ift_peft.errors import RunError
 from ift_peft.serve.files.records import sync_folder
+from ift_peft.serve.objects import FINAL
+from ift_peft.train.checkpoints import REQUIRED
 
 STORE, QUEUE, MANIFEST = "store.sqlite", "queue.sqlite", "manifest.json"
 FORMAT = 1
 _PIECE = 1 << 20
+_IN_MEMORY = 8 << 20  # of a file that is copied; a larger one lies beside the target meanwhile
 
 
 @dataclass
@@ -70,12 +74,12 @@ def _write(data_dir: Path, file: IO[bytes], scratch: Path) -> Backup:
     copies = {name: _copied(data_dir / name, scratch / name) for name in (QUEUE, STORE) if (data_dir / name).is_file()}
     store = sqlite3.connect(copies[STORE])
     with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for name in _content(store, data_dir):
-            _add(tar, data_dir / name, name, hashes)
+        for name in _content(store, data_dir, made):
+            _add(tar, data_dir / name, name, hashes, scratch=scratch)
         _take_out_lost(store, hashes, made)
         store.close()
         for name, path in copies.items():
-            _add(tar, path, name, hashes)
+            _add(tar, path, name, hashes, scratch=scratch)
         manifest = {"format": FORMAT, "made": int(time.time()), "files": hashes}
         content = json.dumps(manifest, ensure_ascii=False, indent=1).encode()
         info = tarfile.TarInfo(MANIFEST)
@@ -97,42 +101,53 @@ def _copied(source: Path, target: Path) -> Path:
     return target
 
 
-def _content(store: sqlite3.Connection, data_dir: Path) -> Iterator[str]:
+def _content(store: sqlite3.Connection, data_dir: Path, made: Backup) -> Iterator[str]:
     """Paths below the folder of what the records name: files, runs, and what trainers were handed."""
     for (file_id,) in store.execute("SELECT id FROM files ORDER BY number"):
         yield f"files/{file_id}"
+    jobs = store.execute("SELECT id, status, run FROM jobs ORDER BY number").fetchall()
+    at_work = {data_dir / run for _, status, run in jobs if run and status not in FINAL}
     runs = {run for (run,) in store.execute("SELECT run FROM models UNION SELECT run FROM jobs") if run}
-    for folder in (*sorted(runs), *(f"jobs/{job}" for (job,) in store.execute("SELECT id FROM jobs ORDER BY number"))):
-        for path in sorted((data_dir / folder).rglob("*")):
-            if path.is_file() and not path.is_symlink() and path.name != ".lock":
-                yield path.relative_to(data_dir).as_posix()
+    for folder in (*sorted(runs), *(f"jobs/{job}" for job, _, _ in jobs)):
+        top = data_dir / folder
+        for place, folders, names in os.walk(top):  # which passes over what goes away meanwhile
+            if top in at_work and Path(place).name == "checkpoints":
+                for part in [one for one in folders if not _is_whole(Path(place, one))]:
+                    folders.remove(part)
+                    made.notes.append(f"without {part} of {folder}, which was being written")
+            folders.sort()
+            for path in (Path(place, name) for name in sorted(names)):
+                if path.is_file() and not path.is_symlink() and path.name != ".lock":
+                    yield path.relative_to(data_dir).as_posix()
 
 
-def _add(tar: tarfile.TarFile, path: Path, name: str, hashes: dict[str, dict[str, Any]]) -> None:
-    """One file as it is now; none where it is gone. A log that grows meanwhile is taken as far as it had come."""
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether it can be gone on from: the trainer writes its state when all else is there."""
+    try:
+        return all((checkpoint / name).stat().st_size for name in REQUIRED)
+    except FileNotFoundError:
+        return False
+
+
+def _add(tar: tarfile.TarFile, path: Path, name: str, hashes: dict[str, dict[str, Any]], *, scratch: Path) -> None:
+    """One file as it is now; none where it is gone. One that grows or shrinks meanwhile is taken as far as it was read:
+    its size is known when it has been."""
     try:
         file = path.open("rb")
     except FileNotFoundError:
         return
-    with file:
+    with file, tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY, dir=scratch) as copy:
+        found = os.fstat(file.fileno())
+        digest, left = hashlib.sha256(), found.st_size
+        while piece := file.read(min(left, _PIECE)):
+            digest.update(piece)
+            copy.write(piece)
+            left -= len(piece)
         info = tarfile.TarInfo(name)
-        info.size, info.mode = os.fstat(file.fileno()).st_size, 0o600
-        info.mtime = int(os.fstat(file.fileno()).st_mtime)
-        reader = _Hashing(file)
-        tar.addfile(info, reader)
-        hashes[name] = {"sha256": reader.digest.hexdigest(), "bytes": info.size}
-
-
-class _Hashing:
-    """A file that is hashed as it is read."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self.digest = file, hashlib.sha256()
-
-    def read(self, size: int = -1) -> bytes:
-        piece = self._file.read(size)
-        self.digest.update(piece)
-        return piece
+        info.size, info.mode, info.mtime = copy.tell(), 0o600, int(found.st_mtime)
+        copy.seek(0)
+        tar.addfile(info, copy)
+        hashes[name] = {"sha256": digest.hexdigest(), "bytes": info.size}
 
 
 def _take_out_lost(store: sqlite3.Connection, hashes: dict[str, Any], made: Backup) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 
 from ift_peft.serve.files.records import clean, sweep
 from ift_peft.serve.security.keys import remove_ended_sessions
@@ -14,10 +15,10 @@ log = logging.getLogger("ift_peft.serve")
 
 
 class Housekeeping:
-    """A thread that deletes what has expired, at once and every `limits.sweep_seconds`."""
+    """A thread that deletes what has expired, at once and every `limits.sweep_seconds`; `forget` is told the files."""
 
-    def __init__(self, settings: Settings, store: Store) -> None:
-        self.settings, self.store = settings, store
+    def __init__(self, settings: Settings, store: Store, *, forget: Callable[[str], None]) -> None:
+        self.settings, self.store, self.forget = settings, store, forget
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="housekeeping", daemon=True)
 
@@ -34,7 +35,7 @@ class Housekeeping:
     def _run(self) -> None:
         while True:
             try:
-                deleted = sweep(self.settings, self.store)
+                deleted = sweep(self.settings, self.store, forget=self.forget)
                 remove_ended_sessions(self.store)
                 if deleted:
                     log.info("deleted files that had expired", extra={"files": deleted})

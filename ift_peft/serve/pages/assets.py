@@ -5,7 +5,6 @@ from __future__ import annotations
 from fastapi import APIRouter, Response
 
 from ift_peft.serve.errors import not_found
-from ift_peft.serve.pages.page import HEADERS
 from ift_peft.serve.pages.templates import ASSETS, asset
 
 router = APIRouter(include_in_schema=False)
@@ -18,4 +17,4 @@ def static(name: str, v: str = "") -> Response:
         raise not_found("file", name, param="name")
     content, media_type, version = asset(name)
     kept = "public, max-age=31536000, immutable" if v == version else "no-cache"
-    return Response(content, media_type=media_type, headers={**HEADERS, "Cache-Control": kept})
+    return Response(content, media_type=media_type, headers={"Cache-Control": kept})

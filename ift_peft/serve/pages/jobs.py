@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import anyio.to_thread
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from sqlalchemy import func, select
 
 from ift_peft.serve.errors import ApiError, not_found
@@ -15,7 +15,7 @@ from ift_peft.serve.files.records import alive
 from ift_peft.serve.pages import actions
 from ift_peft.serve.pages.job_view import called, newest_metrics, run_of, scores_of, state_of
 from ift_peft.serve.pages.live import Followed
-from ift_peft.serve.pages.page import HEADERS, Page, from_here, hint_of, page, to
+from ift_peft.serve.pages.page import Page, hint_of, page, to
 from ift_peft.serve.service import Service, Serving
 from ift_peft.serve.store import Record
 from ift_peft.serve.store.tables import files, jobs, models
@@ -128,12 +128,10 @@ def report(service: Serving, job_id: str) -> Response:
     path = None if run is None else run.path / "report.html"
     if path is None or not path.is_file():
         raise not_found("report of job", job_id, param="fine_tuning_job_id")
-    return Response(
-        path.read_bytes(), media_type="text/html", headers={**HEADERS, "Content-Security-Policy": REPORT_POLICY}
-    )
+    return Response(path.read_bytes(), media_type="text/html", headers={"Content-Security-Policy": REPORT_POLICY})
 
 
-@router.post("/jobs/{job_id}/{action}", dependencies=[Depends(from_here)])
+@router.post("/jobs/{job_id}/{action}")
 async def act(request: Request, service: Serving, job_id: str, action: str) -> Response:
     """Cancel, pause or resume, and back to the job, which tells what was refused."""
     if action not in ("cancel", "pause", "resume"):
@@ -154,7 +152,7 @@ def start(request: Request, service: Serving, training_file: str = "", model: st
     return _form(request, service, {"training_file": training_file, "model": model})
 
 
-@router.post("/start", dependencies=[Depends(from_here)])
+@router.post("/start")
 async def started(request: Request, service: Serving) -> Response:
     """Create the job that the form asks for, and go on to it; or the form again with what is wrong."""
     async with request.form(max_files=0, max_fields=20) as form:

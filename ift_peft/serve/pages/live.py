@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Annotated, Any
 
 import anyio
@@ -23,18 +25,20 @@ from ift_peft.serve.pages.job_view import (
     scores_of,
     state_of,
 )
-from ift_peft.serve.pages.page import HEADERS
 from ift_peft.serve.pages.streams import Streams
 from ift_peft.serve.pages.templates import macro
+from ift_peft.serve.security.keys import is_valid
 from ift_peft.serve.service import Service, Serving
 from ift_peft.serve.store import Record
 from ift_peft.serve.store.tables import jobs
 
 router = APIRouter(include_in_schema=False)
 EVERY = 1.0  # seconds between two looks into the store
+CHECKED_AGAIN = 5.0  # seconds after which who follows is asked for anew: keys are revoked, sessions end
 RENDERED_AGAIN = 5.0  # seconds after which the time that is left is told anew
 HEARTBEAT = 15.0  # seconds of silence after which a comment says that the stream is alive
 PARTS = "job_parts.html.j2"
+_NUMBER = re.compile(r"[0-9]{1,18}")
 
 
 class Followed:
@@ -90,7 +94,7 @@ class Stream(StreamingResponse):
     """A stream that gives its place back, however it ends."""
 
     def __init__(self, content: AsyncIterator[str], streams: Streams) -> None:
-        super().__init__(content, media_type="text/event-stream", headers={**HEADERS, "X-Accel-Buffering": "no"})
+        super().__init__(content, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
         self._streams = streams
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -113,19 +117,22 @@ async def stream(
     Every message holds the parts that are new and has the number of the newest event as its id. Answers 503 where
     there are too many streams.
     """
-    known = int(last_event_id) if last_event_id is not None and last_event_id.isdecimal() else after
+    known = int(last_event_id) if last_event_id and _NUMBER.fullmatch(last_event_id) else after
     followed = await anyio.to_thread.run_sync(Followed, service, job_id)
+    allowed = partial(is_valid, service.store, request.state.caller)
     service.streams.enter()
-    return Stream(_messages(followed, known, service.streams), service.streams)
+    return Stream(_messages(followed, known, service.streams, allowed=allowed), service.streams)
 
 
-async def _messages(followed: Followed, known: int, streams: Streams) -> AsyncIterator[str]:
+async def _messages(
+    followed: Followed, known: int, streams: Streams, *, allowed: Callable[[], bool]
+) -> AsyncIterator[str]:
     yield "retry: 2000\n\n"
     parts = await anyio.to_thread.run_sync(followed.parts)
     # What events tell is shown already where there is none behind the known one; the job itself may have changed.
     of_events = ("curves", "events") if followed.newest <= known else ()
     new = {name: html for name, html in parts.items() if name not in of_events}
-    spoken = rendered = time.monotonic()
+    spoken = rendered = checked = time.monotonic()
     while True:
         if new:
             yield _message(followed, new)
@@ -136,6 +143,10 @@ async def _messages(followed: Followed, known: int, streams: Streams) -> AsyncIt
         if followed.final or streams.closing.is_set():
             return
         await anyio.sleep(EVERY)
+        if time.monotonic() - checked > CHECKED_AGAIN:
+            if not await anyio.to_thread.run_sync(allowed):
+                return
+            checked = time.monotonic()
         changed, before = await anyio.to_thread.run_sync(followed.again), parts
         if changed or time.monotonic() - rendered > RENDERED_AGAIN:
             parts = await anyio.to_thread.run_sync(followed.parts)

@@ -6,12 +6,14 @@ import json
 import math
 import threading
 import time
+from codecs import BOM_UTF8
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from statistics import median
+
+import anyio.to_thread
 
 from ift_peft.data.formats import to_rows
 from ift_peft.data.quality.finding import Finding
@@ -21,7 +23,8 @@ from ift_peft.errors import DataError, IftPeftError
 from ift_peft.report.examples import Text, cut
 from ift_peft.sections import Data, Quality
 
-MOST_ROWS = 5000  # near duplicates of these take seconds
+MOST_ROWS = 5000
+MOST_BYTES = 2 << 20  # near duplicates of these take seconds
 MOST_CLASSES = 30
 LONGEST_CLASS = 64  # characters of an answer that may be the name of a class
 SHOWN_ROWS = 3
@@ -52,6 +55,8 @@ class Look:
     """Answer, rows and share of it, where answers repeat as the names of classes do."""
     findings: tuple[Finding, ...]
     faults: tuple[str, ...]
+    """The first of them; `faulty` counts them all."""
+    faulty: int
     first: tuple[tuple[Text, Text], ...]
 
     @property
@@ -61,12 +66,16 @@ class Look:
 
 
 class Looks:
-    """Files that were looked at, the last ones remembered. One at a time: others have the processors too."""
+    """Files that were looked at, the last ones remembered.
+
+    One at a time, as others have the processors too; those that wait for their turn keep no thread of the routes.
+    """
 
     def __init__(self) -> None:
         self._seen: OrderedDict[str, tuple[Look, float]] = OrderedDict()
         self._lock = threading.Lock()
-        self._turn = threading.Lock()
+        self._turn = anyio.CapacityLimiter(1)
+        self._looking: str | None = None  # at which file, unless it has been forgotten meanwhile
 
     def known(self, file_id: str) -> Look | None:
         """What was seen of a file that has neither been forgotten nor expired."""
@@ -76,20 +85,34 @@ class Looks:
             found = self._seen.get(file_id)
         return None if found is None else found[0]
 
-    def look(self, file_id: str, path: Path, *, until: float | None = None) -> Look:
+    async def look(self, file_id: str, path: Path, *, until: float | None = None) -> Look:
         """What the file of that id at `path` holds, remembered `until` then. Raises OSError where it cannot be read."""
-        with self._turn:
-            found = self.known(file_id) or look(path)
+        found = self.known(file_id)
+        if found is None:
+            found = await anyio.to_thread.run_sync(self._look, file_id, path, until, limiter=self._turn)
+        return found
+
+    def _look(self, file_id: str, path: Path, until: float | None) -> Look:
+        found = self.known(file_id)
+        if found is not None:
+            return found
         with self._lock:
-            self._seen[file_id] = (found, math.inf if until is None else until)
+            self._looking = file_id
+        found = look(path)
+        with self._lock:
+            if self._looking == file_id:
+                self._seen[file_id] = (found, math.inf if until is None else until)
+            self._looking = None
             while len(self._seen) > KEPT:
                 self._seen.popitem(last=False)
         return found
 
     def forget(self, file_id: str) -> None:
-        """What is deleted is not to be seen any more."""
+        """What is deleted is not to be seen any more, also by a look that is going on."""
         with self._lock:
             self._seen.pop(file_id, None)
+            if self._looking == file_id:
+                self._looking = None
 
 
 def look(path: Path) -> Look:
@@ -97,9 +120,8 @@ def look(path: Path) -> Look:
     from ift_peft.data.quality.checks import find  # takes a second, which a service's start need not
 
     faults: list[IftPeftError] = []
-    with path.open("rb") as lines:
-        piece = list(islice(lines, MOST_ROWS + 1))
-    records = _records(piece[:MOST_ROWS], faults)
+    piece, more = _first_lines(path)
+    records = _records(piece, faults)
     rows = to_rows(records, Data(train=path.name), faults)
     classes = _classes(rows)
     if classes:
@@ -107,20 +129,35 @@ def look(path: Path) -> Look:
     findings = find(rows, (), CHECKS, labels=(), lengths=None, max_length=None) if rows else []
     return Look(
         rows=len(rows),
-        more=len(piece) > MOST_ROWS,
+        more=more,
         asked=_lengths([_question(row) for row in rows]),
         answers=_lengths([row.answer for row in rows]),
         several_turns=sum(len(row.earlier) > 0 for row in rows),
         classes=tuple((cut(name), count, count / len(rows)) for name, count in classes),
         findings=tuple(one for one in findings if one.count),
         faults=tuple(f"expected {one.expected}; found {one.found}; {one.fix}" for one in faults[:SHOWN_FAULTS]),
+        faulty=len(faults),
         first=tuple((cut(_question(row)), cut(row.answer)) for row in rows[:SHOWN_ROWS]),
     )
 
 
+def _first_lines(path: Path) -> tuple[list[bytes], bool]:
+    """The first whole lines, of `MOST_BYTES` together, and whether there are more."""
+    found: list[bytes] = []
+    left = MOST_BYTES
+    with path.open("rb") as lines:
+        while line := lines.readline(left + 1):
+            if len(found) == MOST_ROWS or len(line) > left:
+                return found, True
+            found.append(line)
+            left -= len(line)
+    return found, False
+
+
 def _records(lines: Sequence[bytes], faults: list[IftPeftError]) -> list[Record]:
     records = []
-    for number, line in enumerate(lines, start=1):
+    for number, whole in enumerate(lines, start=1):
+        line = whole.removeprefix(BOM_UTF8) if number == 1 else whole  # as the check of uploads and training read it
         if not line.strip():
             continue
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
-from urllib.parse import urlsplit
 
 import anyio.to_thread
 from fastapi import Request, Response
@@ -17,18 +16,9 @@ from starlette.exceptions import HTTPException
 from ift_peft.errors import IftPeftError
 from ift_peft.serve.errors import ApiError, as_api_error
 from ift_peft.serve.pages.templates import template
-from ift_peft.serve.security.headers import PAGES
-from ift_peft.serve.security.hosts import same_origin
 from ift_peft.serve.security.sessions import COOKIE
 
 log = logging.getLogger("ift_peft.serve")
-HEADERS = {
-    "Content-Security-Policy": PAGES,
-    # Not no-referrer: under that, browsers send forms with Origin: null, which is nobody's.
-    "Referrer-Policy": "same-origin",
-    "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-store",
-}
 HINTS = {
     400: "Correct what it names and send it again.",
     403: "The key that you signed in with does not allow this: sign in with another one.",
@@ -47,30 +37,16 @@ def hint_of(status: int) -> str:
 def page(request: Request, named: str, /, *, status: int = 200, **values: Any) -> HTMLResponse:
     """The template `named` as an answer; everything in `values` is escaped where it is shown."""
     common = {
-        "here": request.url.path,
-        "base_url": f"{request.url.scheme}://{request.url.netloc}/v1",
+        "here": request.scope["path"],
+        "base_url": f"{request.scope['scheme']}://{request.headers.get('host', '')}/v1",
         "signed_in": COOKIE in request.cookies,
     }
-    return HTMLResponse(template(named).render({**common, **values}), status_code=status, headers=HEADERS)
+    return HTMLResponse(template(named).render({**common, **values}), status_code=status)
 
 
 def to(path: str) -> RedirectResponse:
     """Go on by a GET of `path`, so that reloading repeats nothing."""
-    return RedirectResponse(path, status_code=303, headers=HEADERS)
-
-
-def from_here(request: Request) -> None:
-    """Let nobody else's page send our forms. Raises `ApiError` (403) where a request does not say that it is from here.
-
-    Browsers send `Origin` with every POST. Where no session is at stake, a program may leave it out.
-    """
-    origin = request.headers.get("origin")
-    said = origin if origin is not None else request.headers.get("referer")
-    if said is None:
-        if COOKIE in request.cookies:
-            raise ApiError(403, "This form came without the page that it is from (Origin).", code="invalid_origin")
-    elif not same_origin("{0.scheme}://{0.netloc}".format(urlsplit(said)), request.headers.get("host", "")):
-        raise ApiError(403, "This form came from a page of another host.", code="invalid_origin")
+    return RedirectResponse(path, status_code=303)
 
 
 class Page(APIRoute):
@@ -114,5 +90,6 @@ def _as_api_error(error: Exception, request: Request) -> ApiError:
         return ApiError(400, f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}", code="invalid_value")
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail))
-    log.error("page failed", exc_info=error, extra={"path": request.url.path})
+    route = getattr(request.scope.get("route"), "path", None)  # never the path itself, which holds ids
+    log.error("page failed", exc_info=error, extra={"route": route})
     return ApiError(500, "The server had an error; its log says which.", code="internal_error")

@@ -6,13 +6,13 @@ import asyncio
 from typing import Any
 
 import anyio.to_thread
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 from sqlalchemy import select
 
 from ift_peft.report.examples import Text
 from ift_peft.serve.errors import ApiError
 from ift_peft.serve.pages import actions
-from ift_peft.serve.pages.page import Page, from_here, hint_of, page
+from ift_peft.serve.pages.page import Page, hint_of, page
 from ift_peft.serve.service import Service, Serving
 from ift_peft.serve.store.tables import models
 
@@ -26,7 +26,7 @@ def playground(request: Request, service: Serving, model: str = "") -> Response:
     return _page(request, service, model=model)
 
 
-@router.post("/playground", dependencies=[Depends(from_here)])
+@router.post("/playground")
 async def answered(request: Request, service: Serving) -> Response:
     """Both answers at once, for browsers without the script, which streams them."""
     async with request.form(max_files=0, max_fields=10) as form:

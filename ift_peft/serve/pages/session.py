@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import anyio.to_thread
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 
 from ift_peft.serve.errors import ApiError
-from ift_peft.serve.pages.page import Page, from_here, page, to
+from ift_peft.serve.pages.page import Page, page, to
 from ift_peft.serve.security.sessions import NO_COOKIE, secret_of, sign_in, sign_out
 from ift_peft.serve.service import Serving
 
@@ -19,7 +19,7 @@ def login(request: Request) -> Response:
     return page(request, "login.html.j2", fault=None, hint="")
 
 
-@router.post("/login", dependencies=[Depends(from_here)])
+@router.post("/login")
 async def signed_in(request: Request, service: Serving) -> Response:
     """Give the browser a session of its own in the place of the key; the form again where that is not valid."""
     async with request.form(max_files=0, max_fields=2) as form:
@@ -34,7 +34,7 @@ async def signed_in(request: Request, service: Serving) -> Response:
     return answer
 
 
-@router.post("/logout", dependencies=[Depends(from_here)])
+@router.post("/logout")
 def signed_out(request: Request, service: Serving) -> Response:
     """End the session, here and in the store."""
     secret = secret_of(request.headers.get("cookie", ""))

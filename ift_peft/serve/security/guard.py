@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from urllib.parse import urlsplit
+from collections.abc import Callable
 
 import anyio
 import anyio.to_thread
 from starlette.datastructures import Headers
-from starlette.responses import RedirectResponse
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ift_peft.errors import SettingsError
@@ -26,6 +27,7 @@ from ift_peft.serve.store import Store
 SAFE = ("GET", "HEAD", "OPTIONS")
 UPLOADS = re.compile(r"/v1/files/?|/files/?")
 """Whose routes count the body themselves."""
+STATIC = re.compile(r"/static/[^/]*")
 PROBES = ("/healthz",)
 FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
 OWNER = Caller(None, frozenset(SCOPES))
@@ -33,20 +35,27 @@ NOBODY = Caller(None, frozenset())
 
 
 def require_key(settings: Settings, store: Store) -> None:
-    """Raises `SettingsError` for a service that others could reach and that has no key."""
-    if not is_loopback(settings.host) and not key_exists(store):
+    """Raises `SettingsError` for a service without a key that others could reach, or that is said to need one."""
+    public = not is_loopback(settings.host)
+    if (public or settings.require_key) and not key_exists(store):
+        option = f"--host {settings.host}" if public else "--require-key"
         raise SettingsError(
-            expected=f"a key, where others can reach the service (--host {settings.host})",
+            expected=f"a key, where others can reach the service ({option})",
             found="none",
-            fix=f"ift keys create first --data-dir {settings.data_dir}, or leave --host out",
+            fix=f"ift keys create first --data-dir {settings.data_dir}, or leave {option.split()[0]} out",
         )
 
 
 class Guard:
-    """Pure ASGI: nothing of a stream is held back. Puts the `Caller` into `request.state.caller`."""
+    """Pure ASGI: nothing of a stream is held back. Puts the `Caller` into `request.state.caller`.
 
-    def __init__(self, app: ASGIApp, settings: Settings, store: Store) -> None:
-        self.app, self.settings, self.store = app, settings, store
+    People at the dashboard are told what is refused by `error_page`.
+    """
+
+    def __init__(
+        self, app: ASGIApp, settings: Settings, store: Store, error_page: Callable[[Request, ApiError], Response]
+    ) -> None:
+        self.app, self.settings, self.store, self.error_page = app, settings, store, error_page
         self.names = allowed_names(settings)
         self.rates = Rates(settings.limits.requests_per_minute)
         self._threads = anyio.CapacityLimiter(8)  # of their own: those of the routes may all be waiting
@@ -63,24 +72,28 @@ class Guard:
         try:
             await self._admit(scope, most)
         except ApiError as error:
-            page = error.status == 401 and _is_page(scope)
-            answer = RedirectResponse("/login", 303) if page else response_of(error)
-            await answer(scope, receive, send)
+            await self._refusal(scope, error)(scope, receive, send)
             return
         await self.app(scope, limited(receive, most=most, seconds=limits.body_seconds), send)
+
+    def _refusal(self, scope: Scope, error: ApiError) -> Response:
+        if not _is_page(scope):
+            return response_of(error)
+        return RedirectResponse("/login", 303) if error.status == 401 else self.error_page(Request(scope), error)
 
     async def _admit(self, scope: Scope, most: int | None) -> None:
         """Raises `ApiError` for what is not let in. Who asks is noted before it is known whether they may."""
         headers, method = Headers(scope=scope), scope["method"]
         host = self._host(headers)
-        if method not in SAFE and not all(same_origin(origin, host) for origin in headers.getlist("origin")):
+        if method not in SAFE and _is_foreign(headers, host):
             raise ApiError(403, "The request comes from a page of another origin.", code="origin_not_allowed")
         address = scope["client"][0] if scope.get("client") else ""
         needed = scopes_for(method, scope["path"])
         caller: Caller | None = NOBODY
         if needed is not None:
             caller = await anyio.to_thread.run_sync(self._caller, headers, address, limiter=self._threads)
-        self._rate(f"address {address}" if caller is None or caller.id is None else caller.id)
+        if not STATIC.fullmatch(scope["path"]):
+            self._rate(_bucket(caller, address))
         if caller is None:
             raise ApiError(
                 401,
@@ -93,7 +106,8 @@ class Guard:
             raise ApiError(
                 403, f"This key lacks a scope that the request needs: {' or '.join(needed)}.", code="insufficient_scope"
             )
-        if caller.session and method not in SAFE and not _from_here(headers, host):
+        session = caller.session or (caller is NOBODY and secret_of(headers.get("cookie", "")) is not None)
+        if session and method not in SAFE and not _from_here(headers, host):
             raise ApiError(
                 403, "With a session, requests come from the service's own pages.", code="origin_not_allowed"
             )
@@ -135,15 +149,28 @@ class Guard:
             )
 
 
+def _bucket(caller: Caller | None, address: str) -> str:
+    """Whose rate a request counts for. Of an address, guesses at keys leave what needs none, as signing in, alone."""
+    if caller is None:
+        return f"refused {address}"
+    return f"address {address}" if caller.key is None else caller.key
+
+
 def _is_page(scope: Scope) -> bool:
     """Whether a person is looking at the dashboard, and not a program at the API."""
     accepts = "text/html" in Headers(scope=scope).get("accept", "")
-    return accepts and scope["method"] in SAFE and not scope["path"].startswith("/v1/")
+    return accepts and not scope["path"].startswith("/v1/")
+
+
+def _is_foreign(headers: Headers, host: str) -> bool:
+    """Whether a browser says that another page made the request. It sends no key of its own accord: who has, may."""
+    if "origin" in headers:
+        return not all(same_origin(origin, host) for origin in headers.getlist("origin"))
+    told = "referer" in headers and "authorization" not in headers
+    return told and not same_origin(headers["referer"], host)
 
 
 def _from_here(headers: Headers, host: str) -> bool:
     """Whether a browser says that one of this service's pages made the request; other origins are refused before."""
-    if "origin" in headers or headers.get("sec-fetch-site") == "same-origin":
-        return True
-    referer = urlsplit(headers.get("referer", ""))
-    return same_origin(f"{referer.scheme}://{referer.netloc}", host)
+    here = "origin" in headers or headers.get("sec-fetch-site") == "same-origin"
+    return here or same_origin(headers.get("referer", ""), host)

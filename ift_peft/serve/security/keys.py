@@ -20,6 +20,7 @@ from ift_peft.serve.store.tables import keys
 
 Scope = Literal["inference", "read", "write", "admin"]
 SCOPES: tuple[Scope, ...] = ("inference", "read", "write", "admin")
+MOST_DAYS = 36_500
 USED_EVERY = 60.0  # seconds between two records of a key's use
 _FORM = re.compile(r"sk-ift-([A-Za-z0-9]{16})\.[A-Za-z0-9_-]{43}")
 _NOBODY = hashlib.sha256(b"").hexdigest()
@@ -32,6 +33,8 @@ class Caller:
     id: str | None
     scopes: frozenset[str]
     session: bool = False
+    key: str | None = None
+    """The id of the key, also of a session: all that come from one share its rate."""
 
     def may(self, accepted: Collection[str]) -> bool:
         """Whether one of the scopes `accepted` is among the caller's. `admin` is all of them."""
@@ -51,6 +54,8 @@ def create_key(
 
     With `made_from`, the id of a key, it is the secret of a browser's session.
     """
+    if days is not None and not 0 < days <= MOST_DAYS:  # nor NaN
+        raise _no_time("days", days, MOST_DAYS)
     unknown = [scope for scope in scopes if scope not in SCOPES]
     if unknown or not scopes:
         raise SettingsError(
@@ -85,7 +90,16 @@ def check_key(store: Store, text: str, *, session: bool = False) -> Caller | Non
     if record is None or not same:
         return None
     _note_use(store, record)
-    return Caller(key_id, frozenset(record["scopes"]), session)
+    return Caller(key_id, frozenset(record["scopes"]), session, record["made_from"] or key_id)
+
+
+def is_valid(store: Store, caller: Caller) -> bool:
+    """Whether one who was let in still would be; without a key, as long as there is none."""
+    if caller.id is None:
+        return not key_exists(store)
+    ids = {caller.id, caller.key}  # a session, and the key that it was made from
+    found = store.every(select(keys.c.id).where(keys.c.id.in_(ids), *_valid(keys)))
+    return len(found) == len(ids)
 
 
 def key_exists(store: Store) -> bool:
@@ -110,6 +124,8 @@ def revoke_key(store: Store, key_id: str) -> None:
 
 def rotate_key(store: Store, key_id: str, *, grace_hours: float) -> tuple[str, str]:
     """A new key in the place of one, which stays valid for `grace_hours`; the new one's id and text."""
+    if not 0 <= grace_hours <= 24 * MOST_DAYS:
+        raise _no_time("grace hours", grace_hours, 24 * MOST_DAYS)
     old = _existing(store, key_id)
     if old["revoked_at"] is not None or (old["expires_at"] or time.time() + 1) <= time.time():
         raise SettingsError(
@@ -140,6 +156,10 @@ def _note_use(store: Store, record: Record) -> None:
     if now - (record["used_at"] or 0) > USED_EVERY:
         with store.begin() as connection:
             connection.execute(update(keys).where(keys.c.id == record["id"]).values(used_at=now))
+
+
+def _no_time(what: str, given: float, most: int) -> SettingsError:
+    return SettingsError(expected=f"{what} of at most {most:,}", found=f"{given:g}", fix="give fewer, or leave it out")
 
 
 def _existing(store: Store, key_id: str) -> Record:

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 
-from sqlalchemy import delete
+from sqlalchemy import delete, select
 
 from ift_peft.serve.security.keys import Caller, check_key, create_key
 from ift_peft.serve.store import Store
@@ -14,6 +14,7 @@ from ift_peft.serve.store.tables import keys
 
 COOKIE = "ift_session"
 SECONDS = 12 * 3600
+MOST = 20  # of one key
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,17 @@ NO_COOKIE = f"{COOKIE}=; HttpOnly; SameSite=Strict; Path=/; Max-Age=0"
 
 
 def sign_in(store: Store, key: str) -> Session | None:
-    """A session with the scopes of `key`, which ends with it; None where that is not valid."""
+    """A session with the scopes of `key`, which ends with it; None where that is not valid. More than `MOST` end the
+    oldest."""
     caller = check_key(store, key.strip())
     if caller is None or caller.id is None:
         return None
     expires_at = int(time.time()) + SECONDS
     _, secret = create_key(store, "session", scopes=sorted(caller.scopes), expires_at=expires_at, made_from=caller.id)
+    newest = select(keys.c.number).where(keys.c.made_from == caller.id).order_by(keys.c.number.desc()).limit(MOST)
+    with store.begin() as connection:
+        kept = connection.execute(newest).scalars().all()
+        connection.execute(delete(keys).where(keys.c.made_from == caller.id, keys.c.number < min(kept)))
     return Session(secret, expires_at)
 
 

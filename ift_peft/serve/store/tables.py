@@ -110,5 +110,11 @@ keys = Table(
     Column("made_from", String(64), index=True),  # of a session: the key, which it does not outlive
 )
 
+service = Table(  # one row: whose folder of files it is, which has the same id in `.store`
+    "service",
+    metadata,
+    Column("store_id", String(32), primary_key=True),
+)
+
 Index("jobs_of_pair", metadata_pairs.c.key, metadata_pairs.c.value)
 Index("events_of_job", events.c.job, events.c.number)

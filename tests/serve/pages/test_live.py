@@ -99,7 +99,7 @@ def test_a_place_is_given_back_by_those_who_leave_and_by_those_whose_job_ends(
     monkeypatch.setattr(live, "EVERY", 0.01)
     job_id = data.add_job(service.settings.data_dir, training_file="file-none")
     service.streams.enter()
-    answer = Stream(live._messages(Followed(service, job_id), 0, service.streams), service.streams)
+    answer = Stream(live._messages(Followed(service, job_id), 0, service.streams, allowed=lambda: True), service.streams)
     sent: list[dict[str, Any]] = []
 
     async def receive() -> dict[str, Any]:
@@ -129,7 +129,7 @@ def test_silence_is_filled_with_comments(service: Service, monkeypatch: pytest.M
 
     async def first(count: int) -> list[str]:
         found = []
-        async for message in live._messages(Followed(service, job_id), 0, service.streams):
+        async for message in live._messages(Followed(service, job_id), 0, service.streams, allowed=lambda: True):
             found.append(message)
             if len(found) == count:
                 service.streams.close()  # which ends it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ift_peft.serve.settings import Settings
 from tests.report.browser import CONTRAST
 from tests.serve.pages import data
 from tests.serve.pages.conftest import Board
+from tests.serve.pages.test_live import in_a_thread
 
 
 @pytest.mark.slow
@@ -118,17 +120,29 @@ def test_answers_of_their_own_are_no_classes_and_a_large_file_is_looked_at_in_pa
     path.write_text("".join(json.dumps({"prompt": f"q{n}", "completion": f"a{n}"}) + "\n" for n in range(30)), "utf-8")
     monkeypatch.setattr(looking, "MOST_ROWS", 20)
     looks = Looks()
-    found = looks.look("file-a", path)
+    found = in_a_thread(looks.look, "file-a", path)
     assert (found.rows, found.more, found.classes) == (20, True, ())
     path.unlink()
-    assert looks.look("file-a", path) is found  # remembered
+    assert in_a_thread(looks.look, "file-a", path) is found  # remembered
     looks.forget("file-a")
     assert looks.known("file-a") is None
     with pytest.raises(OSError):
-        looks.look("file-a", path)
+        in_a_thread(looks.look, "file-a", path)
     path.write_text('{"prompt": "q", "completion": "a"}\n', "utf-8")
-    looks.look("file-b", path, until=1.0)
+    in_a_thread(partial(looks.look, until=1.0), "file-b", path)
     assert looks.known("file-b") is None  # its time is over
+
+
+def test_a_look_reads_no_more_bytes_than_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows"
+    line = json.dumps({"prompt": "q", "completion": "a" * 100}) + "\n"
+    path.write_text(line * 30, "utf-8")
+    monkeypatch.setattr(looking, "MOST_BYTES", 7 * len(line))
+    assert (look(path).rows, look(path).more) == (7, True)
+    monkeypatch.setattr(looking, "MOST_BYTES", 7 * len(line) + 5)
+    assert (look(path).rows, look(path).faults) == (7, ()), "no half of a line"
+    monkeypatch.setattr(looking, "MOST_BYTES", 30 * len(line))
+    assert (look(path).rows, look(path).more) == (30, False)
 
 
 @pytest.mark.parametrize(
