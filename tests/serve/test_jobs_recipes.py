@@ -25,7 +25,7 @@ from ift_peft.serve.objects import Hyperparameters, Job
 from ift_peft.serve.settings import Settings
 from ift_peft.serve.store import Store
 from ift_peft.serve.store.tables import jobs
-from ift_peft.yaml_source import YamlSource
+from ift_peft.yaml_source import YamlSource, laid_over
 from tests.serve.jobs import chats
 
 
@@ -39,9 +39,8 @@ def planned(
         seed=5,
         given=Hyperparameters(**given),
         above=above,
-        train=Path("/jobs/x/training_file.jsonl"),
-        test=Path("/jobs/x/validation_file.jsonl") if test else None,
         rows=rows,
+        tested=test,
     )
 
 
@@ -67,7 +66,7 @@ def test_hyperparameters_become_settings_of_the_training() -> None:
     assert recipe.adapter.embeddings and recipe.data.test is None and recipe.data.test_size == 11
     larger = recipe_of(planned({}, model="Qwen/Qwen3-0.6B", test=True))
     assert larger.training["learning_rate"] == 2e-4 and not larger.adapter.embeddings
-    assert larger.data.test == "/jobs/x/validation_file.jsonl"
+    assert larger.data.test == "validation_file.jsonl"  # in the job's folder, wherever that is
 
 
 def test_what_is_held_out_and_set_aside_does_not_count_as_rows_to_train_on() -> None:
@@ -175,11 +174,10 @@ def test_a_job_that_needs_more_memory_than_is_free_is_not_begun(
         seed=5,
         given=Hyperparameters(),
         above={},
-        train=folder.training,
-        test=None,
         rows=12,
+        tested=False,
     ).values
-    recipe = validate(YamlSource("recipe", values))
+    recipe = validate(YamlSource("recipe", laid_over(values, {"data": {"train": str(folder.training)}})))
     assert check(recipe, FileReporter(folder)).train.rows == 11
     monkeypatch.setattr("ift_peft.train.memory.free_bytes", lambda device: 1_000_000)
     with pytest.raises(TooLarge, match=r"0\.00 GB free") as refused:

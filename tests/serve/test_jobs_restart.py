@@ -77,6 +77,10 @@ def test_a_paused_killed_and_stopped_job_becomes_what_it_would_have_become(
     server.stop(signal.SIGTERM)
     assert not jobs.trainers(server.data_dir)
     _forget(server, job)
+    moved = server.data_dir.with_name("moved")  # no record, and no file of the run, names the folder
+    server.data_dir.rename(moved)
+    server.data_dir.with_suffix(".log").rename(moved.with_suffix(".log"))
+    server.data_dir = moved
     server.start()
     assert client.fine_tuning.jobs.retrieve(job).status == "running"
     assert outcome(server, client, job) == whole

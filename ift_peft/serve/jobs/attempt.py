@@ -22,6 +22,7 @@ from ift_peft.serve.objects import FINAL
 from ift_peft.serve.settings import Settings
 from ift_peft.serve.store import Record, Store
 from ift_peft.serve.store.tables import jobs
+from ift_peft.yaml_source import laid_over
 
 log = logging.getLogger("ift_peft.serve")
 FOLLOW_SECONDS = 0.3
@@ -94,8 +95,11 @@ class Attempt:
         return self.store.one(select(jobs).where(*is_ours))
 
     def _task(self, record: Record) -> dict[str, Any]:
+        held = {"train": str(self.folder.training)}
+        if record["validation_file"] is not None:
+            held["test"] = str(self.folder.validation)
         return {
-            "recipe": record["recipe"],
+            "recipe": laid_over(record["recipe"], {"data": held}),
             "runs": str(self.settings.runs),
             "lock": str(self.settings.data_dir / "devices" / f"{self.settings.device}.lock"),
             "checked": record["checked_at"] is not None,

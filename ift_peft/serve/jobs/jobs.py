@@ -98,7 +98,6 @@ class Jobs:
         folder = JobFolder(self.settings.jobs / job)
         try:
             rows = self._take(body.training_file, folder, folder.training, param="training_file")
-            tested = body.validation_file is not None
             if body.validation_file is not None:
                 self._take(body.validation_file, folder, folder.validation, param="validation_file")
             try:
@@ -109,9 +108,8 @@ class Jobs:
                     seed=seed,
                     given=given,
                     above=body.recipe or {},
-                    train=folder.training,
-                    test=folder.validation if tested else None,
                     rows=rows,
+                    tested=body.validation_file is not None,
                 )
             except IftPeftError as error:
                 raise as_api_error(error, param="recipe") from None

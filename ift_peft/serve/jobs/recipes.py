@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ift_peft.errors import Faults, IftPeftError, RecipeError, raise_all
@@ -13,6 +12,7 @@ from ift_peft.recipe import validate
 from ift_peft.sections import Adapter
 from ift_peft.selection import Validation
 from ift_peft.serve.jobs.auto import defaults_of, resolve
+from ift_peft.serve.jobs.folder import TRAINING_FILE, VALIDATION_FILE
 from ift_peft.serve.objects import Hyperparameters
 from ift_peft.yaml_source import YamlSource, laid_over
 
@@ -67,12 +67,12 @@ def plan(
     seed: int,
     given: Hyperparameters,
     above: dict[str, Any],
-    train: Path,
-    test: Path | None,
     rows: int,
+    tested: bool,
 ) -> Planned:
-    """The recipe of the job `name`, with `rows` rows in its training file.
+    """The recipe of the job `name`, with `rows` rows in its training file, and `tested` by a validation file.
 
+    It says what the files are called in the job's folder, and not where that lies: the data folder may be moved.
     `base` is what `base.model` says; `above` is laid over. Raises a `RecipeError`, or `Faults` holding one for every
     fault.
     """
@@ -82,15 +82,16 @@ def plan(
         for section, own in above.items()
         if section in ALLOWED and isinstance(own, dict)
     }
-    left = _rows_left(rows, kept, tested=test is not None)
+    left = _rows_left(rows, kept, tested=tested)
     found = resolve(given, left)
     defaults = defaults_of(base)
     assert not isinstance(found.learning_rate_multiplier, str)
+    held_out = {"test": VALIDATION_FILE} if tested else {"test_size": max(1, int(rows * HELD_OUT))}
     ours: dict[str, Any] = {
         "name": name,
         "base": {"model": base, "device": device},
         "adapter": dict(defaults.adapter),
-        "data": {"train": str(train), **({"test": str(test)} if test else {"test_size": max(1, int(rows * HELD_OUT))})},
+        "data": {"train": TRAINING_FILE, **held_out},
         "training": {
             "num_train_epochs": found.n_epochs,
             "per_device_train_batch_size": found.batch_size,

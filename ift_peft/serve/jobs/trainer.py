@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ift_peft.errors import DataError, Faults, IftPeftError, ModelError, RecipeError, first_line
 from ift_peft.reporter import Silent
+from ift_peft.run_dir import write_atomically
 from ift_peft.serve.jobs.folder import JobFolder, newest_run
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def main(folder: JobFolder, parent: int) -> int:
 
 
 def _work(folder: JobFolder, task: dict[str, Any]) -> None:
-    from ift_peft.recipe import validate
+    from ift_peft.recipe import dump_recipe, validate
     from ift_peft.report.write import write_report
     from ift_peft.train.run import resume, train
     from ift_peft.yaml_source import YamlSource
@@ -107,6 +108,7 @@ def _work(folder: JobFolder, task: dict[str, Any]) -> None:
     elif run.status == "succeeded":
         write_report(run)  # all but this may have been done
     else:
+        write_atomically(run.path / "recipe.yaml", dump_recipe(recipe))  # the data folder may have been moved
         resume(run, reporter=reporter)
 
 
