@@ -1,0 +1,129 @@
+"""Jobs without a server or a trainer: what is kept of their rows, and what a start finds."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import null, select, update
+
+from ift_peft.serve.errors import ApiError
+from ift_peft.serve.files.records import delete_file, keep_file
+from ift_peft.serve.jobs.body import CreateJob
+from ift_peft.serve.jobs.folder import TRAINING_FILE
+from ift_peft.serve.jobs.jobs import Caller, Jobs
+from ift_peft.serve.operations import backup
+from ift_peft.serve.operations.backup import restore_backup, write_backup
+from ift_peft.serve.settings import Settings
+from ift_peft.serve.store import Record, Store
+from ift_peft.serve.store.tables import jobs
+from tests.serve.jobs import chats
+
+
+class Line:
+    """In the place of the queue: it keeps what is put into it."""
+
+    def __init__(self) -> None:
+        self.put_in: list[str] = []
+        self.broken = False
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def put(self, job: str, attempt: int, *, priority: int) -> bool:
+        if self.broken:
+            raise OSError("no space left")
+        if job not in self.put_in:
+            self.put_in.append(job)
+        return True
+
+
+class Made:
+    """Jobs over an empty folder, and a file of rows."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.settings = Settings(data_dir=data_dir)
+        for folder in (data_dir, self.settings.files, self.settings.runs, self.settings.jobs):
+            folder.mkdir()
+        self.store = Store(self.settings.database_url)
+        self.jobs = Jobs(self.settings, self.store)
+        self.line = Line()
+        self.jobs.queue = self.line  # type: ignore[assignment]
+
+    def upload(self) -> str:
+        path = self.settings.files / ".upload-x"
+        path.write_text("".join(json.dumps(row) + "\n" for row in chats(12)), "utf-8")
+        kept = keep_file(
+            self.settings, self.store, path, filename="rows.jsonl", purpose="fine-tune", sha256="x", rows=12
+        )
+        return str(kept["id"])
+
+    def create(self, **options: Any) -> Record:
+        options.setdefault("training_file", self.upload())
+        return self.jobs.create(CreateJob.model_validate({"model": "tiny", **options}), Caller())
+
+    def set(self, job: str, **values: Any) -> None:
+        with self.store.begin() as connection:
+            connection.execute(update(jobs).where(jobs.c.id == job).values(**values))
+
+    def of(self, job: str) -> Record:
+        found = self.store.one(select(jobs).where(jobs.c.id == job))
+        assert found is not None
+        return found
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Iterator[Made]:
+    made = Made(tmp_path / "data")
+    yield made
+    made.store.close()
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+def test_a_backup_has_the_rows_of_a_job_that_ends_meanwhile(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deleted: bool
+) -> None:
+    job = made.create()
+    real = backup._content
+
+    def content(*parts: Any) -> Iterator[str]:
+        for at, name in enumerate(real(*parts)):
+            yield name
+            if at == 0:  # after the first file was copied, and before the job's folder is
+                made.jobs.cancel(job["id"], Caller())
+                shutil.rmtree(made.settings.jobs / job["id"])
+                if deleted:
+                    delete_file(made.settings, made.store, job["training_file"])
+
+    monkeypatch.setattr(backup, "_content", content)
+    notes = write_backup(made.settings.data_dir, tmp_path / "copy.tar").notes
+    restore_backup(tmp_path / "copy.tar", tmp_path / "new")
+    store = Store(Settings(data_dir=tmp_path / "new").database_url)
+    found = store.one(select(jobs))
+    assert found is not None and found["status"] == ("failed" if deleted else job["status"])
+    rows = tmp_path / "new" / "jobs" / job["id"] / TRAINING_FILE
+    assert rows.is_file() != deleted and [job["id"] in note for note in notes] == [True] * deleted
+    store.close()
+
+
+def test_a_folder_that_goes_away_does_not_end_a_backup(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = made.create()
+    (made.settings.jobs / job["id"] / "cache").mkdir()
+    real = os.scandir
+
+    def scandir(path: Any = ".") -> Any:
+        if str(path).endswith("cache"):
+            raise FileNotFoundError(path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert write_backup(made.settings.data_dir, tmp_path / "copy.tar").notes == []
