@@ -15,6 +15,7 @@ from sqlalchemy import null, select, update
 
 from ift_peft.serve.errors import ApiError
 from ift_peft.serve.files.records import delete_file, keep_file
+from ift_peft.serve.jobs import jobs as module
 from ift_peft.serve.jobs.body import CreateJob
 from ift_peft.serve.jobs.folder import TRAINING_FILE
 from ift_peft.serve.jobs.jobs import Caller, Jobs
@@ -127,3 +128,30 @@ def test_a_folder_that_goes_away_does_not_end_a_backup(
 
     monkeypatch.setattr(os, "scandir", scandir)
     assert write_backup(made.settings.data_dir, tmp_path / "copy.tar").notes == []
+
+
+def test_rows_of_a_job_that_was_never_made_are_removed_at_a_start(made: Made) -> None:
+    """As a kill between keeping the rows and writing the record leaves them."""
+    job = made.create()["id"]
+    unknown = made.settings.jobs / "ftjob-unknown"
+    shutil.copytree(made.settings.jobs / job, unknown)
+    made.jobs.start()
+    made.jobs.stop()
+    assert not unknown.exists() and (made.settings.jobs / job / TRAINING_FILE).is_file()
+
+
+def test_a_file_that_is_deleted_while_a_job_is_made_was_deleted_before(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = made.upload()
+
+    def delete_and_plan(**given: Any) -> Any:
+        delete_file(made.settings, made.store, file)
+        return real(**given)
+
+    real = module.plan
+    monkeypatch.setattr(module, "plan", delete_and_plan)
+    with pytest.raises(ApiError, match="No such file") as refused:
+        made.create(training_file=file)
+    assert (refused.value.status, refused.value.param) == (400, "training_file")
+    assert made.store.every(select(jobs.c.id)) == [] and list(made.settings.jobs.iterdir()) == []

@@ -78,6 +78,7 @@ def delete_file(settings: Settings, store: Store, file_id: str) -> None:
     """
     find_file(store, file_id)
     with store.begin() as connection:
+        connection.execute(select(files.c.id).where(files.c.id == file_id).with_for_update())  # a job may be being made
         using = _using(connection, file_id)
         if using is not None:
             raise ApiError(

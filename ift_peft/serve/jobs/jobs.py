@@ -14,6 +14,7 @@ from sqlalchemy import Connection, null, select, update
 
 from ift_peft.errors import IftPeftError
 from ift_peft.serve.errors import ApiError, as_api_error
+from ift_peft.serve.files.records import alive
 from ift_peft.serve.ids import new_id
 from ift_peft.serve.jobs.attempt import Attempt, withdraw
 from ift_peft.serve.jobs.body import CreateJob, hyperparameters_of, suffix_of
@@ -50,6 +51,7 @@ class Jobs:
 
     def start(self) -> None:
         """Go on with every job that is neither final nor paused."""
+        self._remove_unknown()
         self.queue.start()
         for record in self.store.every(select(jobs).where(jobs.c.status.in_(ACTIVE)).order_by(jobs.c.number)):
             if not self._put(record):
@@ -61,6 +63,13 @@ class Jobs:
         ended = self.store.every(select(jobs.c.id).where(jobs.c.status.in_(("succeeded", "cancelled"))))
         for record in ended:
             JobFolder(self.settings.jobs / record["id"]).clear()
+
+    def _remove_unknown(self) -> None:
+        """Folders of jobs that a crash kept from having a record: they hold rows, which no deletion would reach."""
+        known = {record["id"] for record in self.store.every(select(jobs.c.id))}
+        for path in self.settings.jobs.iterdir():
+            if path.name not in known:
+                JobFolder(path).clear()
 
     def stop(self) -> None:
         """Let the trainer write its checkpoint and end; its job goes on at the next start."""
@@ -114,6 +123,7 @@ class Jobs:
             except IftPeftError as error:
                 raise as_api_error(error, param="recipe") from None
             with self.store.begin() as connection:
+                self._still_there(connection, body)
                 waits = connection.execute(select(jobs.c.id).where(jobs.c.status.in_(ACTIVE))).first() is not None
                 connection.execute(
                     jobs.insert().values(
@@ -179,20 +189,28 @@ class Jobs:
 
     def _take(self, file: str, folder: JobFolder, target: Path, *, param: str) -> int:
         """Keep an uploaded file for the job; how many rows it has. Raises `ApiError` where it cannot be used."""
-        found = self.store.one(select(files).where(files.c.id == file))
-        if found is None or (found["expires_at"] is not None and found["expires_at"] <= now()):
-            raise ApiError(400, f"No such file: {file!r}.", code=f"invalid_{param}", param=param)
+        found = self.store.one(select(files).where(files.c.id == file, alive()))
+        if found is None:
+            raise _no_file(file, param)
         if found["purpose"] != "fine-tune":
             message = f"The purpose of {file!r} is {found['purpose']!r}, not 'fine-tune'."
             raise ApiError(400, message, code=f"invalid_{param}", param=param)
         try:
             folder.take(self.settings.files / found["id"], target)
         except FileNotFoundError:
-            raise ApiError(400, f"No such file: {file!r}.", code=f"invalid_{param}", param=param) from None
+            raise _no_file(file, param) from None
         if found["rows"] is not None:
             return int(found["rows"])
         with target.open("rb") as lines:
             return sum(1 for line in lines if line.strip())
+
+    @staticmethod
+    def _still_there(connection: Connection, body: CreateJob) -> None:
+        """A file that was deleted while the job was made was deleted before it. Raises `ApiError`."""
+        for param, file in (("training_file", body.training_file), ("validation_file", body.validation_file)):
+            query = select(files.c.id).where(files.c.id == file, alive()).with_for_update(read=True)
+            if file is not None and connection.execute(query).first() is None:
+                raise _no_file(file, param)
 
     def cancel(self, job: str, caller: Caller) -> Record:
         """End `job` now. Raises `ApiError` (400, which clients do not repeat) where it has ended."""
@@ -244,6 +262,10 @@ class Jobs:
 
     def _attempt(self, job: str, number: int) -> None:
         Attempt(self.settings, self.store, self.queue.stopping, job, number).run()
+
+
+def _no_file(file: str, param: str) -> ApiError:
+    return ApiError(400, f"No such file: {file!r}.", code=f"invalid_{param}", param=param)
 
 
 def _written(body: CreateJob) -> str:
