@@ -101,7 +101,7 @@ def test_the_clients_settings_are_laid_over_ours() -> None:
 
 def test_nothing_that_is_allowed_takes_the_name_of_a_file() -> None:
     """Every allowed setting is given a file's name; where the schema takes a text, it is one that is read as a text."""
-    texts = {"data.system", "data.instruction", "data.records", "adapter.target_modules"}
+    texts = {"data.system", "data.instruction", "data.records"}
     texts |= {"training.lr_scheduler_type", "training.train_sampling_strategy"}  # words out of a list of their own
     taken = set()
     for section, keys in ALLOWED.items():
@@ -112,6 +112,23 @@ def test_nothing_that_is_allowed_takes_the_name_of_a_file() -> None:
                 continue
             taken.add(f"{section}.{key}")
     assert taken == texts
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("target_modules", "(([a-z0-9._])+)+$X"),
+        ("target_modules", ["q_proj", "(a+)+$"]),
+        ("rank_pattern", {"(([a-z0-9._])+)+$X": 4}),
+        ("alpha_pattern", {"(a+)+$": 4}),
+        ("modules_to_save", ["(a+)+$"]),
+    ],
+)
+def test_no_regular_expression_of_a_client_is_matched(name: str, value: Any) -> None:
+    with pytest.raises(RecipeError, match=f"(?s)adapter.{name}.*regular expression.*name endings"):
+        planned({"adapter": {name: value}})
+    allowed = {"target_modules": ["self_attn.q_proj"], "rank_pattern": {"layers.0.self_attn.q_proj": 2}}
+    assert planned({"adapter": allowed}).values["adapter"]["rank_pattern"] == allowed["rank_pattern"]
 
 
 def test_faults_of_every_kind_are_told_together() -> None:

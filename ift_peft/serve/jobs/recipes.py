@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,9 @@ ALLOWED: dict[str, set[str]] = {
     "validation": set(Validation.model_fields),
 }
 """Sections and keys of a recipe that a client may set: none names a file, a folder or a URL, or runs code."""
+
+
+NAME_ENDING = re.compile(r"[\w.-]+", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,8 @@ def _forbidden(above: dict[str, Any]) -> Iterator[RecipeError]:
             elif key not in ALLOWED[section]:
                 yield _refused(f"{section}.{key}", f"it may set: {', '.join(sorted(ALLOWED[section]))}")
     yield from _hidden_files(above)
+    if isinstance(above.get("adapter"), dict):
+        yield from _expressions(above["adapter"])
 
 
 def _hidden_files(above: dict[str, Any]) -> Iterator[RecipeError]:
@@ -167,6 +173,19 @@ def _hidden_files(above: dict[str, Any]) -> Iterator[RecipeError]:
         yield _refused(
             "evaluation.metrics with pass_at_k", "leave it out: a service runs no program that a model wrote"
         )
+
+
+def _expressions(adapter: dict[str, Any]) -> Iterator[RecipeError]:
+    """What PEFT matches with names of modules as regular expressions, of which one may take for ever."""
+    if isinstance(adapter.get("target_modules"), str) and adapter["target_modules"] != "all-linear":
+        fix = "write all-linear, or a list of name endings"
+        yield _refused("adapter.target_modules as a regular expression", fix)
+    for name in ("target_modules", "modules_to_save", "feedforward_modules", "rank_pattern", "alpha_pattern"):
+        given = adapter.get(name)
+        endings = given if isinstance(given, list | tuple | dict) else ()
+        if not all(isinstance(one, str) and NAME_ENDING.fullmatch(one) for one in endings):
+            what = "name endings as keys" if isinstance(given, dict) else "a list of name endings"
+            yield _refused(f"adapter.{name} with a regular expression", f"write {what}: letters, digits, _, - and .")
 
 
 def _said_twice(above: dict[str, Any], given: Hyperparameters) -> Iterator[RecipeError]:
