@@ -155,3 +155,16 @@ def test_a_file_that_is_deleted_while_a_job_is_made_was_deleted_before(
         made.create(training_file=file)
     assert (refused.value.status, refused.value.param) == (400, "training_file")
     assert made.store.every(select(jobs.c.id)) == [] and list(made.settings.jobs.iterdir()) == []
+
+
+def test_after_a_start_nothing_is_shown_as_at_work_and_what_was_goes_first(made: Made) -> None:
+    waiting, validating, running, paused = (made.create()["id"] for _ in range(4))
+    for job, status in ((waiting, "queued"), (validating, "validating_files"), (running, "running")):
+        made.set(job, status=status, estimated_finish=int(time.time()) + 60)
+    made.jobs.pause(paused, Caller())
+    made.line.put_in.clear()
+    made.jobs.start()
+    made.jobs.stop()
+    assert [made.of(job)["status"] for job in (waiting, validating, running, paused)] == ["queued"] * 3 + ["paused"]
+    assert made.of(running)["estimated_finish"] is None
+    assert made.line.put_in == [validating, running, waiting]

@@ -50,10 +50,14 @@ class Jobs:
         self._creating = threading.Lock()  # a repeated request waits for the one that it repeats
 
     def start(self) -> None:
-        """Go on with every job that is neither final nor paused."""
+        """Go on with every job that is neither final nor paused, and first with the one that was at work."""
         self._remove_unknown()
+        active = self.store.every(select(jobs).where(jobs.c.status.in_(ACTIVE)).order_by(jobs.c.number))
+        with self.store.begin() as connection:  # nothing is at work: another one may be more urgent by now
+            at_work = jobs.c.status.in_(("running", "validating_files"))
+            connection.execute(update(jobs).where(at_work).values(status="queued", estimated_finish=None))
         self.queue.start()
-        for record in self.store.every(select(jobs).where(jobs.c.status.in_(ACTIVE)).order_by(jobs.c.number)):
+        for record in sorted(active, key=lambda record: record["status"] == "queued"):
             if not self._put(record):
                 with self.store.begin() as connection:
                     connection.execute(
