@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import null
 
-from ift_peft.errors import DataError, Faults, IftPeftError, RecipeError
+from ift_peft.errors import DataError, Faults, IftPeftError, ModelError, RecipeError
 from ift_peft.recipe import Recipe, validate
 from ift_peft.run_dir import write_atomically
 from ift_peft.serve.errors import ApiError
@@ -183,6 +183,7 @@ def test_a_job_that_needs_more_memory_than_is_free_is_not_begun(
     from ift_peft.serve.jobs.trainer import FileReporter, TooLarge, _described, check
 
     folder = JobFolder(tmp_path).handed({})
+    task = {"recipe": {"base": {"model": "tiny"}}, "base": "tiny", "runs": "/srv/ift/runs"}
     write_atomically(folder.training, "".join(json.dumps(row) + "\n" for row in chats(12)))
     values = plan(
         name="ftjob-x",
@@ -199,11 +200,26 @@ def test_a_job_that_needs_more_memory_than_is_free_is_not_begun(
     monkeypatch.setattr("ift_peft.train.memory.free_bytes", lambda device: 1_000_000)
     with pytest.raises(TooLarge, match=r"0\.00 GB free") as refused:
         check(recipe, FileReporter(folder))
-    assert _described(refused.value, folder)["code"] == "insufficient_memory"
+    assert _described(refused.value, folder, task)["code"] == "insufficient_memory"
     error = DataError(expected="x", found=f"y at {folder.training}:3", fix="z")
-    described = _described(error, folder)
+    described = _described(error, folder, task)
     assert (described["code"], described["param"]) == ("invalid_training_file", "training_file")
     assert "training_file:3" in described["message"] and str(tmp_path) not in described["message"]
+
+
+def test_an_error_of_a_trainer_names_parameters_and_no_paths(tmp_path: Path) -> None:
+    from ift_peft.serve.jobs.trainer import _described
+
+    folder = JobFolder(tmp_path / "jobs" / "ftjob-x")
+    task = {"recipe": {"base": {"model": "/models/mine"}}, "base": "mine", "runs": str(tmp_path / "runs")}
+    found = f"/models/mine/config.json, {folder.validation} and {tmp_path}/runs/x"
+    broken = _described(ModelError(expected="a base", found=found, fix="ask"), folder, task)
+    assert "found mine/config.json, validation_file and the data folder/runs/x" in broken["message"]
+    assert (broken["code"], broken["param"]) == ("model_unavailable", "model")
+    expected = "adapter.target_modules to match modules of the base"
+    unmatched = ModelError(expected=expected, found="no linear module for 'x'", fix="choose q_proj")
+    described = _described(unmatched, folder, task)
+    assert (described["code"], described["param"]) == ("invalid_recipe", "recipe")
 
 
 def test_what_a_trainer_tells_becomes_status_and_time_left(tmp_path: Path) -> None:

@@ -100,6 +100,7 @@ class Attempt:
             held["test"] = str(self.folder.validation)
         return {
             "recipe": laid_over(record["recipe"], {"data": held}),
+            "base": record["base"],
             "runs": str(self.settings.runs),
             "lock": str(self.settings.data_dir / "devices" / f"{self.settings.device}.lock"),
             "checked": record["checked_at"] is not None,

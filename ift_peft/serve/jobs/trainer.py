@@ -71,17 +71,18 @@ def main(folder: JobFolder, parent: int) -> int:
         with _holding(Path(task["lock"])):
             _work(folder, task)
     except IftPeftError as error:
-        folder.write_error(_described(error, folder))
+        folder.write_error(_described(error, folder, task))
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
     except MemoryError as error:
-        folder.write_error(_error("insufficient_memory", first_line(error), None))
+        folder.write_error(_error("insufficient_memory", _public(first_line(error), folder, task), None))
         return 1
     except Exception as error:
         traceback.print_exc()
         memory = "OutOfMemoryError" in type(error).__name__
-        folder.write_error(_error("insufficient_memory" if memory else "internal_error", first_line(error), None))
+        code = "insufficient_memory" if memory else "internal_error"
+        folder.write_error(_error(code, _public(first_line(error), folder, task), None))
         return 1
     return 0
 
@@ -146,23 +147,37 @@ def _unsupervised(prepared: Prepared) -> int:
     return sum(all(label == IGNORE for label in row["labels"][1:]) for row in labels)  # nothing predicts the first
 
 
-def _described(error: IftPeftError, folder: JobFolder) -> dict[str, Any]:
-    """An error as a job shows it: its files by the names of the parameters, no path of this machine."""
+def _described(error: IftPeftError, folder: JobFolder, task: dict[str, Any]) -> dict[str, Any]:
+    """An error as a job shows it."""
     first = error.faults[0] if isinstance(error, Faults) else error
-    message = str(error)
-    for path in (folder.training, folder.validation):
-        message = message.replace(str(path), path.stem)
-    message = message.replace(str(folder.path), "job")
+    message = _public(str(error), folder, task)
     if isinstance(first, TooLarge):
         return _error("insufficient_memory", message, None)
     if isinstance(first, DataError):
         param = "validation_file" if folder.validation.stem in message else "training_file"
         return _error(f"invalid_{param}", message, param)
-    if isinstance(first, RecipeError):
+    if isinstance(first, RecipeError) or (isinstance(first, ModelError) and _is_about_adapter(first)):
         return _error("invalid_recipe", message, "recipe")
     if isinstance(first, ModelError):
         return _error("model_unavailable", message, "model")
     return _error("training_failed", message, None)
+
+
+def _is_about_adapter(error: ModelError) -> bool:
+    """Whether it is told of the base what the recipe's adapter section asks of it."""
+    return any(word in text for text in (error.expected, error.fix) for word in ("adapter.", "target_modules"))
+
+
+def _public(message: str, folder: JobFolder, task: dict[str, Any]) -> str:
+    """A message without paths of this machine: files by the names of the parameters, the base by its public name."""
+    model, data_dir = Path(task["recipe"]["base"]["model"]).expanduser(), Path(task["runs"]).parent
+    names = {folder.training: folder.training.stem, folder.validation: folder.validation.stem, folder.path: "job"}
+    names[data_dir] = "the data folder"
+    if model.is_absolute() or model.exists():  # otherwise it is an id, or a word
+        names |= {model: task["base"], model.resolve(): task["base"]}
+    for path in sorted(names, key=lambda path: -len(str(path))):
+        message = message.replace(str(path), names[path])
+    return message
 
 
 def _error(code: str, message: str, param: str | None) -> dict[str, Any]:
