@@ -145,7 +145,10 @@ def test_a_body_says_its_hyperparameters_once_and_its_suffix_in_plain_letters() 
         assert hyperparameters_of(CreateJob.model_validate({**asked, **body})).n_epochs == 2
     with pytest.raises(ApiError, match="differ"):
         hyperparameters_of(CreateJob.model_validate({**asked, **new, "hyperparameters": {"n_epochs": 3}}))
-    assert suffix_of(CreateJob.model_validate({**asked, "suffix": "My: Model/2"})) == "my-model-2"
+    assert suffix_of(CreateJob.model_validate({**asked, "suffix": " My_Model - 2"})) == "my-model-2"
+    for suffix, found in (("Ünïcode 情感 X", "'Üï情感'"), ("情感分类", "'情感分类'"), ("v1.5", "'.'"), ("_ -", "no letter")):
+        with pytest.raises(ApiError, match=f"letters a to z, digits and -; found {found}"):
+            suffix_of(CreateJob.model_validate({**asked, "suffix": suffix}))
 
 
 def test_progress_is_read_line_by_whole_line_and_only_of_the_own_trainer(tmp_path: Path) -> None:
