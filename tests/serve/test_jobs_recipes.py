@@ -94,6 +94,11 @@ def test_the_clients_settings_are_laid_over_ours() -> None:
     assert (recipe.adapter.r, recipe.adapter.embeddings, recipe.base.quantization) == (4, True, "nf4")
     assert recipe.evaluation.safety is not None and recipe.training["logging_steps"] == 5
     assert found.hyperparameters.learning_rate_multiplier == pytest.approx(0.5)
+    assert found.hyperparameters.n_epochs == "auto"  # steps decide
+    assert planned({"training": {"max_steps": 9}}, n_epochs=2).hyperparameters.n_epochs == 2
+    for rate in (0, -1, float("nan"), True, None, "2e-4", 2.0):  # a job of it could not be shown
+        with pytest.raises(IftPeftError, match="learning_rate"):
+            planned({"training": {"learning_rate": rate}})
     with pytest.raises(RecipeError, match="both"):
         planned({"training": {"learning_rate": 1e-4}}, learning_rate_multiplier=2)
     assert recipe_of(planned({"adapter": {"method": "ia3"}})).adapter.method == "ia3"

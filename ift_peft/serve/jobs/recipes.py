@@ -12,9 +12,9 @@ from ift_peft.errors import Faults, IftPeftError, RecipeError, raise_all
 from ift_peft.recipe import validate
 from ift_peft.sections import Adapter
 from ift_peft.selection import Validation
-from ift_peft.serve.jobs.auto import defaults_of, resolve
+from ift_peft.serve.jobs.auto import Defaults, defaults_of, resolve
 from ift_peft.serve.jobs.folder import TRAINING_FILE, VALIDATION_FILE
-from ift_peft.serve.objects import Hyperparameters
+from ift_peft.serve.objects import MOST_MULTIPLIER, Hyperparameters
 from ift_peft.yaml_source import YamlSource, laid_over
 
 HELD_OUT = 0.1  # of the rows, where there is no validation file; at least one
@@ -114,11 +114,23 @@ def plan(
         validate(YamlSource("recipe", {**values, **{key: own for key, own in above.items() if not _is_section(key)}}))
     except IftPeftError as error:
         faults += error.faults if isinstance(error, Faults) else [error]
-    raise_all(faults)
+    shown: dict[str, Any] = {}
     if "learning_rate" in kept.get("training", {}):
-        multiplier = values["training"]["learning_rate"] / defaults.learning_rate
-        found = found.model_copy(update={"learning_rate_multiplier": multiplier})
-    return Planned(values, found)
+        shown["learning_rate_multiplier"] = _multiplier(values["training"]["learning_rate"], defaults, faults)
+    raise_all(faults)
+    if values["training"].get("max_steps", -1) > 0:
+        shown["n_epochs"] = given.n_epochs  # steps decide: there is no number for an "auto"
+    return Planned(values, found.model_copy(update=shown))
+
+
+def _multiplier(rate: Any, defaults: Defaults, faults: list[IftPeftError]) -> float | None:
+    """A learning rate as a job shows it; a fault where a job could not."""
+    is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
+    if is_number and 0 < rate <= MOST_MULTIPLIER * defaults.learning_rate:
+        return float(rate / defaults.learning_rate)
+    expected = f"recipe.training.learning_rate above 0, and at most {MOST_MULTIPLIER * defaults.learning_rate:g}"
+    faults.append(RecipeError(expected=expected, found=f"{rate!r:.100}", fix="change it, or leave it out"))
+    return None
 
 
 def _is_section(key: str) -> bool:
