@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from sqlalchemy import null
 
+from ift_peft.data.row import Message, Row
+from ift_peft.data.rows import split_rows
 from ift_peft.errors import DataError, Faults, IftPeftError, ModelError, RecipeError
 from ift_peft.recipe import Recipe, validate
 from ift_peft.run_dir import write_atomically
@@ -27,6 +29,9 @@ from ift_peft.serve.store import Store
 from ift_peft.serve.store.tables import jobs
 from ift_peft.yaml_source import YamlSource, laid_over
 from tests.serve.jobs import chats
+
+
+ANSWER: Message = {"role": "assistant", "content": "!"}
 
 
 def planned(
@@ -225,6 +230,11 @@ def test_an_error_of_a_trainer_names_parameters_and_no_paths(tmp_path: Path) -> 
     assert "found mine/config.json, validation_file and the data folder/runs/x" in broken["message"]
     assert (broken["code"], broken["param"]) == ("model_unavailable", "model")
     expected = "adapter.target_modules to match modules of the base"
+    with pytest.raises(DataError) as equal:
+        split_rows([Row(({"role": "user", "content": "?"}, ANSWER), f"{at}") for at in range(10)], test_size=1, seed=0)
+    described = _described(equal.value, folder, task)
+    assert "all prompts are equal" in described["message"] and "change" not in described["message"]
+    assert "name a file as validation_file" in described["message"] and described["param"] == "training_file"
     unmatched = ModelError(expected=expected, found="no linear module for 'x'", fix="choose q_proj")
     described = _described(unmatched, folder, task)
     assert (described["code"], described["param"]) == ("invalid_recipe", "recipe")

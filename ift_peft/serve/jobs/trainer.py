@@ -155,7 +155,8 @@ def _described(error: IftPeftError, folder: JobFolder, task: dict[str, Any]) -> 
         return _error("insufficient_memory", message, None)
     if isinstance(first, DataError):
         param = "validation_file" if folder.validation.stem in message else "training_file"
-        return _error(f"invalid_{param}", message, param)
+        said = message.replace("a file as data.test", "a file as validation_file")  # as the parameters of a job say it
+        return _error(f"invalid_{param}", said, param)
     if isinstance(first, RecipeError) or (isinstance(first, ModelError) and _is_about_adapter(first)):
         return _error("invalid_recipe", message, "recipe")
     if isinstance(first, ModelError):
