@@ -80,6 +80,8 @@ def test_events_tell_what_happened_in_order(server: Server, client: OpenAI, done
 def test_checkpoints_are_the_last_three_with_their_losses(server: Server, client: OpenAI, done: FineTuningJob) -> None:
     found = list(client.fine_tuning.jobs.checkpoints.list(done.id))
     kept = [one.step_number for one in found]
+    created = [event.message for event in jobs.events(client, done.id) if event.message.startswith("Checkpoint cre")]
+    assert created == [f"Checkpoint created at step {step}" for step in (16, 12, 8, 4)]  # also of the one that is gone
     assert kept == sorted(kept, reverse=True) and kept[0] == 16 and 2 <= len(kept) <= 3
     losses = dict(jobs.losses(client, done.id))
     for one in found:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import null
+from sqlalchemy import null, select
 
 from ift_peft.data.row import Message, Row
 from ift_peft.data.rows import split_rows
@@ -26,7 +26,7 @@ from ift_peft.serve.jobs.results import step_metrics
 from ift_peft.serve.objects import Hyperparameters, Job
 from ift_peft.serve.settings import Settings
 from ift_peft.serve.store import Store
-from ift_peft.serve.store.tables import jobs
+from ift_peft.serve.store.tables import events, jobs
 from ift_peft.yaml_source import YamlSource, laid_over
 from tests.serve.jobs import chats
 
@@ -279,6 +279,13 @@ def test_what_a_trainer_tells_becomes_status_and_time_left(tmp_path: Path) -> No
     steps = [{"kind": "done", "at": now - 10, "done": 1}, {"kind": "done", "at": now, "done": 51}]
     estimated = told(*steps).estimated_finish
     assert estimated is not None and abs(estimated - (now + 10 / 50 * 49 + 6)) < 2  # and measuring as long as before
+    saves = [{"kind": "saved", "at": now, "step": step, "epoch": step / 2, "of": 9} for step in (2, 3, 4, 9)]
+    told(*saves)
+    progress = Progress(settings, store, job_record(store, "ftjob-x"), folder)  # of the next attempt
+    told(saves[-2])
+    messages = [event["message"] for event in store.every(select(events))]
+    found = [message for message in messages if message.startswith("Checkpoint created")]
+    assert found == [f"Checkpoint created at step {step}" for step in (2, 4, 9)]  # none of a pause, which 3 is
     with store.begin() as connection:
         assert change(connection, "ftjob-x", to="cancelled")
     ended = told({"kind": "begun", "at": now}, {"kind": "checked", "at": now})

@@ -26,6 +26,8 @@ from ift_peft.run_dir import write_atomically
 from ift_peft.serve.jobs.folder import JobFolder, newest_run
 
 if TYPE_CHECKING:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
     from ift_peft.recipe import Recipe
     from ift_peft.train.prepare import Prepared
 
@@ -105,12 +107,25 @@ def _work(folder: JobFolder, task: dict[str, Any]) -> None:
         folder.report("checked")
     folder.report("begun")
     if run is None:
-        train(recipe, root=runs, reporter=reporter, prepared=prepared)
+        train(recipe, root=runs, reporter=reporter, prepared=prepared, callbacks=[_telling_of_saves(folder)])
     elif run.status == "succeeded":
         write_report(run)  # all but this may have been done
     else:
         write_atomically(run.path / "recipe.yaml", dump_recipe(recipe))  # the data folder may have been moved
-        resume(run, reporter=reporter)
+        resume(run, reporter=reporter, callbacks=[_telling_of_saves(folder)])
+
+
+def _telling_of_saves(folder: JobFolder) -> TrainerCallback:
+    """Tells each checkpoint that is written: who only looks at times finds those that are still there."""
+    from transformers import TrainerCallback
+
+    class Saves(TrainerCallback):
+        def on_save(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        ) -> None:
+            folder.report("saved", step=state.global_step, epoch=state.epoch, of=state.max_steps)
+
+    return Saves()
 
 
 def check(recipe: Recipe, reporter: FileReporter) -> Prepared:
