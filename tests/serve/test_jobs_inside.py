@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,11 @@ from sqlalchemy import null, select, update
 from ift_peft.serve.errors import ApiError
 from ift_peft.serve.files.records import delete_file, keep_file
 from ift_peft.serve.jobs import jobs as module
+from ift_peft.serve.jobs.attempt import Attempt
 from ift_peft.serve.jobs.body import CreateJob
 from ift_peft.serve.jobs.folder import TRAINING_FILE
 from ift_peft.serve.jobs.jobs import Caller, Jobs
+from ift_peft.serve.jobs.progress import Progress
 from ift_peft.serve.operations import backup
 from ift_peft.serve.operations.backup import restore_backup, write_backup
 from ift_peft.serve.settings import Settings
@@ -168,3 +171,55 @@ def test_after_a_start_nothing_is_shown_as_at_work_and_what_was_goes_first(made:
     assert [made.of(job)["status"] for job in (waiting, validating, running, paused)] == ["queued"] * 3 + ["paused"]
     assert made.of(running)["estimated_finish"] is None
     assert made.line.put_in == [validating, running, waiting]
+
+
+def test_a_job_that_the_queue_could_not_take_is_queued_later(made: Made) -> None:
+    made.line.broken = True
+    job = made.create()["id"]
+    assert made.line.put_in == [] and made.of(job)["status"] == "validating_files"
+    made.line.broken = False
+    made.jobs.queue_again()
+    assert made.line.put_in == [job]
+
+
+class Trained(Attempt):
+    """With a trainer that has just ended with `code`, after `meanwhile`."""
+
+    code = 0
+
+    def meanwhile(self) -> None: ...
+
+    def _train(self, progress: Progress) -> int:
+        self.meanwhile()
+        run = self.settings.runs / self.job / "20300101-000000"
+        checkpoint = run / "checkpoints" / "checkpoint-4"
+        checkpoint.mkdir(parents=True)
+        for name in ("adapter_model.safetensors", "optimizer.pt"):
+            (checkpoint / name).write_bytes(b"x")
+        (run / "test.jsonl").write_text("a row", "utf-8")
+        (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0, "epoch": 1.0}\n', "utf-8")
+        (run / "scores.json").write_text("{}", "utf-8")
+        (run / "manifest.json").write_text('{"status": "succeeded", "steps": 1}', "utf-8")
+        return self.code
+
+
+@pytest.mark.parametrize("code", [0, 130])
+def test_a_job_that_is_cancelled_and_its_file_deleted_while_its_trainer_ends_leaves_no_rows(
+    made: Made, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    job = made.create()
+    attempt = Trained(made.settings, made.store, threading.Event(), job["id"], 0)
+
+    def meanwhile() -> None:
+        made.jobs.cancel(job["id"], Caller())
+        delete_file(made.settings, made.store, job["training_file"])
+
+    monkeypatch.setattr(attempt, "meanwhile", meanwhile)
+    monkeypatch.setattr(attempt, "code", code)
+    attempt.run()
+    (run,) = (made.settings.runs / job["id"]).iterdir()
+    assert {path.name for path in run.rglob("*") if path.is_file()} == {
+        *("adapter_model.safetensors", "metrics.jsonl", "scores.json", "manifest.json")
+    }
+    assert list(made.settings.jobs.iterdir()) == list(made.settings.files.iterdir()) == []
+    assert made.of(job["id"])["status"] == "cancelled"

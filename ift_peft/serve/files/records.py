@@ -118,6 +118,18 @@ def clean(settings: Settings, store: Store) -> None:
         _forget(settings, store, file_id)
 
 
+def forget_deleted(settings: Settings, store: Store, job: str) -> None:
+    """Remove from what the job has left the rows of its files that are deleted: its trainer may have written some
+    after the deletion."""
+    uses = store.one(select(jobs.c.status, jobs.c.training_file, jobs.c.validation_file).where(jobs.c.id == job))
+    if uses is None or uses["status"] not in FINAL:
+        return
+    used = {uses["training_file"], uses["validation_file"]} - {None}
+    known = {record["id"] for record in store.every(select(files.c.id).where(files.c.id.in_(used)))}
+    for file_id in used - known:
+        _forget(settings, store, file_id)
+
+
 def sync_folder(folder: Path) -> None:
     """Have the names in `folder` on the disk."""
     handle = os.open(folder, os.O_RDONLY)

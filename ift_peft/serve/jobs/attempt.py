@@ -13,6 +13,7 @@ from typing import Any
 
 from sqlalchemy import select
 
+from ift_peft.serve.files.records import forget_deleted
 from ift_peft.serve.jobs.folder import JobFolder
 from ift_peft.serve.jobs.progress import Progress
 from ift_peft.serve.jobs.queue import Stopping
@@ -66,8 +67,7 @@ class Attempt:
             folder = self.folder.handed(self._task(record))
             progress = Progress(self.settings, self.store, record, folder)
             code = self._train(progress)
-            if code == 0:
-                self._succeed(progress)
+            if code == 0 and self._succeed(progress):
                 return
             if self.stopping.is_set():
                 raise Stopping
@@ -85,9 +85,14 @@ class Attempt:
                 return
             with self.store.begin() as connection:
                 tell(connection, self.job, "The trainer was stopped from outside; it is started again", level="warn")
+        self._leave()
+
+    def _leave(self) -> None:
+        """What is to be removed of a job that was withdrawn can be, now that its trainer writes no more."""
         ended = self.store.one(select(jobs.c.status).where(jobs.c.id == self.job))
         if ended is not None and ended["status"] in FINAL:
             tidy(self.settings, self.job)
+        forget_deleted(self.settings, self.store, self.job)
 
     def _record(self) -> Record | None:
         """The job, as long as this attempt is to go on with it."""
@@ -141,9 +146,11 @@ class Attempt:
             elif killed_at is not None and time.monotonic() > killed_at:
                 os.killpg(trainer.pid, signal.SIGKILL)
 
-    def _succeed(self, progress: Progress) -> None:
-        if succeed(self.settings, self.store, progress):
+    def _succeed(self, progress: Progress) -> bool:
+        succeeded = succeed(self.settings, self.store, progress)
+        if succeeded:
             self.folder.clear()
+        return succeeded
 
     def _fail(self, error: dict[str, str | None]) -> None:
         code, message = str(error["code"]), str(error["message"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import secrets
 import threading
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from ift_peft.serve.settings import Settings
 from ift_peft.serve.store import Record, Store
 from ift_peft.serve.store.tables import files, jobs, metadata_pairs, models
 
+log = logging.getLogger("ift_peft.serve")
+LOOK_SECONDS = 60.0  # between two looks for jobs that the queue has not
 RETRIED_SECONDS = 30 * 60  # after which an equal request is a new one, also where it says that it is repeated
 
 
@@ -48,6 +51,8 @@ class Jobs:
         self.settings, self.store = settings, store
         self.queue = Queue(settings.queue_url, self._attempt)
         self._creating = threading.Lock()  # a repeated request waits for the one that it repeats
+        self._stopped = threading.Event()
+        self._looking = threading.Thread(target=self._look, name="jobs", daemon=True)
 
     def start(self) -> None:
         """Go on with every job that is neither final nor paused, and first with the one that was at work."""
@@ -67,6 +72,19 @@ class Jobs:
         ended = self.store.every(select(jobs.c.id).where(jobs.c.status.in_(("succeeded", "cancelled"))))
         for record in ended:
             JobFolder(self.settings.jobs / record["id"]).clear()
+        self._looking.start()
+
+    def _look(self) -> None:
+        while not self._stopped.wait(LOOK_SECONDS):
+            try:
+                self.queue_again()
+            except Exception as error:  # tried again at the next look
+                log.error("could not queue the jobs that wait", exc_info=error)
+
+    def queue_again(self) -> None:
+        """Queue every job that is to be done: one that the queue could not take when it was made; others are there."""
+        for record in self.store.every(select(jobs).where(jobs.c.status.in_(ACTIVE)).order_by(jobs.c.number)):
+            self._put(record)
 
     def _remove_unknown(self) -> None:
         """Folders of jobs that a crash kept from having a record: they hold rows, which no deletion would reach."""
@@ -77,6 +95,9 @@ class Jobs:
 
     def stop(self) -> None:
         """Let the trainer write its checkpoint and end; its job goes on at the next start."""
+        self._stopped.set()
+        if self._looking.is_alive():
+            self._looking.join()
         self.queue.stop()
 
     def create(self, body: CreateJob, caller: Caller) -> Record:
@@ -88,7 +109,7 @@ class Jobs:
             found = self._made_before(request, _hash(content), caller)
             if found is None:
                 found = self._create(body, request, _hash(content) if keyed else None)
-        self._put(found)
+        self._put_soon(found)
         return found
 
     def _made_before(self, request: str, content: str, caller: Caller) -> Record | None:
@@ -248,7 +269,7 @@ class Jobs:
         if not resumed:
             raise self._wrong_status(job, "resumed")
         record = job_record(self.store, job)
-        self._put(record)
+        self._put_soon(record)
         return record
 
     def _wrong_status(self, job: str, what: str) -> ApiError:
@@ -257,6 +278,13 @@ class Jobs:
         return ApiError(
             400, f"Job {job} {has} {status!r} and cannot be {what}.", code="invalid_status", param="fine_tuning_job_id"
         )
+
+    def _put_soon(self, record: Record) -> None:
+        """Queue a job that is in the store, and so will be done: at once, or where that fails at the next look."""
+        try:
+            self._put(record)
+        except Exception as error:
+            log.error("could not queue a job; it is tried again", exc_info=error, extra={"job": record["id"]})
 
     def _put(self, record: Record) -> bool:
         """Whether the queue will do what there is to do; it does no attempt that it has once ended."""
