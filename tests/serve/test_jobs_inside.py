@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import null, select, update
+from sqlalchemy import select, update
 
 from ift_peft.serve.errors import ApiError
 from ift_peft.serve.files.records import delete_file, keep_file
@@ -199,7 +199,8 @@ class Trained(Attempt):
         (run / "test.jsonl").write_text("a row", "utf-8")
         (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0, "epoch": 1.0}\n', "utf-8")
         (run / "scores.json").write_text("{}", "utf-8")
-        (run / "manifest.json").write_text('{"status": "succeeded", "steps": 1}', "utf-8")
+        manifest = {"status": "succeeded", "steps": 1, "rows": {"train": {"tokens": 9, "variants": 1}}}
+        (run / "manifest.json").write_text(json.dumps(manifest), "utf-8")
         return self.code
 
 

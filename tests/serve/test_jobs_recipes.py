@@ -30,7 +30,6 @@ from ift_peft.serve.store.tables import events, jobs
 from ift_peft.yaml_source import YamlSource, laid_over
 from tests.serve.jobs import chats
 
-
 ANSWER: Message = {"role": "assistant", "content": "!"}
 
 
@@ -156,7 +155,12 @@ def test_a_body_says_its_hyperparameters_once_and_its_suffix_in_plain_letters() 
     with pytest.raises(ApiError, match="differ"):
         hyperparameters_of(CreateJob.model_validate({**asked, **new, "hyperparameters": {"n_epochs": 3}}))
     assert suffix_of(CreateJob.model_validate({**asked, "suffix": " My_Model - 2"})) == "my-model-2"
-    for suffix, found in (("Ünïcode 情感 X", "'Üï情感'"), ("情感分类", "'情感分类'"), ("v1.5", "'.'"), ("_ -", "no letter")):
+    for suffix, found in (
+        ("Ünïcode 情感 X", "'Üï情感'"),
+        ("情感分类", "'情感分类'"),
+        ("v1.5", "'.'"),
+        ("_ -", "no letter"),
+    ):
         with pytest.raises(ApiError, match=f"letters a to z, digits and -; found {found}"):
             suffix_of(CreateJob.model_validate({**asked, "suffix": suffix}))
 

@@ -46,6 +46,7 @@ class Attempt:
             self._run()
         except Exception as error:
             if self._record() is None:  # it was withdrawn, and its files are gone
+                self._leave()
                 return
             log.exception("an attempt at a job broke off", extra={"job": self.job})
             fail(

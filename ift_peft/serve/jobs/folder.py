@@ -13,7 +13,6 @@ from typing import Any
 
 from ift_peft.run_dir import RunDir, json_lines, runs_called, write_atomically
 
-
 TRAINING_FILE, VALIDATION_FILE = "training_file.jsonl", "validation_file.jsonl"
 
 

@@ -120,9 +120,7 @@ def _telling_of_saves(folder: JobFolder) -> TrainerCallback:
     from transformers import TrainerCallback
 
     class Saves(TrainerCallback):
-        def on_save(
-            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-        ) -> None:
+        def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
             folder.report("saved", step=state.global_step, epoch=state.epoch, of=state.max_steps)
 
     return Saves()
