@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from sqlalchemy import select, update
 
+from ift_peft.errors import RunError
 from ift_peft.serve.errors import ApiError
 from ift_peft.serve.files.records import delete_file, keep_file
 from ift_peft.serve.jobs import jobs as module
@@ -22,6 +25,7 @@ from ift_peft.serve.jobs.body import CreateJob
 from ift_peft.serve.jobs.folder import TRAINING_FILE
 from ift_peft.serve.jobs.jobs import Caller, Jobs
 from ift_peft.serve.jobs.progress import Progress
+from ift_peft.serve.jobs.trainer import _device, lock_of
 from ift_peft.serve.operations import backup
 from ift_peft.serve.operations.backup import restore_backup, write_backup
 from ift_peft.serve.settings import Settings
@@ -224,3 +228,20 @@ def test_a_job_that_is_cancelled_and_its_file_deleted_while_its_trainer_ends_lea
     }
     assert list(made.settings.jobs.iterdir()) == list(made.settings.files.iterdir()) == []
     assert made.of(job["id"])["status"] == "cancelled"
+
+
+def test_a_gpu_has_one_lock_for_all_services_and_a_cpu_one_for_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert lock_of("cuda-1", first) == lock_of("cuda-1", second) != lock_of("cuda-2", first)
+    folder = lock_of("cuda-1", first).parent
+    assert (folder.parent, folder.stat().st_mode & 0o777) == (tmp_path, 0o700)
+    assert lock_of("cpu", first) != lock_of("cpu", second)
+    folder.rmdir()
+    folder.symlink_to(tmp_path)  # as somebody else could have made it
+    with pytest.raises(RunError, match="TMPDIR"):
+        lock_of("cuda-1", first)
+    for asked in ("auto", "cpu"):
+        assert _device({"recipe": {"base": {"device": asked}}}) == "cpu" or torch.cuda.is_available()

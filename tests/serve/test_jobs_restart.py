@@ -110,7 +110,7 @@ def test_one_trainer_at_a_time_in_the_order_of_priorities(server: Server, client
         body = {"recipe": jobs.QUICK, "priority": priority}
         return jobs.create(server, client=client, extra_body=body).id
 
-    with (devices / "auto.lock").open("w") as device:
+    with (devices / "cpu.lock").open("w") as device:
         fcntl.flock(device, fcntl.LOCK_EX)
         first = queued(0)
         only(first)

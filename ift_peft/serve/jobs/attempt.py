@@ -108,7 +108,7 @@ class Attempt:
             "recipe": laid_over(record["recipe"], {"data": held}),
             "base": record["base"],
             "runs": str(self.settings.runs),
-            "lock": str(self.settings.data_dir / "devices" / f"{self.settings.device}.lock"),
+            "devices": str(self.settings.data_dir / "devices"),
             "checked": record["checked_at"] is not None,
         }
 

@@ -1,7 +1,8 @@
 """The trainer of one job, a process of its own: `python -m ift_peft.serve.jobs.trainer <job folder> <parent>`.
 
 It dies with the process that started it, and writes a checkpoint before that. One trainer works on a device at a time:
-the next one waits until the lock of the last is free, also where that one lost its service.
+the next one waits until the lock of the last is free, also where that one lost its service. A GPU has one lock for all
+services of a user, a CPU, which several may share, one in each data folder.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import fcntl
 import os
 import shutil
 import signal
+import stat
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -20,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from ift_peft.errors import DataError, Faults, IftPeftError, ModelError, RecipeError, first_line
+from ift_peft.errors import DataError, Faults, IftPeftError, ModelError, RecipeError, RunError, first_line
 from ift_peft.reporter import Silent
 from ift_peft.run_dir import write_atomically
 from ift_peft.serve.jobs.folder import JobFolder, newest_run
@@ -70,7 +73,7 @@ def main(folder: JobFolder, parent: int) -> int:
     sys.argv = ["ift", "serve"]  # what the run's manifest shows as its command
     folder, task = folder.taken()
     try:
-        with _holding(Path(task["lock"])):
+        with _holding(lock_of(_device(task), Path(task["devices"]))):
             _work(folder, task)
     except IftPeftError as error:
         folder.write_error(_described(error, folder, task))
@@ -196,6 +199,28 @@ def _public(message: str, folder: JobFolder, task: dict[str, Any]) -> str:
 
 def _error(code: str, message: str, param: str | None) -> dict[str, Any]:
     return {"code": code, "message": message[:4000], "param": param}
+
+
+def _device(task: dict[str, Any]) -> str:
+    """What the trainer will work on: `cpu`, or `cuda-` and what tells this GPU from all others."""
+    import torch
+
+    from ift_peft.model.base import choose_device
+
+    device = choose_device(task["recipe"]["base"]["device"])
+    return device.type if device.type == "cpu" else f"cuda-{torch.cuda.get_device_properties(device).uuid}"
+
+
+def lock_of(device: str, folder: Path) -> Path:
+    """The lock of a device: of a CPU in `folder`, of a GPU in a folder of the user's. Raises `RunError` where that
+    belongs to somebody else."""
+    if device != "cpu":
+        folder = Path(tempfile.gettempdir()) / f"ift_peft-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode):
+            raise RunError(expected=f"{folder} as a folder of this user", found="another one's", fix="set TMPDIR")
+    return folder / f"{device}.lock"
 
 
 @contextmanager

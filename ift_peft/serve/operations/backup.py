@@ -117,11 +117,10 @@ def _content(store: sqlite3.Connection, data_dir: Path) -> Iterator[str]:
 
 def _rows_of_jobs(store: sqlite3.Connection) -> Iterator[tuple[str, str]]:
     """What each job that has not ended needs in its folder, by path, and the file that it came from."""
-    ended = f"({', '.join('?' * len(FINAL))})"
-    query = f"SELECT id, training_file, validation_file FROM jobs WHERE status NOT IN {ended} ORDER BY number"
-    for job, *used in store.execute(query, FINAL).fetchall():
+    query = "SELECT id, status, training_file, validation_file FROM jobs ORDER BY number"
+    for job, status, *used in store.execute(query).fetchall():
         for name, file_id in zip((TRAINING_FILE, VALIDATION_FILE), used, strict=True):
-            if file_id is not None:
+            if file_id is not None and status not in FINAL:
                 yield f"jobs/{job}/{name}", file_id
 
 
