@@ -245,3 +245,9 @@ def test_a_gpu_has_one_lock_for_all_services_and_a_cpu_one_for_each(
         lock_of("cuda-1", first)
     for asked in ("auto", "cpu"):
         assert _device({"recipe": {"base": {"device": asked}}}) == "cpu" or torch.cuda.is_available()
+
+
+def test_a_job_that_is_cancelled_while_it_waits_leaves_its_rows_at_once(made: Made) -> None:
+    first, second = made.create()["id"], made.create()["id"]
+    made.jobs.cancel(second, Caller())
+    assert [path.name for path in made.settings.jobs.iterdir()] == [first]

@@ -243,7 +243,7 @@ class Jobs:
         repeated = caller.retries > 0 and record["status"] == "cancelled"
         if not repeated and not withdraw(self.store, job, to_cancelled=True):
             raise self._wrong_status(job, "cancelled")
-        if record["status"] == "paused":  # otherwise its attempt does this when it has ended
+        if record["status"] in ("paused", "queued"):  # otherwise, and again, its attempt does this when it has ended
             tidy(self.settings, job)
         return job_record(self.store, job)
 
