@@ -206,10 +206,13 @@ def split_rows(
     train = [row for row in rows if row.where not in chosen]
     test = [row for row in rows if row.where in chosen]
     if not train or not test:
+        same = len(groups) == 1
+        cure = "give rows of other prompts" if same else f"change {setting}, or give more rows"
         raise DataError(
             expected="rows on both sides of the split",
-            found=f"{len(train)} to train on and {len(test)} set aside, of {len(rows)}",
-            fix=f"change {setting}, or give more rows" + (", or name a file as data.test" if "test" in setting else ""),
+            found=f"{len(train)} to train on and {len(test)} set aside, of {len(rows)}"
+            + (": all prompts are equal" if same else ""),
+            fix=cure + (", or name a file as data.test" if "test" in setting else ""),
         )
     return train, test
 

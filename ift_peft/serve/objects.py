@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Auto = Literal["auto"]
 Status = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 FINAL: tuple[Status, ...] = ("succeeded", "failed", "cancelled")
+MOST_MULTIPLIER = 1000
 Purpose = Literal["fine-tune", "fine-tune-results"]
 
 
@@ -77,7 +78,7 @@ class ModelDeleted(Object):
 class Hyperparameters(Object):
     n_epochs: Auto | Annotated[int, Field(ge=1, le=50)] = "auto"
     batch_size: Auto | Annotated[int, Field(ge=1, le=256)] = "auto"
-    learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=1000)] = "auto"
+    learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=MOST_MULTIPLIER)] = "auto"
 
 
 class Supervised(Object):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from transformers import TrainerCallback
 
 from ift_peft.errors import RunError
 from ift_peft.evaluate.forgetting import general_texts
@@ -26,8 +28,17 @@ from ift_peft.train.prepare import Prepared, inputs, prepare, record_inputs
 from ift_peft.train.session import Interrupted, Session, open_session, resume_command
 
 
-def train(recipe: Recipe, *, root: Path, reporter: Reporter, prepared: Prepared | None = None) -> RunDir:
+def train(
+    recipe: Recipe,
+    *,
+    root: Path,
+    reporter: Reporter,
+    prepared: Prepared | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> RunDir:
     """Run `recipe` and return its folder below `root`; `prepared` is what `prepare` made of it, where it was called.
+
+    `callbacks` are called by the trainer, after our own.
 
     Raises `RecipeError`, `DataError` or `ModelError` before a run folder exists, `TrainingError` for a run that could
     not finish, and `Interrupted` after a signal.
@@ -49,7 +60,7 @@ def train(recipe: Recipe, *, root: Path, reporter: Reporter, prepared: Prepared 
     given = all_inputs(recipe, prepared)
     run = create_run(recipe, root)
     record_inputs(run, prepared, given)
-    return _run(recipe, prepared, run, reporter, checkpoint=None)
+    return _run(recipe, prepared, run, reporter, checkpoint=None, callbacks=callbacks)
 
 
 def finish(
@@ -79,7 +90,7 @@ def finish(
     return _run(recipe, prepared, run, reporter, checkpoint=run.checkpoints / checkpoint.name)
 
 
-def resume(run: RunDir, *, reporter: Reporter) -> RunDir:
+def resume(run: RunDir, *, reporter: Reporter, callbacks: Sequence[TrainerCallback] = ()) -> RunDir:
     """Go on with an unfinished run from its newest complete checkpoint, or from its start if it has none.
 
     Raises `RunError` for a run that succeeded, and where rows, base, template or teacher are no longer those it began
@@ -117,7 +128,7 @@ def resume(run: RunDir, *, reporter: Reporter) -> RunDir:
     )
     forget_steps_after(run, int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
     run.update_manifest(status="running", error=None, resumed_from=checkpoint.name if checkpoint else None)
-    return _run(recipe, prepared, run, reporter, checkpoint=checkpoint)
+    return _run(recipe, prepared, run, reporter, checkpoint=checkpoint, callbacks=callbacks)
 
 
 def all_inputs(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
@@ -133,10 +144,18 @@ def forget_steps_after(run: RunDir, step: int) -> None:
         run.write_lines(path.name, [line for line in run.read_lines(path.name) if line["step"] <= step])
 
 
-def _run(recipe: Recipe, prepared: Prepared, run: RunDir, reporter: Reporter, *, checkpoint: Path | None) -> RunDir:
+def _run(
+    recipe: Recipe,
+    prepared: Prepared,
+    run: RunDir,
+    reporter: Reporter,
+    *,
+    checkpoint: Path | None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> RunDir:
     try:
         with ending(run, stopped_by=(Interrupted, KeyboardInterrupt)), quiet(), run.locked():
-            _train_and_measure(recipe, prepared, run, reporter, checkpoint)
+            _train_and_measure(recipe, prepared, run, reporter, checkpoint, callbacks)
     except KeyboardInterrupt:
         raise Interrupted(
             expected="a run that ends by itself", found="it was interrupted", fix=f"go on with: {resume_command(run)}"
@@ -146,10 +165,15 @@ def _run(recipe: Recipe, prepared: Prepared, run: RunDir, reporter: Reporter, *,
 
 
 def _train_and_measure(
-    recipe: Recipe, prepared: Prepared, run: RunDir, reporter: Reporter, checkpoint: Path | None
+    recipe: Recipe,
+    prepared: Prepared,
+    run: RunDir,
+    reporter: Reporter,
+    checkpoint: Path | None,
+    callbacks: Sequence[TrainerCallback],
 ) -> None:
     foreseen = foresee_memory(recipe, prepared, reporter)
-    session = open_session(recipe, prepared, run, reporter, resumed=checkpoint)
+    session = open_session(recipe, prepared, run, reporter, callbacks=callbacks, resumed=checkpoint)
     measuring = Measuring(session.model, prepared.renderer, recipe, prepared.test.rows, prepared.probes, reporter)
     before = measuring.of(adapter=False)
     meter = Meter(session.base.device)

@@ -35,7 +35,7 @@ def done(server: Server, client: OpenAI) -> FineTuningJob:
         client=client,
         rows=40,
         validation_file=jobs.upload(server.data_dir, jobs.chats(4)),
-        suffix="Own Words!",
+        suffix="Own_Words ",
         seed=7,
         metadata={"for": "a test", KEY: "值"},
         method={"type": "supervised", "supervised": {"hyperparameters": {"batch_size": 8, "n_epochs": 4}}},
@@ -80,6 +80,8 @@ def test_events_tell_what_happened_in_order(server: Server, client: OpenAI, done
 def test_checkpoints_are_the_last_three_with_their_losses(server: Server, client: OpenAI, done: FineTuningJob) -> None:
     found = list(client.fine_tuning.jobs.checkpoints.list(done.id))
     kept = [one.step_number for one in found]
+    created = [event.message for event in jobs.events(client, done.id) if event.message.startswith("Checkpoint cre")]
+    assert created == [f"Checkpoint created at step {step}" for step in (16, 12, 8, 4)]  # also of the one that is gone
     assert kept == sorted(kept, reverse=True) and kept[0] == 16 and 2 <= len(kept) <= 3
     losses = dict(jobs.losses(client, done.id))
     for one in found:
@@ -128,7 +130,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"method": {"type": "dpo"}}, "method", "dpo"),
     ({"method": {"type": "reinforcement"}}, "method", "reinforcement"),
     ({"integrations": [{"type": "wandb", "wandb": {"project": "mine"}}]}, "integrations", "nothing leaves"),
-    ({"suffix": "!!!"}, "suffix", "letter or digit"),
+    ({"suffix": "情感分类"}, "suffix", "letters a to z, digits and -"),
     ({"suffix": "x" * 65}, "suffix", "64"),
     ({"seed": -1}, "seed", "0"),
     ({"metadata": {str(number): "x" for number in range(17)}}, "metadata", "16"),

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import null
+from sqlalchemy import null, select
 
-from ift_peft.errors import DataError, Faults, IftPeftError, RecipeError
+from ift_peft.data.row import Message, Row
+from ift_peft.data.rows import split_rows
+from ift_peft.errors import DataError, Faults, IftPeftError, ModelError, RecipeError
 from ift_peft.recipe import Recipe, validate
 from ift_peft.run_dir import write_atomically
 from ift_peft.serve.errors import ApiError
@@ -24,9 +26,11 @@ from ift_peft.serve.jobs.results import step_metrics
 from ift_peft.serve.objects import Hyperparameters, Job
 from ift_peft.serve.settings import Settings
 from ift_peft.serve.store import Store
-from ift_peft.serve.store.tables import jobs
-from ift_peft.yaml_source import YamlSource
+from ift_peft.serve.store.tables import events, jobs
+from ift_peft.yaml_source import YamlSource, laid_over
 from tests.serve.jobs import chats
+
+ANSWER: Message = {"role": "assistant", "content": "!"}
 
 
 def planned(
@@ -39,9 +43,8 @@ def planned(
         seed=5,
         given=Hyperparameters(**given),
         above=above,
-        train=Path("/jobs/x/training_file.jsonl"),
-        test=Path("/jobs/x/validation_file.jsonl") if test else None,
         rows=rows,
+        tested=test,
     )
 
 
@@ -67,7 +70,7 @@ def test_hyperparameters_become_settings_of_the_training() -> None:
     assert recipe.adapter.embeddings and recipe.data.test is None and recipe.data.test_size == 11
     larger = recipe_of(planned({}, model="Qwen/Qwen3-0.6B", test=True))
     assert larger.training["learning_rate"] == 2e-4 and not larger.adapter.embeddings
-    assert larger.data.test == "/jobs/x/validation_file.jsonl"
+    assert larger.data.test == "validation_file.jsonl"  # in the job's folder, wherever that is
 
 
 def test_what_is_held_out_and_set_aside_does_not_count_as_rows_to_train_on() -> None:
@@ -95,6 +98,11 @@ def test_the_clients_settings_are_laid_over_ours() -> None:
     assert (recipe.adapter.r, recipe.adapter.embeddings, recipe.base.quantization) == (4, True, "nf4")
     assert recipe.evaluation.safety is not None and recipe.training["logging_steps"] == 5
     assert found.hyperparameters.learning_rate_multiplier == pytest.approx(0.5)
+    assert found.hyperparameters.n_epochs == "auto"  # steps decide
+    assert planned({"training": {"max_steps": 9}}, n_epochs=2).hyperparameters.n_epochs == 2
+    for rate in (0, -1, float("nan"), True, None, "2e-4", 2.0):  # a job of it could not be shown
+        with pytest.raises(IftPeftError, match="learning_rate"):
+            planned({"training": {"learning_rate": rate}})
     with pytest.raises(RecipeError, match="both"):
         planned({"training": {"learning_rate": 1e-4}}, learning_rate_multiplier=2)
     assert recipe_of(planned({"adapter": {"method": "ia3"}})).adapter.method == "ia3"
@@ -102,7 +110,7 @@ def test_the_clients_settings_are_laid_over_ours() -> None:
 
 def test_nothing_that_is_allowed_takes_the_name_of_a_file() -> None:
     """Every allowed setting is given a file's name; where the schema takes a text, it is one that is read as a text."""
-    texts = {"data.system", "data.instruction", "data.records", "adapter.target_modules"}
+    texts = {"data.system", "data.instruction", "data.records"}
     texts |= {"training.lr_scheduler_type", "training.train_sampling_strategy"}  # words out of a list of their own
     taken = set()
     for section, keys in ALLOWED.items():
@@ -113,6 +121,23 @@ def test_nothing_that_is_allowed_takes_the_name_of_a_file() -> None:
                 continue
             taken.add(f"{section}.{key}")
     assert taken == texts
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("target_modules", "(([a-z0-9._])+)+$X"),
+        ("target_modules", ["q_proj", "(a+)+$"]),
+        ("rank_pattern", {"(([a-z0-9._])+)+$X": 4}),
+        ("alpha_pattern", {"(a+)+$": 4}),
+        ("modules_to_save", ["(a+)+$"]),
+    ],
+)
+def test_no_regular_expression_of_a_client_is_matched(name: str, value: Any) -> None:
+    with pytest.raises(RecipeError, match=f"(?s)adapter.{name}.*regular expression.*name endings"):
+        planned({"adapter": {name: value}})
+    allowed = {"target_modules": ["self_attn.q_proj"], "rank_pattern": {"layers.0.self_attn.q_proj": 2}}
+    assert planned({"adapter": allowed}).values["adapter"]["rank_pattern"] == allowed["rank_pattern"]
 
 
 def test_faults_of_every_kind_are_told_together() -> None:
@@ -129,7 +154,15 @@ def test_a_body_says_its_hyperparameters_once_and_its_suffix_in_plain_letters() 
         assert hyperparameters_of(CreateJob.model_validate({**asked, **body})).n_epochs == 2
     with pytest.raises(ApiError, match="differ"):
         hyperparameters_of(CreateJob.model_validate({**asked, **new, "hyperparameters": {"n_epochs": 3}}))
-    assert suffix_of(CreateJob.model_validate({**asked, "suffix": "My: Model/2"})) == "my-model-2"
+    assert suffix_of(CreateJob.model_validate({**asked, "suffix": " My_Model - 2"})) == "my-model-2"
+    for suffix, found in (
+        ("Ünïcode 情感 X", "'Üï情感'"),
+        ("情感分类", "'情感分类'"),
+        ("v1.5", "'.'"),
+        ("_ -", "no letter"),
+    ):
+        with pytest.raises(ApiError, match=f"letters a to z, digits and -; found {found}"):
+            suffix_of(CreateJob.model_validate({**asked, "suffix": suffix}))
 
 
 def test_progress_is_read_line_by_whole_line_and_only_of_the_own_trainer(tmp_path: Path) -> None:
@@ -167,6 +200,7 @@ def test_a_job_that_needs_more_memory_than_is_free_is_not_begun(
     from ift_peft.serve.jobs.trainer import FileReporter, TooLarge, _described, check
 
     folder = JobFolder(tmp_path).handed({})
+    task = {"recipe": {"base": {"model": "tiny"}}, "base": "tiny", "runs": "/srv/ift/runs"}
     write_atomically(folder.training, "".join(json.dumps(row) + "\n" for row in chats(12)))
     values = plan(
         name="ftjob-x",
@@ -175,20 +209,39 @@ def test_a_job_that_needs_more_memory_than_is_free_is_not_begun(
         seed=5,
         given=Hyperparameters(),
         above={},
-        train=folder.training,
-        test=None,
         rows=12,
+        tested=False,
     ).values
-    recipe = validate(YamlSource("recipe", values))
+    recipe = validate(YamlSource("recipe", laid_over(values, {"data": {"train": str(folder.training)}})))
     assert check(recipe, FileReporter(folder)).train.rows == 11
     monkeypatch.setattr("ift_peft.train.memory.free_bytes", lambda device: 1_000_000)
     with pytest.raises(TooLarge, match=r"0\.00 GB free") as refused:
         check(recipe, FileReporter(folder))
-    assert _described(refused.value, folder)["code"] == "insufficient_memory"
+    assert _described(refused.value, folder, task)["code"] == "insufficient_memory"
     error = DataError(expected="x", found=f"y at {folder.training}:3", fix="z")
-    described = _described(error, folder)
+    described = _described(error, folder, task)
     assert (described["code"], described["param"]) == ("invalid_training_file", "training_file")
     assert "training_file:3" in described["message"] and str(tmp_path) not in described["message"]
+
+
+def test_an_error_of_a_trainer_names_parameters_and_no_paths(tmp_path: Path) -> None:
+    from ift_peft.serve.jobs.trainer import _described
+
+    folder = JobFolder(tmp_path / "jobs" / "ftjob-x")
+    task = {"recipe": {"base": {"model": "/models/mine"}}, "base": "mine", "runs": str(tmp_path / "runs")}
+    found = f"/models/mine/config.json, {folder.validation} and {tmp_path}/runs/x"
+    broken = _described(ModelError(expected="a base", found=found, fix="ask"), folder, task)
+    assert "found mine/config.json, validation_file and the data folder/runs/x" in broken["message"]
+    assert (broken["code"], broken["param"]) == ("model_unavailable", "model")
+    expected = "adapter.target_modules to match modules of the base"
+    with pytest.raises(DataError) as equal:
+        split_rows([Row(({"role": "user", "content": "?"}, ANSWER), f"{at}") for at in range(10)], test_size=1, seed=0)
+    described = _described(equal.value, folder, task)
+    assert "all prompts are equal" in described["message"] and "change" not in described["message"]
+    assert "name a file as validation_file" in described["message"] and described["param"] == "training_file"
+    unmatched = ModelError(expected=expected, found="no linear module for 'x'", fix="choose q_proj")
+    described = _described(unmatched, folder, task)
+    assert (described["code"], described["param"]) == ("invalid_recipe", "recipe")
 
 
 def test_what_a_trainer_tells_becomes_status_and_time_left(tmp_path: Path) -> None:
@@ -230,6 +283,13 @@ def test_what_a_trainer_tells_becomes_status_and_time_left(tmp_path: Path) -> No
     steps = [{"kind": "done", "at": now - 10, "done": 1}, {"kind": "done", "at": now, "done": 51}]
     estimated = told(*steps).estimated_finish
     assert estimated is not None and abs(estimated - (now + 10 / 50 * 49 + 6)) < 2  # and measuring as long as before
+    saves = [{"kind": "saved", "at": now, "step": step, "epoch": step / 2, "of": 9} for step in (2, 3, 4, 9)]
+    told(*saves)
+    progress = Progress(settings, store, job_record(store, "ftjob-x"), folder)  # of the next attempt
+    told(saves[-2])
+    messages = [event["message"] for event in store.every(select(events))]
+    found = [message for message in messages if message.startswith("Checkpoint created")]
+    assert found == [f"Checkpoint created at step {step}" for step in (2, 4, 9)]  # none of a pause, which 3 is
     with store.begin() as connection:
         assert change(connection, "ftjob-x", to="cancelled")
     ended = told({"kind": "begun", "at": now}, {"kind": "checked", "at": now})

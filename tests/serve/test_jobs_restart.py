@@ -77,8 +77,12 @@ def test_a_paused_killed_and_stopped_job_becomes_what_it_would_have_become(
     server.stop(signal.SIGTERM)
     assert not jobs.trainers(server.data_dir)
     _forget(server, job)
+    moved = server.data_dir.with_name("moved")  # no record, and no file of the run, names the folder
+    server.data_dir.rename(moved)
+    server.data_dir.with_suffix(".log").rename(moved.with_suffix(".log"))
+    server.data_dir = moved
     server.start()
-    assert client.fine_tuning.jobs.retrieve(job).status == "running"
+    assert client.fine_tuning.jobs.retrieve(job).status in ("queued", "running")
     assert outcome(server, client, job) == whole
     told = [event.message for event in jobs.events(client, job)]
     assert told.count("Files validated, moving job to queued state") == 1
@@ -106,7 +110,7 @@ def test_one_trainer_at_a_time_in_the_order_of_priorities(server: Server, client
         body = {"recipe": jobs.QUICK, "priority": priority}
         return jobs.create(server, client=client, extra_body=body).id
 
-    with (devices / "auto.lock").open("w") as device:
+    with (devices / "cpu.lock").open("w") as device:
         fcntl.flock(device, fcntl.LOCK_EX)
         first = queued(0)
         only(first)

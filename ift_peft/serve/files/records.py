@@ -88,6 +88,7 @@ def delete_file(settings: Settings, store: Store, file_id: str) -> None:
     """
     find_file(store, file_id)
     with store.begin() as connection:
+        connection.execute(select(files.c.id).where(files.c.id == file_id).with_for_update())  # a job may be being made
         using = _using(connection, file_id)
         if using is not None:
             raise ApiError(
@@ -132,6 +133,18 @@ def clean(settings: Settings, store: Store) -> None:
     used = select(jobs.c.training_file, jobs.c.validation_file).where(jobs.c.status.in_(FINAL))
     gone = {name for record in store.every(used) for name in record.values() if name is not None} - known
     for file_id in gone:
+        _forget(settings, store, file_id)
+
+
+def forget_deleted(settings: Settings, store: Store, job: str) -> None:
+    """Remove from what the job has left the rows of its files that are deleted: its trainer may have written some
+    after the deletion."""
+    uses = store.one(select(jobs.c.status, jobs.c.training_file, jobs.c.validation_file).where(jobs.c.id == job))
+    if uses is None or uses["status"] not in FINAL:
+        return
+    used = {uses["training_file"], uses["validation_file"]} - {None}
+    known = {record["id"] for record in store.every(select(files.c.id).where(files.c.id.in_(used)))}
+    for file_id in used - known:
         _forget(settings, store, file_id)
 
 

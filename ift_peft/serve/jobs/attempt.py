@@ -13,6 +13,7 @@ from typing import Any
 
 from sqlalchemy import select
 
+from ift_peft.serve.files.records import forget_deleted
 from ift_peft.serve.jobs.folder import JobFolder
 from ift_peft.serve.jobs.progress import Progress
 from ift_peft.serve.jobs.queue import Stopping
@@ -22,6 +23,7 @@ from ift_peft.serve.objects import FINAL
 from ift_peft.serve.settings import Settings
 from ift_peft.serve.store import Record, Store
 from ift_peft.serve.store.tables import jobs
+from ift_peft.yaml_source import laid_over
 
 log = logging.getLogger("ift_peft.serve")
 FOLLOW_SECONDS = 0.3
@@ -44,6 +46,7 @@ class Attempt:
             self._run()
         except Exception as error:
             if self._record() is None:  # it was withdrawn, and its files are gone
+                self._leave()
                 return
             log.exception("an attempt at a job broke off", extra={"job": self.job})
             fail(
@@ -65,8 +68,7 @@ class Attempt:
             folder = self.folder.handed(self._task(record))
             progress = Progress(self.settings, self.store, record, folder)
             code = self._train(progress)
-            if code == 0:
-                self._succeed(progress)
+            if code == 0 and self._succeed(progress):
                 return
             if self.stopping.is_set():
                 raise Stopping
@@ -84,9 +86,14 @@ class Attempt:
                 return
             with self.store.begin() as connection:
                 tell(connection, self.job, "The trainer was stopped from outside; it is started again", level="warn")
+        self._leave()
+
+    def _leave(self) -> None:
+        """What is to be removed of a job that was withdrawn can be, now that its trainer writes no more."""
         ended = self.store.one(select(jobs.c.status).where(jobs.c.id == self.job))
         if ended is not None and ended["status"] in FINAL:
             tidy(self.settings, self.job)
+        forget_deleted(self.settings, self.store, self.job)
 
     def _record(self) -> Record | None:
         """The job, as long as this attempt is to go on with it."""
@@ -94,10 +101,14 @@ class Attempt:
         return self.store.one(select(jobs).where(*is_ours))
 
     def _task(self, record: Record) -> dict[str, Any]:
+        held = {"train": str(self.folder.training)}
+        if record["validation_file"] is not None:
+            held["test"] = str(self.folder.validation)
         return {
-            "recipe": record["recipe"],
+            "recipe": laid_over(record["recipe"], {"data": held}),
+            "base": record["base"],
             "runs": str(self.settings.runs),
-            "lock": str(self.settings.data_dir / "devices" / f"{self.settings.device}.lock"),
+            "devices": str(self.settings.data_dir / "devices"),
             "checked": record["checked_at"] is not None,
         }
 
@@ -136,9 +147,11 @@ class Attempt:
             elif killed_at is not None and time.monotonic() > killed_at:
                 os.killpg(trainer.pid, signal.SIGKILL)
 
-    def _succeed(self, progress: Progress) -> None:
-        if succeed(self.settings, self.store, progress):
+    def _succeed(self, progress: Progress) -> bool:
+        succeeded = succeed(self.settings, self.store, progress)
+        if succeeded:
             self.folder.clear()
+        return succeeded
 
     def _fail(self, error: dict[str, str | None]) -> None:
         code, message = str(error["code"]), str(error["message"])

@@ -63,12 +63,18 @@ def hyperparameters_of(body: CreateJob) -> Hyperparameters:
 
 
 def suffix_of(body: CreateJob) -> str:
-    """The suffix as it stands in a model's name: letters, digits and hyphens. Raises `ApiError` where none is left."""
+    """The suffix as it stands in a model's name: in small letters, with hyphens for spaces and underscores.
+
+    Raises `ApiError` where it holds anything else, as two suffixes would become one by leaving that out, and where it
+    holds no letter and no digit.
+    """
     if body.suffix is None:
         return ""
-    cleaned = re.sub(r"[^a-z0-9]+", "-", body.suffix.lower()).strip("-")
-    if not cleaned:
-        raise ApiError(400, "suffix: no letter or digit in it", code="invalid_value", param="suffix")
+    other = "".join(dict.fromkeys(re.findall(r"[^a-zA-Z0-9 _-]", body.suffix)))
+    cleaned = re.sub(r"[ _-]+", "-", body.suffix.lower()).strip("-")
+    if other or not cleaned:
+        found = f"found {other!r}" if other else "found no letter and no digit"
+        raise ApiError(400, f"suffix: letters a to z, digits and -; {found}", code="invalid_value", param="suffix")
     return cleaned
 
 

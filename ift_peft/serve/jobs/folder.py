@@ -13,6 +13,8 @@ from typing import Any
 
 from ift_peft.run_dir import RunDir, json_lines, runs_called, write_atomically
 
+TRAINING_FILE, VALIDATION_FILE = "training_file.jsonl", "validation_file.jsonl"
+
 
 @dataclass(frozen=True)
 class JobFolder:
@@ -24,11 +26,11 @@ class JobFolder:
 
     @property
     def training(self) -> Path:
-        return self.path / "training_file.jsonl"
+        return self.path / TRAINING_FILE
 
     @property
     def validation(self) -> Path:
-        return self.path / "validation_file.jsonl"
+        return self.path / VALIDATION_FILE
 
     @property
     def progress(self) -> Path:

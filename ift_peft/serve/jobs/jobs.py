@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import secrets
 import threading
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from sqlalchemy import Connection, null, select, update
 
 from ift_peft.errors import IftPeftError
 from ift_peft.serve.errors import ApiError, as_api_error
+from ift_peft.serve.files.records import alive
 from ift_peft.serve.ids import new_id
 from ift_peft.serve.jobs.attempt import Attempt, withdraw
 from ift_peft.serve.jobs.body import CreateJob, hyperparameters_of, suffix_of
@@ -27,6 +29,8 @@ from ift_peft.serve.settings import Settings
 from ift_peft.serve.store import Record, Store
 from ift_peft.serve.store.tables import files, jobs, metadata_pairs, models
 
+log = logging.getLogger("ift_peft.serve")
+LOOK_SECONDS = 60.0  # between two looks for jobs that the queue has not
 RETRIED_SECONDS = 30 * 60  # after which an equal request is a new one, also where it says that it is repeated
 
 
@@ -47,11 +51,18 @@ class Jobs:
         self.settings, self.store = settings, store
         self.queue = Queue(settings.queue_url, self._attempt)
         self._creating = threading.Lock()  # a repeated request waits for the one that it repeats
+        self._stopped = threading.Event()
+        self._looking = threading.Thread(target=self._look, name="jobs", daemon=True)
 
     def start(self) -> None:
-        """Go on with every job that is neither final nor paused."""
+        """Go on with every job that is neither final nor paused, and first with the one that was at work."""
+        self._remove_unknown()
+        active = self.store.every(select(jobs).where(jobs.c.status.in_(ACTIVE)).order_by(jobs.c.number))
+        with self.store.begin() as connection:  # nothing is at work: another one may be more urgent by now
+            at_work = jobs.c.status.in_(("running", "validating_files"))
+            connection.execute(update(jobs).where(at_work).values(status="queued", estimated_finish=None))
         self.queue.start()
-        for record in self.store.every(select(jobs).where(jobs.c.status.in_(ACTIVE)).order_by(jobs.c.number)):
+        for record in sorted(active, key=lambda record: record["status"] == "queued"):
             if not self._put(record):
                 with self.store.begin() as connection:
                     connection.execute(
@@ -61,9 +72,32 @@ class Jobs:
         ended = self.store.every(select(jobs.c.id).where(jobs.c.status.in_(("succeeded", "cancelled"))))
         for record in ended:
             JobFolder(self.settings.jobs / record["id"]).clear()
+        self._looking.start()
+
+    def _look(self) -> None:
+        while not self._stopped.wait(LOOK_SECONDS):
+            try:
+                self.queue_again()
+            except Exception as error:  # tried again at the next look
+                log.error("could not queue the jobs that wait", exc_info=error)
+
+    def queue_again(self) -> None:
+        """Queue every job that is to be done: one that the queue could not take when it was made; others are there."""
+        for record in self.store.every(select(jobs).where(jobs.c.status.in_(ACTIVE)).order_by(jobs.c.number)):
+            self._put(record)
+
+    def _remove_unknown(self) -> None:
+        """Folders of jobs that a crash kept from having a record: they hold rows, which no deletion would reach."""
+        known = {record["id"] for record in self.store.every(select(jobs.c.id))}
+        for path in self.settings.jobs.iterdir():
+            if path.name not in known:
+                JobFolder(path).clear()
 
     def stop(self) -> None:
         """Let the trainer write its checkpoint and end; its job goes on at the next start."""
+        self._stopped.set()
+        if self._looking.is_alive():
+            self._looking.join()
         self.queue.stop()
 
     def create(self, body: CreateJob, caller: Caller) -> Record:
@@ -75,7 +109,7 @@ class Jobs:
             found = self._made_before(request, _hash(content), caller)
             if found is None:
                 found = self._create(body, request, _hash(content) if keyed else None)
-        self._put(found)
+        self._put_soon(found)
         return found
 
     def _made_before(self, request: str, content: str, caller: Caller) -> Record | None:
@@ -98,7 +132,6 @@ class Jobs:
         folder = JobFolder(self.settings.jobs / job)
         try:
             rows = self._take(body.training_file, folder, folder.training, param="training_file")
-            tested = body.validation_file is not None
             if body.validation_file is not None:
                 self._take(body.validation_file, folder, folder.validation, param="validation_file")
             try:
@@ -109,13 +142,13 @@ class Jobs:
                     seed=seed,
                     given=given,
                     above=body.recipe or {},
-                    train=folder.training,
-                    test=folder.validation if tested else None,
                     rows=rows,
+                    tested=body.validation_file is not None,
                 )
             except IftPeftError as error:
                 raise as_api_error(error, param="recipe") from None
             with self.store.begin() as connection:
+                self._still_there(connection, body)
                 waits = connection.execute(select(jobs.c.id).where(jobs.c.status.in_(ACTIVE))).first() is not None
                 connection.execute(
                     jobs.insert().values(
@@ -181,20 +214,28 @@ class Jobs:
 
     def _take(self, file: str, folder: JobFolder, target: Path, *, param: str) -> int:
         """Keep an uploaded file for the job; how many rows it has. Raises `ApiError` where it cannot be used."""
-        found = self.store.one(select(files).where(files.c.id == file))
-        if found is None or (found["expires_at"] is not None and found["expires_at"] <= now()):
-            raise ApiError(400, f"No such file: {file!r}.", code=f"invalid_{param}", param=param)
+        found = self.store.one(select(files).where(files.c.id == file, alive()))
+        if found is None:
+            raise _no_file(file, param)
         if found["purpose"] != "fine-tune":
             message = f"The purpose of {file!r} is {found['purpose']!r}, not 'fine-tune'."
             raise ApiError(400, message, code=f"invalid_{param}", param=param)
         try:
             folder.take(self.settings.files / found["id"], target)
         except FileNotFoundError:
-            raise ApiError(400, f"No such file: {file!r}.", code=f"invalid_{param}", param=param) from None
+            raise _no_file(file, param) from None
         if found["rows"] is not None:
             return int(found["rows"])
         with target.open("rb") as lines:
             return sum(1 for line in lines if line.strip())
+
+    @staticmethod
+    def _still_there(connection: Connection, body: CreateJob) -> None:
+        """A file that was deleted while the job was made was deleted before it. Raises `ApiError`."""
+        for param, file in (("training_file", body.training_file), ("validation_file", body.validation_file)):
+            query = select(files.c.id).where(files.c.id == file, alive()).with_for_update(read=True)
+            if file is not None and connection.execute(query).first() is None:
+                raise _no_file(file, param)
 
     def cancel(self, job: str, caller: Caller) -> Record:
         """End `job` now. Raises `ApiError` (400, which clients do not repeat) where it has ended."""
@@ -202,7 +243,7 @@ class Jobs:
         repeated = caller.retries > 0 and record["status"] == "cancelled"
         if not repeated and not withdraw(self.store, job, to_cancelled=True):
             raise self._wrong_status(job, "cancelled")
-        if record["status"] == "paused":  # otherwise its attempt does this when it has ended
+        if record["status"] in ("paused", "queued"):  # otherwise, and again, its attempt does this when it has ended
             tidy(self.settings, job)
         return job_record(self.store, job)
 
@@ -228,7 +269,7 @@ class Jobs:
         if not resumed:
             raise self._wrong_status(job, "resumed")
         record = job_record(self.store, job)
-        self._put(record)
+        self._put_soon(record)
         return record
 
     def _wrong_status(self, job: str, what: str) -> ApiError:
@@ -238,6 +279,13 @@ class Jobs:
             400, f"Job {job} {has} {status!r} and cannot be {what}.", code="invalid_status", param="fine_tuning_job_id"
         )
 
+    def _put_soon(self, record: Record) -> None:
+        """Queue a job that is in the store, and so will be done: at once, or where that fails at the next look."""
+        try:
+            self._put(record)
+        except Exception as error:
+            log.error("could not queue a job; it is tried again", exc_info=error, extra={"job": record["id"]})
+
     def _put(self, record: Record) -> bool:
         """Whether the queue will do what there is to do; it does no attempt that it has once ended."""
         if record["status"] not in ACTIVE:
@@ -246,6 +294,10 @@ class Jobs:
 
     def _attempt(self, job: str, number: int) -> None:
         Attempt(self.settings, self.store, self.queue.stopping, job, number).run()
+
+
+def _no_file(file: str, param: str) -> ApiError:
+    return ApiError(400, f"No such file: {file!r}.", code=f"invalid_{param}", param=param)
 
 
 def _written(body: CreateJob) -> str:

@@ -19,6 +19,7 @@ from ift_peft.serve.store.tables import events, jobs, models
 from ift_peft.train.checkpoints import REQUIRED
 
 TRAINING = "training"  # the stage of that name
+CREATED = "fine_tuned_model_checkpoint"  # of the data of an event
 
 
 class Progress:
@@ -38,6 +39,10 @@ class Progress:
         self._trained = False
         self._estimated = 0
         told = store.every(select(events.c.data).where(events.c.job == self.job, events.c.type == "metrics"))
+        named = select(events.c.data).where(events.c.job == self.job, events.c.type == "message")
+        created = [row["data"][CREATED] for row in store.every(named) if CREATED in (row["data"] or {})]
+        self._created = {int(name.rpartition("-")[2]) for name in created}  # steps whose checkpoint was told
+        self._saved: list[int] = []  # to be told
         self._told = {
             kind: max((row["data"]["step"] for row in told if kind in row["data"]), default=0) for kind in KINDS
         }
@@ -51,6 +56,8 @@ class Progress:
             for line in lines:
                 self._take(connection, line)
             self._tell_metrics(connection, metrics)
+            while self._saved:
+                self._tell_created(connection, self._saved.pop(0))
             if run is not None:
                 self._tell_checkpoints(connection, run, metrics)
             self._estimate(connection)
@@ -82,6 +89,8 @@ class Progress:
             self._trained = True
         elif kind == "finish" and not self.total and not self._stage.startswith("tokenising"):
             self._before += at - self._stage_began
+        elif kind == "saved" and self._is_due(line["step"], line["epoch"], line["of"]):
+            self._saved.append(int(line["step"]))
         elif kind == "done" and self._stage == TRAINING:
             self.steps = int(line["done"])
             self._first = self._first or (at, self.steps)
@@ -123,18 +132,28 @@ class Progress:
         if not all((checkpoint / name).is_file() for name in REQUIRED):
             return False
         state = json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
-        if self.every != "epoch":
-            return int(state["global_step"]) % int(self.every) == 0 or state["global_step"] >= state["max_steps"]
-        return float(state["epoch"]).is_integer() or state["global_step"] >= state["max_steps"]
+        return self._is_due(state["global_step"], state["epoch"], state["max_steps"])
+
+    def _is_due(self, step: int, epoch: float, steps: int) -> bool:
+        by_step = self.every != "epoch"
+        return step >= steps or (step % int(self.every) == 0 if by_step else float(epoch).is_integer())
+
+    def _tell_created(self, connection: Connection, step: int) -> None:
+        """Once, also where a resumed run takes the step again; the checkpoint may have made room for others since."""
+        if step not in self._created:
+            self._created.add(step)
+            tell(connection, self.job, f"Checkpoint created at step {step}", data={CREATED: self._checkpoint(step)})
+
+    def _checkpoint(self, step: int) -> str:
+        return f"{self.name}:ckpt-step-{step}"
 
     def _add_checkpoint(
         self, connection: Connection, run: RunDir, checkpoint: Path, step: int, metrics: list[dict[str, Any]]
     ) -> None:
-        name = f"{self.name}:ckpt-step-{step}"
         connection.execute(
             models.insert().values(
                 id=new_id("ftckpt"),
-                name=name,
+                name=self._checkpoint(step),
                 created_at=now(),
                 job=self.job,
                 base=self.base,
@@ -144,7 +163,7 @@ class Progress:
                 adapter=str(checkpoint.relative_to(self.settings.data_dir)),
             )
         )
-        tell(connection, self.job, f"Checkpoint created at step {step}", data={"fine_tuned_model_checkpoint": name})
+        self._tell_created(connection, step)
 
     def _estimate(self, connection: Connection) -> None:
         """Steps left at the speed of this attempt, and measuring the adapter as long as measuring the base took."""

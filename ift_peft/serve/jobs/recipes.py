@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ift_peft.errors import Faults, IftPeftError, RecipeError, raise_all
 from ift_peft.recipe import validate
 from ift_peft.sections import Adapter
 from ift_peft.selection import Validation
-from ift_peft.serve.jobs.auto import defaults_of, resolve
-from ift_peft.serve.objects import Hyperparameters
+from ift_peft.serve.jobs.auto import Defaults, defaults_of, resolve
+from ift_peft.serve.jobs.folder import TRAINING_FILE, VALIDATION_FILE
+from ift_peft.serve.objects import MOST_MULTIPLIER, Hyperparameters
 from ift_peft.yaml_source import YamlSource, laid_over
 
 HELD_OUT = 0.1  # of the rows, where there is no validation file; at least one
@@ -51,6 +52,9 @@ ALLOWED: dict[str, set[str]] = {
 """Sections and keys of a recipe that a client may set: none names a file, a folder or a URL, or runs code."""
 
 
+NAME_ENDING = re.compile(r"[\w.-]+", re.ASCII)
+
+
 @dataclass(frozen=True)
 class Planned:
     """What a job will be: the recipe's values as written, and its hyperparameters with a number for each "auto"."""
@@ -67,12 +71,12 @@ def plan(
     seed: int,
     given: Hyperparameters,
     above: dict[str, Any],
-    train: Path,
-    test: Path | None,
     rows: int,
+    tested: bool,
 ) -> Planned:
-    """The recipe of the job `name`, with `rows` rows in its training file.
+    """The recipe of the job `name`, with `rows` rows in its training file, and `tested` by a validation file.
 
+    It says what the files are called in the job's folder, and not where that lies: the data folder may be moved.
     `base` is what `base.model` says; `above` is laid over. Raises a `RecipeError`, or `Faults` holding one for every
     fault.
     """
@@ -82,15 +86,16 @@ def plan(
         for section, own in above.items()
         if section in ALLOWED and isinstance(own, dict)
     }
-    left = _rows_left(rows, kept, tested=test is not None)
+    left = _rows_left(rows, kept, tested=tested)
     found = resolve(given, left)
     defaults = defaults_of(base)
     assert not isinstance(found.learning_rate_multiplier, str)
+    held_out = {"test": VALIDATION_FILE} if tested else {"test_size": max(1, int(rows * HELD_OUT))}
     ours: dict[str, Any] = {
         "name": name,
         "base": {"model": base, "device": device},
         "adapter": dict(defaults.adapter),
-        "data": {"train": str(train), **({"test": str(test)} if test else {"test_size": max(1, int(rows * HELD_OUT))})},
+        "data": {"train": TRAINING_FILE, **held_out},
         "training": {
             "num_train_epochs": found.n_epochs,
             "per_device_train_batch_size": found.batch_size,
@@ -109,11 +114,23 @@ def plan(
         validate(YamlSource("recipe", {**values, **{key: own for key, own in above.items() if not _is_section(key)}}))
     except IftPeftError as error:
         faults += error.faults if isinstance(error, Faults) else [error]
-    raise_all(faults)
+    shown: dict[str, Any] = {}
     if "learning_rate" in kept.get("training", {}):
-        multiplier = values["training"]["learning_rate"] / defaults.learning_rate
-        found = found.model_copy(update={"learning_rate_multiplier": multiplier})
-    return Planned(values, found)
+        shown["learning_rate_multiplier"] = _multiplier(values["training"]["learning_rate"], defaults, faults)
+    raise_all(faults)
+    if values["training"].get("max_steps", -1) > 0:
+        shown["n_epochs"] = given.n_epochs  # steps decide: there is no number for an "auto"
+    return Planned(values, found.model_copy(update=shown))
+
+
+def _multiplier(rate: Any, defaults: Defaults, faults: list[IftPeftError]) -> float | None:
+    """A learning rate as a job shows it; a fault where a job could not."""
+    is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
+    if is_number and 0 < rate <= MOST_MULTIPLIER * defaults.learning_rate:
+        return float(rate / defaults.learning_rate)
+    expected = f"recipe.training.learning_rate above 0, and at most {MOST_MULTIPLIER * defaults.learning_rate:g}"
+    faults.append(RecipeError(expected=expected, found=f"{rate!r:.100}", fix="change it, or leave it out"))
+    return None
 
 
 def _is_section(key: str) -> bool:
@@ -139,6 +156,8 @@ def _forbidden(above: dict[str, Any]) -> Iterator[RecipeError]:
             elif key not in ALLOWED[section]:
                 yield _refused(f"{section}.{key}", f"it may set: {', '.join(sorted(ALLOWED[section]))}")
     yield from _hidden_files(above)
+    if isinstance(above.get("adapter"), dict):
+        yield from _expressions(above["adapter"])
 
 
 def _hidden_files(above: dict[str, Any]) -> Iterator[RecipeError]:
@@ -166,6 +185,19 @@ def _hidden_files(above: dict[str, Any]) -> Iterator[RecipeError]:
         yield _refused(
             "evaluation.metrics with pass_at_k", "leave it out: a service runs no program that a model wrote"
         )
+
+
+def _expressions(adapter: dict[str, Any]) -> Iterator[RecipeError]:
+    """What PEFT matches with names of modules as regular expressions, of which one may take for ever."""
+    if isinstance(adapter.get("target_modules"), str) and adapter["target_modules"] != "all-linear":
+        fix = "write all-linear, or a list of name endings"
+        yield _refused("adapter.target_modules as a regular expression", fix)
+    for name in ("target_modules", "modules_to_save", "feedforward_modules", "rank_pattern", "alpha_pattern"):
+        given = adapter.get(name)
+        endings = given if isinstance(given, list | tuple | dict) else ()
+        if not all(isinstance(one, str) and NAME_ENDING.fullmatch(one) for one in endings):
+            what = "name endings as keys" if isinstance(given, dict) else "a list of name endings"
+            yield _refused(f"adapter.{name} with a regular expression", f"write {what}: letters, digits, _, - and .")
 
 
 def _said_twice(above: dict[str, Any], given: Hyperparameters) -> Iterator[RecipeError]:

@@ -41,7 +41,6 @@ def succeed(settings: Settings, store: Store, progress: Progress) -> bool:
             connection,
             progress.job,
             to="succeeded",
-            of=("validating_files", "queued", "running"),
             attempt=progress.attempt,
             fine_tuned_model=progress.name,
             result_files=[result],
@@ -49,6 +48,8 @@ def succeed(settings: Settings, store: Store, progress: Progress) -> bool:
             run=str(run.path.relative_to(settings.data_dir)),
         )
         if not ended:
+            if connection.execute(select(files.c.id).where(files.c.id == result)).first() is None:
+                (settings.files / result).unlink()
             return False
         connection.execute(
             files.insert().values(

@@ -1,7 +1,8 @@
 """The trainer of one job, a process of its own: `python -m ift_peft.serve.jobs.trainer <job folder> <parent>`.
 
 It dies with the process that started it, and writes a checkpoint before that. One trainer works on a device at a time:
-the next one waits until the lock of the last is free, also where that one lost its service.
+the next one waits until the lock of the last is free, also where that one lost its service. A GPU has one lock for all
+services of a user, a CPU, which several may share, one in each data folder.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import fcntl
 import os
 import shutil
 import signal
+import stat
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -20,11 +23,14 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from ift_peft.errors import DataError, Faults, IftPeftError, ModelError, RecipeError, first_line
+from ift_peft.errors import DataError, Faults, IftPeftError, ModelError, RecipeError, RunError, first_line
 from ift_peft.reporter import Silent
+from ift_peft.run_dir import write_atomically
 from ift_peft.serve.jobs.folder import JobFolder, newest_run
 
 if TYPE_CHECKING:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
     from ift_peft.recipe import Recipe
     from ift_peft.train.prepare import Prepared
 
@@ -67,26 +73,27 @@ def main(folder: JobFolder, parent: int) -> int:
     sys.argv = ["ift", "serve"]  # what the run's manifest shows as its command
     folder, task = folder.taken()
     try:
-        with _holding(Path(task["lock"])):
+        with _holding(lock_of(_device(task), Path(task["devices"]))):
             _work(folder, task)
     except IftPeftError as error:
-        folder.write_error(_described(error, folder))
+        folder.write_error(_described(error, folder, task))
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
     except MemoryError as error:
-        folder.write_error(_error("insufficient_memory", first_line(error), None))
+        folder.write_error(_error("insufficient_memory", _public(first_line(error), folder, task), None))
         return 1
     except Exception as error:
         traceback.print_exc()
         memory = "OutOfMemoryError" in type(error).__name__
-        folder.write_error(_error("insufficient_memory" if memory else "internal_error", first_line(error), None))
+        code = "insufficient_memory" if memory else "internal_error"
+        folder.write_error(_error(code, _public(first_line(error), folder, task), None))
         return 1
     return 0
 
 
 def _work(folder: JobFolder, task: dict[str, Any]) -> None:
-    from ift_peft.recipe import validate
+    from ift_peft.recipe import dump_recipe, validate
     from ift_peft.report.write import write_report
     from ift_peft.train.run import resume, train
     from ift_peft.yaml_source import YamlSource
@@ -103,11 +110,23 @@ def _work(folder: JobFolder, task: dict[str, Any]) -> None:
         folder.report("checked")
     folder.report("begun")
     if run is None:
-        train(recipe, root=runs, reporter=reporter, prepared=prepared)
+        train(recipe, root=runs, reporter=reporter, prepared=prepared, callbacks=[_telling_of_saves(folder)])
     elif run.status == "succeeded":
         write_report(run)  # all but this may have been done
     else:
-        resume(run, reporter=reporter)
+        write_atomically(run.path / "recipe.yaml", dump_recipe(recipe))  # the data folder may have been moved
+        resume(run, reporter=reporter, callbacks=[_telling_of_saves(folder)])
+
+
+def _telling_of_saves(folder: JobFolder) -> TrainerCallback:
+    """Tells each checkpoint that is written: who only looks at times finds those that are still there."""
+    from transformers import TrainerCallback
+
+    class Saves(TrainerCallback):
+        def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+            folder.report("saved", step=state.global_step, epoch=state.epoch, of=state.max_steps)
+
+    return Saves()
 
 
 def check(recipe: Recipe, reporter: FileReporter) -> Prepared:
@@ -144,27 +163,64 @@ def _unsupervised(prepared: Prepared) -> int:
     return sum(all(label == IGNORE for label in row["labels"][1:]) for row in labels)  # nothing predicts the first
 
 
-def _described(error: IftPeftError, folder: JobFolder) -> dict[str, Any]:
-    """An error as a job shows it: its files by the names of the parameters, no path of this machine."""
+def _described(error: IftPeftError, folder: JobFolder, task: dict[str, Any]) -> dict[str, Any]:
+    """An error as a job shows it."""
     first = error.faults[0] if isinstance(error, Faults) else error
-    message = str(error)
-    for path in (folder.training, folder.validation):
-        message = message.replace(str(path), path.stem)
-    message = message.replace(str(folder.path), "job")
+    message = _public(str(error), folder, task)
     if isinstance(first, TooLarge):
         return _error("insufficient_memory", message, None)
     if isinstance(first, DataError):
         param = "validation_file" if folder.validation.stem in message else "training_file"
-        return _error(f"invalid_{param}", message, param)
-    if isinstance(first, RecipeError):
+        said = message.replace("a file as data.test", "a file as validation_file")  # as the parameters of a job say it
+        return _error(f"invalid_{param}", said, param)
+    if isinstance(first, RecipeError) or (isinstance(first, ModelError) and _is_about_adapter(first)):
         return _error("invalid_recipe", message, "recipe")
     if isinstance(first, ModelError):
         return _error("model_unavailable", message, "model")
     return _error("training_failed", message, None)
 
 
+def _is_about_adapter(error: ModelError) -> bool:
+    """Whether it is told of the base what the recipe's adapter section asks of it."""
+    return any(word in text for text in (error.expected, error.fix) for word in ("adapter.", "target_modules"))
+
+
+def _public(message: str, folder: JobFolder, task: dict[str, Any]) -> str:
+    """A message without paths of this machine: files by the names of the parameters, the base by its public name."""
+    model, data_dir = Path(task["recipe"]["base"]["model"]).expanduser(), Path(task["runs"]).parent
+    names = {folder.training: folder.training.stem, folder.validation: folder.validation.stem, folder.path: "job"}
+    names[data_dir] = "the data folder"
+    if model.is_absolute() or model.exists():  # otherwise it is an id, or a word
+        names |= {model: task["base"], model.resolve(): task["base"]}
+    for path in sorted(names, key=lambda path: -len(str(path))):
+        message = message.replace(str(path), names[path])
+    return message
+
+
 def _error(code: str, message: str, param: str | None) -> dict[str, Any]:
     return {"code": code, "message": message[:4000], "param": param}
+
+
+def _device(task: dict[str, Any]) -> str:
+    """What the trainer will work on: `cpu`, or `cuda-` and what tells this GPU from all others."""
+    import torch
+
+    from ift_peft.model.base import choose_device
+
+    device = choose_device(task["recipe"]["base"]["device"])
+    return device.type if device.type == "cpu" else f"cuda-{torch.cuda.get_device_properties(device).uuid}"
+
+
+def lock_of(device: str, folder: Path) -> Path:
+    """The lock of a device: of a CPU in `folder`, of a GPU in a folder of the user's. Raises `RunError` where that
+    belongs to somebody else."""
+    if device != "cpu":
+        folder = Path(tempfile.gettempdir()) / f"ift_peft-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode):
+            raise RunError(expected=f"{folder} as a folder of this user", found="another one's", fix="set TMPDIR")
+    return folder / f"{device}.lock"
 
 
 @contextmanager

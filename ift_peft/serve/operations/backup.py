@@ -2,9 +2,10 @@
 
 The databases are copied first, each as of one moment, and then the content that their records name; the queue before
 the records, as a job that is queued and has ended is passed over, and one that is not queued is queued again. What was
-deleted in between has its record taken out of the copy: every record there has its content. `manifest.json` comes
-last, with the sha256 of all. Of a run that is being trained the checkpoints are copied that were whole when they were
-looked at; it goes on from the newest of them.
+deleted in between has its record taken out of the copy: every record there has its content. A job that ends in between
+takes the rows of its folder along; they are copied from the files that they came from. `manifest.json` comes last, with
+the sha256 of all. Of a run that is being trained the checkpoints are copied that were whole when they were looked at; it
+goes on from the newest of them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import IO, Any
 
 from ift_peft.errors import RunError
 from ift_peft.serve.files.records import sync_folder
+from ift_peft.serve.jobs.folder import TRAINING_FILE, VALIDATION_FILE
 from ift_peft.serve.objects import FINAL
 from ift_peft.train.checkpoints import REQUIRED
 
@@ -76,6 +78,9 @@ def _write(data_dir: Path, file: IO[bytes], scratch: Path) -> Backup:
     with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for name in _content(store, data_dir, made):
             _add(tar, data_dir / name, name, hashes, scratch=scratch)
+        for copied, file_id in _rows_of_jobs(store):
+            if copied not in hashes:
+                _add(tar, data_dir / "files" / file_id, copied, hashes, scratch=scratch)
         _take_out_lost(store, hashes, made)
         store.close()
         for name, path in copies.items():
@@ -121,6 +126,15 @@ def _content(store: sqlite3.Connection, data_dir: Path, made: Backup) -> Iterato
                     yield path.relative_to(data_dir).as_posix()
 
 
+def _rows_of_jobs(store: sqlite3.Connection) -> Iterator[tuple[str, str]]:
+    """What each job that has not ended needs in its folder, by path, and the file that it came from."""
+    query = "SELECT id, status, training_file, validation_file FROM jobs ORDER BY number"
+    for job, status, *used in store.execute(query).fetchall():
+        for name, file_id in zip((TRAINING_FILE, VALIDATION_FILE), used, strict=True):
+            if file_id is not None and status not in FINAL:
+                yield f"jobs/{job}/{name}", file_id
+
+
 def _is_whole(checkpoint: Path) -> bool:
     """Whether it can be gone on from: the trainer writes its state when all else is there."""
     try:
@@ -159,6 +173,12 @@ def _take_out_lost(store: sqlite3.Connection, hashes: dict[str, Any], made: Back
         if f"{adapter}/adapter_model.safetensors" not in hashes:
             store.execute("DELETE FROM models WHERE name = ?", (name,))
             made.notes.append(f"without {name}, whose adapter was deleted meanwhile")
+    lost = {PurePosixPath(copied).parts[1] for copied, _ in _rows_of_jobs(store) if copied not in hashes}
+    for job in sorted(lost):
+        error = {"code": "rows_lost", "message": "it ended during a backup, and its rows were deleted", "param": None}
+        failed = "UPDATE jobs SET status = 'failed', finished_at = ?, error = ? WHERE id = ?"
+        store.execute(failed, (int(time.time()), json.dumps(error), job))
+        made.notes.append(f"{job} as failed: it ended meanwhile, and its rows were deleted")
     store.commit()
 
 

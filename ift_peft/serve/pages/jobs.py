@@ -96,7 +96,7 @@ def _settings(job: Record) -> list[tuple[str, str]]:
     """Hyperparameters, and the sections of the recipe that training followed, setting by setting."""
     shown = []
     for name, value in job["resolved"].items():
-        drawn = " (auto)" if job["hyperparameters"].get(name) == "auto" else ""
+        drawn = " (auto)" if job["hyperparameters"].get(name) == "auto" != value else ""
         shown.append((name, f"{_said(value)}{drawn}"))
     recipe = job["recipe"] if isinstance(job["recipe"], Mapping) else {}
     for name in ("base", "adapter", "training"):

@@ -12,15 +12,12 @@ from ift_peft.serve.errors import ApiError
 from ift_peft.serve.jobs.body import CreateJob
 from ift_peft.serve.jobs.jobs import Caller
 from ift_peft.serve.jobs.records import checkpoint_object, event_object, job_object, job_record
-from ift_peft.serve.objects import ErrorBody, Job, JobCheckpoint, JobEvent, Page, page_of
+from ift_peft.serve.objects import Job, JobCheckpoint, JobEvent, Page, page_of
 from ift_peft.serve.service import Service, Serving
 from ift_peft.serve.store import Record
 from ift_peft.serve.store.tables import events, jobs, metadata_pairs, models
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (400, 401, 403, 404, 408, 413, 421, 429)
-}
-router = APIRouter(tags=["jobs"], prefix="/fine_tuning/jobs", responses=_ERRORS)
+router = APIRouter(tags=["jobs"], prefix="/fine_tuning/jobs")
 
 After = Annotated[str | None, Query(description="The id of the last object of the page before.")]
 Limit = Annotated[int, Query(ge=1, le=100)]

@@ -40,7 +40,7 @@ jobs = Table(
     Column("base", String(256), nullable=False),
     Column("recipe", JSON, nullable=False),  # what the trainer is given, as written
     Column("hyperparameters", JSON, nullable=False),
-    Column("resolved", JSON, nullable=False),  # the same with a number for each "auto", shown once files are validated
+    Column("resolved", JSON, nullable=False),  # with numbers for "auto", shown once files are validated
     Column("suffix", String(64)),
     Column("seed", Integer, nullable=False),
     Column("metadata", JSON),
