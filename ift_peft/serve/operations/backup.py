@@ -4,8 +4,8 @@ The databases are copied first, each as of one moment, and then the content that
 the records, as a job that is queued and has ended is passed over, and one that is not queued is queued again. What was
 deleted in between has its record taken out of the copy: every record there has its content. A job that ends in between
 takes the rows of its folder along; they are copied from the files that they came from. `manifest.json` comes last, with
-the sha256 of all. Of a run that is being trained the checkpoints are copied that were whole when they were looked at; it
-goes on from the newest of them.
+the sha256 of all. Of a run that is being trained the checkpoints are copied that were whole when they were looked at;
+it goes on from the newest of them.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def _add(tar: tarfile.TarFile, path: Path, name: str, hashes: dict[str, dict[str
         file = path.open("rb")
     except FileNotFoundError:
         return
-    with file, tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY, dir=scratch) as copy:
+    with file, tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY, dir=str(scratch)) as copy:
         found = os.fstat(file.fileno())
         digest, left = hashlib.sha256(), found.st_size
         while piece := file.read(min(left, _PIECE)):
