@@ -131,7 +131,10 @@ class Progress:
         """Whether a checkpoint is whole and one of those that the recipe makes, not one of a pause."""
         if not all((checkpoint / name).is_file() for name in REQUIRED):
             return False
-        state = json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
+        try:
+            state = json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
+        except FileNotFoundError:  # it makes room for another in this moment
+            return False
         return self._is_due(state["global_step"], state["epoch"], state["max_steps"])
 
     def _is_due(self, step: int, epoch: float, steps: int) -> bool:
