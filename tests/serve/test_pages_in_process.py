@@ -148,7 +148,7 @@ def test_what_fails_is_logged_once_and_by_its_route(
             assert answer.status_code == 500
             assert answer.headers["referrer-policy"] == "same-origin"
             assert answer.headers["cache-control"] == "no-store"
-            wait_for(lambda: route in [vars(one).get("route") for one in caplog.records])
+            wait_for(lambda route=route: route in [vars(one).get("route") for one in caplog.records])
             assert len([one for one in caplog.records if one.levelno >= logging.ERROR]) == 1
             assert not [one for one in caplog.records if "PATHTEXT" in JsonLines().format(one)]
 

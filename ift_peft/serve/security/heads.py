@@ -1,4 +1,4 @@
-"""Heads of requests: not too slow. Bodies have their own limit (`bodies`), and are not read before the head is whole."""
+"""Heads of requests: not too slow. Bodies have a limit of their own (`bodies`)."""
 
 from __future__ import annotations
 

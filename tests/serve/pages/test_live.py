@@ -99,7 +99,9 @@ def test_a_place_is_given_back_by_those_who_leave_and_by_those_whose_job_ends(
     monkeypatch.setattr(live, "EVERY", 0.01)
     job_id = data.add_job(service.settings.data_dir, training_file="file-none")
     service.streams.enter()
-    answer = Stream(live._messages(Followed(service, job_id), 0, service.streams, allowed=lambda: True), service.streams)
+    answer = Stream(
+        live._messages(Followed(service, job_id), 0, service.streams, allowed=lambda: True), service.streams
+    )
     sent: list[dict[str, Any]] = []
 
     async def receive() -> dict[str, Any]:
