@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,14 @@ from ift_peft.serve.settings import Settings
 from ift_peft.train.checkpoints import REQUIRED
 from tests.serve.in_process import serving
 from tests.serve.test_files import ROWS, add_job
+
+
+@pytest.fixture(autouse=True)
+def _umask() -> Iterator[None]:
+    """`ift serve` sets that of its process, which here is the tests'."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
 
 
 def refused(data_dir: Path, text: str, **settings: str) -> None:

@@ -1,8 +1,8 @@
 """Rows to train on, checked line by line as they arrive: what is accepted here, training reads.
 
 A row is `{"messages": [...]}` or `{"prompt": …, "completion": …}`, one form in a file. Lines end in a line feed; blank
-ones are passed over, as long as there are at most twice as many lines as a file may have rows, and so is a byte order
-mark at the start, as by the reader of training. Faults name lines, bytes and fields, never what a row says.
+ones are passed over, as long as the lines are at most twice the rows that a file may have, and so is a byte order mark
+at the start, as by the reader of training. Faults name lines, bytes and fields, never what a row says.
 """
 
 from __future__ import annotations

@@ -28,7 +28,6 @@ from ift_peft.errors import RunError
 from ift_peft.serve.files.records import sync_folder
 from ift_peft.serve.jobs.folder import TRAINING_FILE, VALIDATION_FILE
 from ift_peft.serve.objects import FINAL
-from ift_peft.train.checkpoints import REQUIRED
 
 STORE, QUEUE, MANIFEST = "store.sqlite", "queue.sqlite", "manifest.json"
 FORMAT = 1
@@ -136,9 +135,9 @@ def _rows_of_jobs(store: sqlite3.Connection) -> Iterator[tuple[str, str]]:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """Whether it can be gone on from: the trainer writes its state when all else is there."""
+    """Whether the trainer has ended writing it, which ends with its state. What a job that has just ended leaves is."""
     try:
-        return all((checkpoint / name).stat().st_size for name in REQUIRED)
+        return all((checkpoint / name).stat().st_size for name in ("adapter_model.safetensors", "trainer_state.json"))
     except FileNotFoundError:
         return False
 

@@ -1,4 +1,4 @@
-"""Heads of requests: not too slow. Bodies have a limit of their own (`bodies`), and are read when the head is whole."""
+"""Heads of requests: not too slow. Bodies have a limit of their own (`bodies`)."""
 
 from __future__ import annotations
 

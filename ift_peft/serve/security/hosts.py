@@ -47,7 +47,7 @@ def is_loopback(name: str) -> bool:
 
 
 def split_host(host: str) -> tuple[str, str]:
-    """Name, in lower case, and port of a header Host; the port may be empty, and the name is, of no such header.
+    """Name, in lower case, and port of a header Host; the port may be empty. Both are where it is no such header.
 
     An address in brackets loses them.
     """
