@@ -89,13 +89,14 @@ def install_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = next((one for one in error.errors() if one["type"] == UNSUPPORTED), error.errors()[0])
+        faults = error.errors()
+        first = next((one for one in faults if one["type"] == UNSUPPORTED), faults[0])
         param = _param(first["loc"], whole=first["type"] == "extra_forbidden")
         unknown = first["type"] == "extra_forbidden"
         message = (
             f"Unrecognized request argument supplied: {param}" if unknown else f"{param or 'body'}: {first['msg']}"
         )
-        more = len(error.errors()) - 1
+        more = len(faults) - 1
         message += f" (and {more} more)" if more else ""
         code = {"extra_forbidden": "unknown_parameter", UNSUPPORTED: UNSUPPORTED}.get(first["type"], "invalid_value")
         return response_of(ApiError(400, message, code=code, param=param or None))
