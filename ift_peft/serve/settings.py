@@ -36,6 +36,8 @@ class Limits:
     """Models that are loaded at once with a base of their own, as their adapters cannot share one (DoRA, …)."""
     request_seconds: float = 600.0
     max_completion_tokens: int = 4096
+    prompt_characters: int = 1_000_000
+    """Of one prompt. A longer one is refused before it is made tokens of, which takes a core seconds."""
     choices: int = 8
     """The most that `n` may be."""
     streams: int = 64

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
@@ -52,7 +53,9 @@ class Answer:
             async with asyncio.timeout_at(self.deadline):
                 model = await self._models.hold(name)
                 self._held = name
-                self.requests = await asyncio.to_thread(make, model)
+                self.requests = await self._loop.run_in_executor(
+                    self._models.tokenising, copy_context().run, make, model
+                )
             for request in self.requests:
                 self._submit(model, request)
         except TimeoutError:

@@ -28,6 +28,7 @@ from ift_peft.serve.inference.tokens import TokenNames
 from ift_peft.serve.inference.vllm import VllmAdapters, VllmEngine, VllmServer
 from ift_peft.serve.settings import Limits, Settings
 
+COLLAPSED = 4  # characters of which a tokenizer may make one before it looks for pieces, as of white space
 SLOT_SECONDS = 5.0  # how long a model waits for a slot whose last rows are leaving it
 
 
@@ -91,7 +92,10 @@ class Model:
 
 
 class Host:
-    """A renderer and what answers for it: for many models, or with `whole` for one alone."""
+    """A renderer and what answers for it: for many models, or with `whole` for one alone.
+
+    `most_characters` are more than a prompt can have that its positions hold; None where nothing limits them.
+    """
 
     def __init__(
         self,
@@ -102,6 +106,8 @@ class Host:
         whole: bool = False,
     ) -> None:
         self.renderer, self.engine, self.stack, self.whole = renderer, engine, stack, whole
+        longest = max(map(len, renderer.tokenizer.get_vocab()))
+        self.most_characters = None if engine.positions is None else engine.positions * longest * COLLAPSED
         self.names = TokenNames(renderer.tokenizer, frozenset({renderer.end_token_id}))
         (answer,) = renderer.render([({"role": "user", "content": "1"}, {"role": "assistant", "content": "1"})])
         learnt = [label for label in answer.labels if label != IGNORE]

@@ -31,6 +31,7 @@ class LoadedModels:
     def __init__(self, settings: Settings, store: Store) -> None:
         self._settings, self._store = settings, store
         self._threads = ThreadPoolExecutor(8, thread_name_prefix="loading")
+        self.tokenising = ThreadPoolExecutor(2, thread_name_prefix="tokenising")  # long prompts wait for each other
         self._one_whole = threading.Lock()
         self._lock = threading.Lock()  # of the following
         self._models: OrderedDict[str, Model] = OrderedDict()  # the last used at the end
@@ -95,7 +96,8 @@ class LoadedModels:
 
     def stop(self) -> None:
         """End the engines; what they have is cancelled. Who let requests end before has nothing cancelled."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self.tokenising):
+            threads.shutdown(wait=False, cancel_futures=True)
         for host in self.hosts():
             host.engine.stop(drain=False)
 
