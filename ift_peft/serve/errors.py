@@ -35,6 +35,10 @@ class ApiError(Exception):
         self.status, self.message, self.code, self.param = status, message, code, param
         self.headers = dict(headers or {})
 
+    def again(self) -> ApiError:
+        """The same, for one more who is told: an error that is raised keeps where it came through."""
+        return ApiError(self.status, self.message, code=self.code, param=self.param, headers=self.headers)
+
 
 def not_found(what: str, name: str, *, param: str, code: str = "not_found") -> ApiError:
     """404, as of a file that is not there."""

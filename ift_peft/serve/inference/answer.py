@@ -13,7 +13,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from ift_peft.errors import IftPeftError, ModelError
+from ift_peft.errors import IftPeftError
 from ift_peft.serve.errors import ApiError, as_api_error, not_found
 from ift_peft.serve.inference.loaded import LoadedModels
 
@@ -69,11 +69,9 @@ class Answer:
     def _submit(self, model: Model, request: Request) -> None:
         try:
             self.streams.append(model.host.engine.submit(request, on_change=self._wake))
-        except ModelError as error:
+        except IftPeftError as error:
             if model.adapter is not None and not model.host.has(model.adapter):  # deleted a moment ago
                 raise not_found("model", str(self._held), param="model", code="model_not_found") from None
-            raise as_api_error(error) from None
-        except IftPeftError as error:
             raise as_api_error(error) from None
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece | Completion]]:

@@ -58,6 +58,12 @@ class Opened:
     parts: Parts | None = None
     adapter: Path | None = None
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """Of the base in memory: models with the same one share it."""
+        four_bits = self.section.quantization in ("nf4", "fp4")
+        return self.section.model_dump_json(exclude=None if four_bits else {"double_quantization"}), self.fingerprint
+
     def over(self, host: Host) -> Opened:
         """With the host's tokenizer, which the run's was checked against: one in memory is enough."""
         return self if self.parts is None else replace(self, parts=replace(self.parts, renderer=host.renderer))
@@ -116,14 +122,18 @@ class Host:
     def take(self, name: str, folder: Path, make_room: Callable[[], bool]) -> None:
         """Stack an adapter; where there is no slot, `make_room` removes an idle one and says whether there was any.
 
-        Raises `BusyError` where all slots stay in use, and what `StackedAdapters.load` raises.
+        One of this name that is still there is on its way out, and waited for. Raises `BusyError` where all slots
+        stay in use, and what `StackedAdapters.load` raises.
         """
         assert isinstance(self.stack, StackedAdapters)
         until = time.monotonic() + SLOT_SECONDS
         while True:
-            if len(self.stack.names) >= self.stack.max_adapters:
+            names = self.stack.names
+            if name not in names and len(names) >= self.stack.max_adapters:
                 make_room()
             try:
+                if name in names:
+                    raise BusyError(expected=f"{name!r} to have left", found="it is leaving", fix="try again later")
                 return self.stack.load(name, folder)
             except BusyError:
                 if time.monotonic() > until:
