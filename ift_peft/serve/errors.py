@@ -33,6 +33,10 @@ class ApiError(Exception):
         self.status, self.message, self.code, self.param = status, message, code, param
         self.headers = dict(headers or {})
 
+    def again(self) -> ApiError:
+        """The same, for one more who is told: an error that is raised keeps where it came through."""
+        return ApiError(self.status, self.message, code=self.code, param=self.param, headers=self.headers)
+
 
 def not_found(what: str, name: str, *, param: str, code: str = "not_found") -> ApiError:
     """404, as of a file that is not there."""
@@ -87,13 +91,14 @@ def install_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = next((one for one in error.errors() if one["type"] == UNSUPPORTED), error.errors()[0])
+        faults = error.errors()
+        first = next((one for one in faults if one["type"] == UNSUPPORTED), faults[0])
         param = _param(first["loc"], whole=first["type"] == "extra_forbidden")
         unknown = first["type"] == "extra_forbidden"
         message = (
             f"Unrecognized request argument supplied: {param}" if unknown else f"{param or 'body'}: {first['msg']}"
         )
-        more = len(error.errors()) - 1
+        more = len(faults) - 1
         message += f" (and {more} more)" if more else ""
         code = {"extra_forbidden": "unknown_parameter", UNSUPPORTED: UNSUPPORTED}.get(first["type"], "invalid_value")
         return response_of(ApiError(400, message, code=code, param=param or None))

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
+MOST_NAMES = 128  # of an object that is sent: more than there are parameters
+MOST_PAIRS = 16  # of metadata, as OpenAI has it
 Auto = Literal["auto"]
 Status = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 FINAL: tuple[Status, ...] = ("succeeded", "failed", "cancelled")
@@ -14,8 +17,24 @@ MOST_MULTIPLIER = 1000
 Purpose = Literal["fine-tune", "fine-tune-results"]
 
 
+def few_names(value: Any, most: int = MOST_NAMES) -> Any:
+    """Each unknown name is a fault of its own, and a body has room for a million: so before they are looked at."""
+    if isinstance(value, dict) and len(value) > most:
+        raise PydanticCustomError("too_long", "Input should have at most {most} names", {"most": most})
+    return value
+
+
+def few_pairs(value: Any) -> Any:
+    return few_names(value, MOST_PAIRS)
+
+
 class Object(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_few_names(cls, value: Any) -> Any:
+        return few_names(value)
 
 
 class ErrorInfo(Object):

@@ -33,10 +33,14 @@ class Limits:
     """Rows of one batch of the engine."""
     adapters: int = 32
     """Adapters that are loaded at once on one base."""
+    bases: int = 4
+    """Bases that are loaded at once and shared, each in one way (quantisation, compute type, revision)."""
     whole_models: int = 2
     """Models that are loaded at once with a base of their own, as their adapters cannot share one (DoRA, …)."""
     request_seconds: float = 600.0
     max_completion_tokens: int = 4096
+    prompt_characters: int = 1_000_000
+    """Of one prompt. A longer one is refused before it is made tokens of, which takes a core seconds."""
     choices: int = 8
     """The most that `n` may be."""
     streams: int = 64

@@ -170,6 +170,29 @@ def test_logprobs_are_those_of_the_model(client: OpenAI, library: Any) -> None:
     assert [one.token for one in streamed] == [one.token for one in told]
 
 
+def test_logprobs_end_with_the_text_before_a_stop_string(client: OpenAI) -> None:
+    asked: dict[str, Any] = {"logprobs": True, "stop": "is 2"}
+    whole = ask(client, TUNED).choices[0].message.content
+    assert whole.startswith("It is ")
+    asked["stop"] = whole[3:7]
+    choice = ask(client, TUNED, **asked).choices[0]
+    told = [one.token for one in choice.logprobs.content]
+    assert choice.message.content == "It "
+    assert len("".join(told[:-1])) < 3 <= len("".join(told)) < len(whole[:7])
+    chunks = stream(client, TUNED, **asked)
+    streamed = [one for chunk in chunks for part in chunk.choices if part.logprobs for one in part.logprobs.content]
+    assert [one.token for one in streamed] == told
+    given = {"model": "tiny", "prompt": "The weather", "temperature": 0, "max_tokens": 6, "logprobs": 0}
+    free = client.completions.create(**given).choices[0]
+    stop = "".join(free.logprobs.tokens[2:4])
+    cut = client.completions.create(stop=stop, **given)
+    assert cut.choices[0].text == free.text[: free.text.index(stop)]
+    told = cut.choices[0].logprobs.tokens
+    assert "".join(told) == cut.choices[0].text and cut.usage.completion_tokens > len(told)
+    parts = [one.choices[0].logprobs for one in client.completions.create(stream=True, stop=stop, **given)]
+    assert [token for part in parts if part for token in part.tokens] == told
+
+
 def test_texts_are_completed_in_any_form_of_prompt(client: OpenAI, library: Any) -> None:
     _, parts = library(TUNED)
     texts = ["The weather", "今天天气"]

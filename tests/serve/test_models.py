@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
+import time
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +18,11 @@ import pytest
 from openai import OpenAI
 from sqlalchemy import insert
 
+import ift_peft
 from ift_peft.infer.load import load_model, open_parts
 from ift_peft.infer.predict import generate
 from ift_peft.run_dir import RunDir
+from ift_peft.serve.inference.hosts import Host, open_base
 from ift_peft.serve.inference.models import DELETED
 from ift_peft.serve.settings import Limits, Settings
 from ift_peft.serve.store import Store
@@ -171,6 +178,84 @@ def test_an_adapter_that_cannot_share_a_base_has_its_own(server: Inside) -> None
         expected = generate(model, parts, parts.converse(QUESTION).messages, max_new_tokens=12)
         assert ask(server.client(), name).strip() == expected
         assert sum(host.whole for host in server.service.models.hosts()) == 1
+
+
+def test_bases_leave_memory_when_there_is_no_room_or_no_model_of_theirs(tmp_path: Path, first: RunDir) -> None:
+    bases = {"tiny": "tiny", "copy": str(Path(ift_peft.__file__).parent / "model" / "tiny")}
+    server = Inside(Settings(data_dir=tmp_path / "data", limits=Limits(bases=1), bases=bases)).start()
+    name, client, loaded = add(server, first, 1), server.client(), server.service.models
+    tuned = ask(client, name)
+    (host,) = loaded.hosts()
+    gone = weakref.ref(host)
+    del host
+    own = ask(client, "copy")
+    assert len(loaded.hosts()) == 1 and list(loaded._models) == ["copy"]
+    server.until(lambda: gone() is None)
+    assert loaded._hold("copy") is not None
+    with pytest.raises(openai.RateLimitError):
+        ask(client, name)
+    loaded.release("copy")
+    assert (ask(client, name), ask(client, "copy"), ask(client, name)) == (tuned, own, tuned)
+    (host,) = loaded.hosts()
+    client.models.delete(name)
+    assert loaded.hosts() == [] and not loaded._hosts
+    server.until(lambda: host.engine._thread is None)
+    server.stop()
+
+
+def test_a_setting_without_effect_takes_no_base_of_its_own(settings: Settings) -> None:
+    opened = open_base(settings, "tiny")
+    keys = {
+        quantization: {
+            replace(
+                opened,
+                section=opened.section.model_copy(update={"quantization": quantization, "double_quantization": double}),
+            ).key
+            for double in (True, False)
+        }
+        for quantization in ("none", "int8", "nf4")
+    }
+    assert {quantization: len(found) for quantization, found in keys.items()} == {"none": 1, "int8": 1, "nf4": 2}
+    assert len(set.union(*keys.values())) == 4
+
+
+def test_a_model_that_is_asked_while_it_leaves_shares_its_base_again(
+    server: Inside, first: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, loaded = [add(server, first, number) for number in range(3)], server.service.models
+    once = [ask(server.client(), name) for name in names[:2]]
+    server.until(lambda: not loaded._holds)
+    leaving, go_on, drop = threading.Event(), threading.Event(), Host.drop
+
+    def slowly(host: Host, adapter: str) -> None:
+        if adapter == names[0] and not leaving.is_set():
+            leaving.set()
+            assert go_on.wait(30)
+        drop(host, adapter)
+
+    monkeypatch.setattr(Host, "drop", slowly)
+    with ThreadPoolExecutor(2) as threads:
+        third = threads.submit(ask, server.client(), names[2])  # which needs the slot of the first
+        assert leaving.wait(30)
+        again = threads.submit(ask, server.client(), names[0])
+        server.until(lambda: names[0] in loaded._opening)
+        time.sleep(0.3)
+        go_on.set()
+        assert (again.result(), bool(third.result())) == (once[0], True)
+    assert not any(host.whole for host in loaded.hosts())
+
+
+def test_each_who_waited_is_told_by_an_error_of_its_own(settings: Settings) -> None:
+    server = Inside(replace(settings, bases={"tiny": "tiny", "lost": str(settings.data_dir / "lost")})).start()
+    loaded = server.service.models
+
+    async def told() -> list[object]:
+        return await asyncio.gather(*(loaded.hold("lost") for _ in range(3)), return_exceptions=True)
+
+    errors = asyncio.run(told())
+    assert [getattr(error, "code", None) for error in errors] == ["model_unavailable"] * 3
+    assert len({id(error) for error in errors}) == 3
+    server.stop()
 
 
 def test_a_model_whose_files_are_not_those_of_training_is_not_answered(server: Inside, first: RunDir) -> None:

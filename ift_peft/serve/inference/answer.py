@@ -6,13 +6,14 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from ift_peft.errors import IftPeftError, ModelError
+from ift_peft.errors import IftPeftError
 from ift_peft.serve.errors import ApiError, as_api_error, not_found
 from ift_peft.serve.inference.loaded import LoadedModels
 
@@ -52,7 +53,9 @@ class Answer:
             async with asyncio.timeout_at(self.deadline):
                 model = await self._models.hold(name)
                 self._held = name
-                self.requests = await asyncio.to_thread(make, model)
+                self.requests = await self._loop.run_in_executor(
+                    self._models.tokenising, copy_context().run, make, model
+                )
             for request in self.requests:
                 self._submit(model, request)
         except TimeoutError:
@@ -66,11 +69,9 @@ class Answer:
     def _submit(self, model: Model, request: Request) -> None:
         try:
             self.streams.append(model.host.engine.submit(request, on_change=self._wake))
-        except ModelError as error:
+        except IftPeftError as error:
             if model.adapter is not None and not model.host.has(model.adapter):  # deleted a moment ago
                 raise not_found("model", str(self._held), param="model", code="model_not_found") from None
-            raise as_api_error(error) from None
-        except IftPeftError as error:
             raise as_api_error(error) from None
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece | Completion]]:

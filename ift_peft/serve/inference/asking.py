@@ -16,12 +16,17 @@ LEAST_TOP_P = 1e-9  # for 0, by which clients mean the likeliest token alone
 
 def chat_requests(body: ChatBody, model: Model, limits: Limits) -> list[Request]:
     """One for each choice. Raises `ApiError` for a prompt that is too long, `DataError` for one no template takes."""
-    ids = model.prompt([message.plain() for message in body.messages])
+    messages = [message.plain() for message in body.messages]
+    _require_short(sum(len(message["content"]) for message in messages), model, limits, "messages")
+    ids = model.prompt(messages)
     return _each(body, [ids], model, body.most(limits), body.likeliest, "messages")
 
 
 def text_requests(body: CompletionBody, model: Model, limits: Limits) -> list[Request]:
     """One for each choice of each prompt, in this order. Raises `ApiError` for a prompt that is too long or empty."""
+    for one in body.prompts:
+        if isinstance(one, str):
+            _require_short(len(one), model, limits, "prompt")
     prompts = [model.ids(one) if isinstance(one, str) else one for one in body.prompts]
     return _each(body, prompts, model, body.most(limits), body.likeliest, "prompt")
 
@@ -30,6 +35,14 @@ def texts_of(body: CompletionBody, model: Model) -> list[str]:
     """The prompts as texts, to be echoed."""
     decode = model.host.renderer.tokenizer.decode
     return [one if isinstance(one, str) else str(decode(one)) for one in body.prompts]
+
+
+def _require_short(characters: int, model: Model, limits: Limits, param: str) -> None:
+    """Refuse what cannot but be too long before it is made tokens of: of megabytes, that takes a core minutes."""
+    most = min(model.host.most_characters or limits.prompt_characters, limits.prompt_characters)
+    if characters > most:
+        message = f"Your {param} has {characters} characters; with this model it can have {most} at most."
+        raise ApiError(400, message, code="context_length_exceeded", param=param)
 
 
 def _each(

@@ -8,9 +8,11 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from ift_peft.serve.errors import UNSUPPORTED, ApiError
+from ift_peft.serve.objects import MOST_PAIRS, few_names, few_pairs
 from ift_peft.serve.settings import Limits
 
 LEGACY_MAX_TOKENS = 16  # of the legacy form where nothing is said, as OpenAI has it
+MOST_MESSAGES = 2048  # of a conversation, parts of a message, prompts of one request: as OpenAI has it
 
 
 def _none(value: Any) -> None:
@@ -38,7 +40,7 @@ def _empty(value: Any) -> Any:
 
 def _text_only(value: Any) -> Any:
     """A part of a message, `response_format`, `modalities`: of what is known to OpenAI, text alone is done."""
-    kinds = [value.get("type")] if isinstance(value, dict) else value if isinstance(value, list) else []
+    kinds = [value.get("type")] if isinstance(value, dict) else value[:MOST_MESSAGES] if isinstance(value, list) else []
     other = [kind for kind in kinds if isinstance(kind, str) and kind != "text"]
     if other:
         raise PydanticCustomError(UNSUPPORTED, "this service does text only")
@@ -66,12 +68,15 @@ def _whole(text: str) -> str:
     return text
 
 
+# Every list ends at its first fault: one for each of a million elements would hold the event loop for minutes.
+ONE_OR_MORE: Any = Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
 Unsupported = Annotated[None, BeforeValidator(_none)]
 Penalty = Annotated[Annotated[float, Field(ge=0, le=0)] | None, BeforeValidator(_zero)]
 Switch = Annotated[Literal[False] | None, BeforeValidator(_false)]
 Count = Annotated[int, Field(ge=1)]
 Line = Annotated[str, AfterValidator(_whole)]
 Text = Annotated[Line, Field(min_length=1)]
+Pairs = Annotated[dict[Line, Line], Field(max_length=MOST_PAIRS)]
 Stop = Annotated[Text, Field(max_length=1024)]
 
 
@@ -79,6 +84,11 @@ class Body(BaseModel):
     """Strict: a number in quotes is no number."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_few_names(cls, value: Any) -> Any:
+        return few_names(value)
 
 
 class TextPart(Body):
@@ -90,7 +100,7 @@ class Message(Body):
     """Fields that answers have and that are null there may come back as null."""
 
     role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_no_role)]
-    content: Line | Annotated[list[Annotated[TextPart, BeforeValidator(_text_only)]], Field(min_length=1)]
+    content: Line | Annotated[list[Annotated[TextPart, BeforeValidator(_text_only)]], ONE_OR_MORE]
     name: Unsupported = None
     refusal: Unsupported = None
     annotations: Annotated[list[Any] | None, Field(max_length=0)] = None
@@ -119,7 +129,7 @@ class Sampling(Body):
 
     model: Annotated[Text, Field(max_length=256)]
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4, fail_fast=True)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -159,17 +169,15 @@ class Sampling(Body):
 class ChatBody(Sampling):
     """Of POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], ONE_OR_MORE]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: Annotated[ResponseFormat | None, BeforeValidator(_text_only)] = None
-    modalities: Annotated[Annotated[list[Literal["text"]], Field(min_length=1)] | None, BeforeValidator(_text_only)] = (
-        None
-    )
+    modalities: Annotated[Annotated[list[Literal["text"]], ONE_OR_MORE] | None, BeforeValidator(_text_only)] = None
     service_tier: Annotated[Literal["auto", "default"] | None, BeforeValidator(_usual)] = None
     store: Switch = None
-    metadata: dict[Line, Line] | None = None
+    metadata: Annotated[Pairs | None, BeforeValidator(few_pairs)] = None
     safety_identifier: Line | None = None
     prompt_cache_key: Line | None = None
     audio: Unsupported = None
@@ -210,13 +218,13 @@ class ChatBody(Sampling):
 
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
-Tokens = Annotated[list[Token], Field(min_length=1)]
+Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 
 
 class CompletionBody(Sampling):
     """Of POST /v1/completions."""
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1)] | Tokens | Annotated[list[Tokens], Field(min_length=1)]
+    prompt: Text | Annotated[list[Text], ONE_OR_MORE] | Tokens | Annotated[list[Tokens], ONE_OR_MORE]
     best_of: Count | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ift_peft.infer import request as engine
     from ift_peft.infer.sampling import TokenLogprob as EngineLogprob
     from ift_peft.serve.inference.hosts import Model
+    from ift_peft.serve.inference.tokens import TokensOfText
 
 log = logging.getLogger("ift_peft.serve")
 LEAST = -9999.0  # for minus infinity, which JSON has not
@@ -38,7 +39,6 @@ class Form:
     """What both have: one request's id, time, model and prompts, and whether log-probabilities are told."""
 
     prefix: str
-    kind: str
     chunk_kind: str
 
     def __init__(self, model: Model, name: str, answer: Answer, *, choices: int) -> None:
@@ -46,11 +46,29 @@ class Form:
         self.id, self.created = new_id(self.prefix), int(time.time())
         self.prompts = [request.prompt for request in answer.requests[::choices]]
         self.tells_logprobs = answer.requests[0].logprobs is not None
+        self._tokens: dict[int, TokensOfText] | None = {} if answer.requests[0].stop else None
 
     def usage(self, completions: Sequence[engine.Completion]) -> Usage:
         asked = sum(map(len, self.prompts))
         answered = sum(one.completion_tokens for one in completions)
         return Usage(prompt_tokens=asked, completion_tokens=answered, total_tokens=asked + answered)
+
+    def told(self, number: int, piece: engine.Piece | engine.Completion) -> Sequence[EngineLogprob]:
+        """The tokens whose log-probabilities are told with a piece, or with a whole answer."""
+        if self._tokens is None or not self.tells_logprobs:
+            return piece.logprobs
+        if number not in self._tokens:
+            from ift_peft.serve.inference.tokens import TokensOfText  # it imports torch
+
+            self._tokens[number] = TokensOfText(self.model.host.names)
+        return self._tokens[number].take(piece.text, piece.logprobs)
+
+    def rest(self, number: int, completion: engine.Completion) -> Sequence[EngineLogprob]:
+        """Those that are told at the answer's end."""
+        if self._tokens is None or number not in self._tokens:
+            return ()
+        by_string = completion.finish_reason == "stop" and completion.tokens[-1] not in self.model.host.names.ends
+        return self._tokens[number].rest(stopped=by_string)
 
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         return {
@@ -76,7 +94,7 @@ class Form:
 
 
 class ChatForm(Form):
-    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prefix, chunk_kind = "chatcmpl", "chat.completion.chunk"
 
     def __init__(self, model: Model, name: str, answer: Answer, *, choices: int) -> None:
         super().__init__(model, name, answer, choices=choices)
@@ -87,7 +105,7 @@ class ChatForm(Form):
             ChatChoice(
                 index=number,
                 message=AnswerMessage(content=self._text(number, one.text)),
-                logprobs=self._logprobs(one.logprobs),
+                logprobs=self._logprobs([*self.told(number, one), *self.rest(number, one)]),
                 finish_reason=_finish(one),
             )
             for number, one in enumerate(completions)
@@ -105,14 +123,16 @@ class ChatForm(Form):
         return _choice(number, {"role": "assistant", "content": "", "refusal": None})
 
     def part(self, number: int, piece: engine.Piece) -> dict[str, Any] | None:
-        logprobs = self._logprobs(piece.logprobs)
+        logprobs = self._logprobs(self.told(number, piece))
         text = self._text(number, piece.text)
         if not text and (logprobs is None or not logprobs.content):
             return None
         return _choice(number, {"content": text}, logprobs=logprobs and logprobs.model_dump())
 
     def ended(self, number: int, completion: engine.Completion) -> dict[str, Any]:
-        return _choice(number, {}, finish_reason=_finish(completion))
+        rest = self._logprobs(self.rest(number, completion))
+        logprobs = rest.model_dump() if rest and rest.content else None
+        return _choice(number, {}, logprobs=logprobs, finish_reason=_finish(completion))
 
     def _text(self, number: int, text: str) -> str:
         """Without the one space that stands before an answer under some templates."""
@@ -136,7 +156,7 @@ class ChatForm(Form):
 
 
 class TextForm(Form):
-    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+    prefix, chunk_kind = "cmpl", "text_completion"
 
     def __init__(self, model: Model, name: str, answer: Answer, *, choices: int, echoes: Sequence[str] | None) -> None:
         """`echoes` are the prompts' texts, where answers are to begin with them."""
@@ -149,7 +169,7 @@ class TextForm(Form):
             CompletionChoice(
                 index=number,
                 text=self._echo(number) + one.text,
-                logprobs=self._logprobs(number, one.logprobs),
+                logprobs=self._logprobs(number, [*self.told(number, one), *self.rest(number, one)]),
                 finish_reason=_finish(one),
             )
             for number, one in enumerate(completions)
@@ -167,13 +187,15 @@ class TextForm(Form):
         return self._part(number, self._echo(number), None) if self._echoes else None
 
     def part(self, number: int, piece: engine.Piece) -> dict[str, Any] | None:
-        logprobs = self._logprobs(number, piece.logprobs)
+        logprobs = self._logprobs(number, self.told(number, piece))
         if not piece.text and (logprobs is None or not logprobs.tokens):
             return None
         return self._part(number, piece.text, logprobs)
 
     def ended(self, number: int, completion: engine.Completion) -> dict[str, Any]:
-        return {"index": number, "text": "", "logprobs": None, "finish_reason": _finish(completion)}
+        rest = self._logprobs(number, self.rest(number, completion))
+        logprobs = rest.model_dump() if rest and rest.tokens else None
+        return {"index": number, "text": "", "logprobs": logprobs, "finish_reason": _finish(completion)}
 
     def _part(self, number: int, text: str, logprobs: LegacyLogprobs | None) -> dict[str, Any]:
         dumped = logprobs and logprobs.model_dump()

@@ -28,6 +28,7 @@ from ift_peft.serve.inference.tokens import TokenNames
 from ift_peft.serve.inference.vllm import VllmAdapters, VllmEngine, VllmServer
 from ift_peft.serve.settings import Limits, Settings
 
+COLLAPSED = 4  # characters of which a tokenizer may make one before it looks for pieces, as of white space
 SLOT_SECONDS = 5.0  # how long a model waits for a slot whose last rows are leaving it
 
 
@@ -56,6 +57,12 @@ class Opened:
     fingerprint: str
     parts: Parts | None = None
     adapter: Path | None = None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Of the base in memory: models with the same one share it."""
+        four_bits = self.section.quantization in ("nf4", "fp4")
+        return self.section.model_dump_json(exclude=None if four_bits else {"double_quantization"}), self.fingerprint
 
     def over(self, host: Host) -> Opened:
         """With the host's tokenizer, which the run's was checked against: one in memory is enough."""
@@ -91,7 +98,10 @@ class Model:
 
 
 class Host:
-    """A renderer and what answers for it: for many models, or with `whole` for one alone."""
+    """A renderer and what answers for it: for many models, or with `whole` for one alone.
+
+    `most_characters` are more than a prompt can have that its positions hold; None where nothing limits them.
+    """
 
     def __init__(
         self,
@@ -102,6 +112,8 @@ class Host:
         whole: bool = False,
     ) -> None:
         self.renderer, self.engine, self.stack, self.whole = renderer, engine, stack, whole
+        longest = max(map(len, renderer.tokenizer.get_vocab()))
+        self.most_characters = None if engine.positions is None else engine.positions * longest * COLLAPSED
         self.names = TokenNames(renderer.tokenizer, frozenset({renderer.end_token_id}))
         (answer,) = renderer.render([({"role": "user", "content": "1"}, {"role": "assistant", "content": "1"})])
         learnt = [label for label in answer.labels if label != IGNORE]
@@ -110,14 +122,18 @@ class Host:
     def take(self, name: str, folder: Path, make_room: Callable[[], bool]) -> None:
         """Stack an adapter; where there is no slot, `make_room` removes an idle one and says whether there was any.
 
-        Raises `BusyError` where all slots stay in use, and what `StackedAdapters.load` raises.
+        One of this name that is still there is on its way out, and waited for. Raises `BusyError` where all slots
+        stay in use, and what `StackedAdapters.load` raises.
         """
         assert isinstance(self.stack, StackedAdapters)
         until = time.monotonic() + SLOT_SECONDS
         while True:
-            if len(self.stack.names) >= self.stack.max_adapters:
+            names = self.stack.names
+            if name not in names and len(names) >= self.stack.max_adapters:
                 make_room()
             try:
+                if name in names:
+                    raise BusyError(expected=f"{name!r} to have left", found="it is leaving", fix="try again later")
                 return self.stack.load(name, folder)
             except BusyError:
                 if time.monotonic() > until:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import threading
 import time
 from collections import Counter, OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,11 +33,13 @@ class LoadedModels:
     def __init__(self, settings: Settings, store: Store) -> None:
         self._settings, self._store = settings, store
         self._threads = ThreadPoolExecutor(8, thread_name_prefix="loading")
+        self.tokenising = ThreadPoolExecutor(2, thread_name_prefix="tokenising")  # long prompts wait for each other
         self._one_whole = threading.Lock()
         self._lock = threading.Lock()  # of the following
         self._models: OrderedDict[str, Model] = OrderedDict()  # the last used at the end
         self._holds: Counter[str] = Counter()
         self._hosts: dict[tuple[str, str], Future[Host]] = {}
+        self._loads: Counter[tuple[str, str]] = Counter()  # of models that are being loaded onto a host
         self._forgotten: set[str] = set()
         self._failed: dict[str, tuple[float, ApiError]] = {}
         self._opening: dict[str, asyncio.Future[None]] = {}  # of the event loop alone
@@ -63,7 +67,10 @@ class LoadedModels:
                     opening = loop.run_in_executor(self._threads, self._load, named)
                     self._opening[name] = opening
                     opening.add_done_callback(lambda done: self._opened(name, done))
-                await asyncio.shield(self._opening[name])
+                try:
+                    await asyncio.shield(self._opening[name])
+                except ApiError as error:
+                    raise error.again() from None
         finally:
             self._asking -= 1
 
@@ -95,7 +102,8 @@ class LoadedModels:
 
     def stop(self) -> None:
         """End the engines; what they have is cancelled. Who let requests end before has nothing cancelled."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self.tokenising):
+            threads.shutdown(wait=False, cancel_futures=True)
         for host in self.hosts():
             host.engine.stop(drain=False)
 
@@ -119,8 +127,13 @@ class LoadedModels:
             until, error = self._failed.get(name, (0.0, None))
         if error is not None and time.monotonic() < until:
             raise error.with_traceback(None)
+        with ExitStack() as until_kept:
+            self._keep(named, until_kept)
+
+    def _keep(self, named: Named, until_kept: ExitStack) -> None:
+        name = named.name
         try:
-            model = self._loaded(named)
+            model = self._loaded(named, until_kept)
         except ApiError:
             raise
         except BusyError as busy:
@@ -143,44 +156,41 @@ class LoadedModels:
         timer.daemon = True
         timer.start()
 
-    def _loaded(self, named: Named) -> Model:
+    def _loaded(self, named: Named, until_kept: ExitStack) -> Model:
         from ift_peft.serve.inference import hosts
 
         if named.record is None:
             opened = hosts.open_base(self._settings, named.name)
-            return hosts.Model(self._shared(opened, named.name), None, opened, opened.system_fingerprint())
+            return hosts.Model(self._shared(opened, named.name, until_kept), None, opened, opened.system_fingerprint())
         folder = self._settings.data_dir
         opened = hosts.open_tuned(self._settings, folder / named.record["run"], folder / named.record["adapter"])
+        fingerprint = opened.system_fingerprint()  # first, as it may fail where files are gone
         if self._settings.engine == "vllm":
-            host = self._shared(opened, named.record["base"])
+            host = self._shared(opened, named.record["base"], until_kept)
             hosts.give_to_vllm(
                 host, opened, named.name, self._settings.data_dir / "cache" / "vllm" / named.record["id"]
             )
-            return hosts.Model(host, named.name, opened.over(host), opened.system_fingerprint())
+            return hosts.Model(host, named.name, opened.over(host), fingerprint)
         reason = hosts.stackable(opened)
         if reason is None:
-            host = self._shared(opened, named.record["base"])
+            host = self._shared(opened, named.record["base"], until_kept)
             try:
                 host.take(named.name, Path(folder / named.record["adapter"]), lambda: self._make_room(host))
-                return hosts.Model(host, named.name, opened.over(host), opened.system_fingerprint())
+                return hosts.Model(host, named.name, opened.over(host), fingerprint)
             except (ModelError, Faults) as error:
                 reason = error.found
         log.info("a model takes a base of its own: %s", reason, extra={"model": named.name})
         with self._one_whole:
             host = self._whole(opened)
-        return hosts.Model(host, None, opened.over(host), opened.system_fingerprint())
+        return hosts.Model(host, None, opened.over(host), fingerprint)
 
-    def _shared(self, opened: Opened, base: str) -> Host:
-        """The base in memory, loaded by whoever asks first."""
+    def _shared(self, opened: Opened, base: str, until_kept: ExitStack) -> Host:
+        """The base in memory, loaded by whoever asks first. It stays there until `until_kept` ends."""
         from ift_peft.serve.inference.hosts import host_of_base, host_of_vllm
 
-        settings = self._settings
-        key = (opened.section.model_dump_json(), opened.fingerprint)
-        with self._lock:
-            future = self._hosts.get(key)
-            mine = future is None
-            if future is None:
-                future = self._hosts[key] = Future()
+        settings, key = self._settings, opened.key
+        future, mine = self._place(key)
+        until_kept.callback(self._loaded_onto, key)
         if mine:
             try:
                 vllm = settings.engine == "vllm"
@@ -192,6 +202,71 @@ class LoadedModels:
                     del self._hosts[key]
                 future.set_exception(error)
         return future.result()
+
+    def _place(self, key: tuple[str, str]) -> tuple[Future[Host], bool]:
+        """The base of this key, to come or there, and whether it is the caller's to load."""
+        from ift_peft.serve.inference.hosts import SLOT_SECONDS
+
+        most, until = self._settings.limits.bases, time.monotonic() + SLOT_SECONDS
+        while True:
+            with self._lock:
+                future = self._hosts.get(key)
+                mine = future is None and len(self._hosts) < most
+                if mine:
+                    future = self._hosts[key] = Future()
+                if future is not None:
+                    self._loads[key] += 1
+                    return future, mine
+            if not self._end_idlest():
+                if time.monotonic() > until:
+                    raise BusyError(expected=f"fewer than {most} bases in use", found=str(most), fix="wait")
+                time.sleep(0.02)
+
+    def _loaded_onto(self, key: tuple[str, str]) -> None:
+        with self._lock:
+            self._loads[key] -= 1
+            future = self._hosts.get(key)
+        if future is not None and future.done():
+            self._end_unused(future.result())
+
+    def _end_unused(self, host: Host) -> None:
+        """End a shared base that no model is left of, nor one being loaded; a thread waits for what it has."""
+        with self._lock:
+            key = self._key(host)
+            if key is None or self._loads[key] or any(model.host is host for model in self._models.values()):
+                return
+            del self._hosts[key]
+        threading.Thread(target=_end, args=([host],), name="ending", daemon=True).start()
+
+    def _end_idlest(self) -> bool:
+        """Put out the shared base that was idle the longest, with its models. False where all are in use."""
+        ending, gone = self._take_idlest()
+        if not ending:
+            return False
+        while gone:
+            self._put_out(gone.pop())
+        _end(ending)  # before the next one comes: both may be more than there is memory for
+        return True
+
+    def _take_idlest(self) -> tuple[list[Host], list[Model]]:
+        with self._lock:
+            used = {model.host for name, model in self._models.items() if self._holds[name]}
+            for model in self._models.values():
+                host, key = model.host, self._key(model.host)
+                working = host in used or host.engine.running or host.engine.waiting
+                if key is not None and not working and not self._loads[key] and self._last_of(host) is model:
+                    names = [name for name, one in self._models.items() if one.host is host]
+                    del self._hosts[key]
+                    return [host], [self._models.pop(name) for name in names]
+        return [], []
+
+    def _last_of(self, host: Host) -> Model:
+        return next(model for model in reversed(self._models.values()) if model.host is host)
+
+    def _key(self, host: Host) -> tuple[str, str] | None:
+        """Of a base that is shared. For who holds the lock."""
+        of_it = (key for key, one in self._hosts.items() if one.done() and not one.exception() and one.result() is host)
+        return next(of_it, None)
 
     def _whole(self, opened: Opened) -> Host:
         from ift_peft.serve.inference.hosts import SLOT_SECONDS, host_of_whole
@@ -226,9 +301,11 @@ class LoadedModels:
         if model.host.whole:
             with self._lock:
                 self._whole_hosts -= 1
-            threading.Thread(target=model.host.engine.stop, name="ending", daemon=True).start()
-        elif model.adapter is not None:
+            threading.Thread(target=_end, args=([model.host],), name="ending", daemon=True).start()
+            return
+        if model.adapter is not None:
             model.host.drop(model.adapter)
+        self._end_unused(model.host)
 
     def _failure(self, named: Named, error: Exception) -> ApiError:
         """What is told of a model that cannot be loaded; the log says why, without what rows hold."""
@@ -238,3 +315,9 @@ class LoadedModels:
             log.error("model not loaded", exc_info=error, extra={"model": named.name})
         message = f"The model {named.name!r} cannot be loaded; the server's log says why."
         return ApiError(503, message, code="model_unavailable", param="model")
+
+
+def _end(ending: list[Host]) -> None:
+    """Let an engine end what it has, and its base leave memory: so it is taken from what it is given in."""
+    ending.pop().engine.stop()
+    gc.collect()

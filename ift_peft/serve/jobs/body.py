@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import BeforeValidator, Field, StringConstraints
 
 from ift_peft.serve.errors import ApiError
-from ift_peft.serve.objects import Hyperparameters, Object, Supervised
+from ift_peft.serve.objects import MOST_PAIRS, Hyperparameters, Object, Supervised, few_pairs
 
-MOST_PAIRS = 16
 NO_NUL = r"^[^\x00]*$"  # which databases do not keep
 Key = Annotated[str, StringConstraints(max_length=64, pattern=NO_NUL)]
 Value = Annotated[str, StringConstraints(max_length=512, pattern=NO_NUL)]
+Pairs = Annotated[dict[Key, Value], Field(max_length=MOST_PAIRS)]
 Id = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
 
@@ -33,7 +33,7 @@ class CreateJob(Object):
     method: MethodBody | None = None
     suffix: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    metadata: Annotated[dict[Key, Value], Field(max_length=MOST_PAIRS)] | None = None
+    metadata: Annotated[Pairs | None, BeforeValidator(few_pairs)] = None
     integrations: list[Any] | None = None
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
     """Ours, through `extra_body`: of the jobs that wait, the one with the smallest begins first."""

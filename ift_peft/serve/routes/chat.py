@@ -64,9 +64,10 @@ async def create_completion(body: CompletionBody, request: Request, service: Ser
     def make(model: Model) -> list[engine.Request]:
         from ift_peft.serve.inference.asking import text_requests, texts_of
 
+        requests = text_requests(body, model, limits)  # first, as it refuses prompts that are too long
         if body.echo:
             echoes.extend(texts_of(body, model))
-        return text_requests(body, model, limits)
+        return requests
 
     async def begin(answer: Answer) -> TextForm:
         model = await answer.begin(body.model, make)
