@@ -40,6 +40,8 @@ from ift_peft.train.run import train
 from tests.e2e.small_base import make_base
 from tests.train.small import small
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.tensor([[2, 300, 400, 500, 4, 3]])
 
 

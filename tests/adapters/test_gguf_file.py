@@ -33,6 +33,8 @@ from ift_peft.model.tokenizer import TINY
 from ift_peft.reporter import Silent
 from ift_peft.run_dir import RunDir
 
+pytestmark = pytest.mark.slow
+
 gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
 quants = pytest.importorskip("gguf.quants")
 in_llama_cpp = pytest.mark.skipif(

@@ -22,6 +22,8 @@ from ift_peft.train.checkpoints import REQUIRED
 from tests.serve.in_process import serving
 from tests.serve.test_files import ROWS, add_job
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _umask() -> Iterator[None]:

@@ -22,6 +22,8 @@ from ift_peft.serve.settings import Limits
 from ift_peft.serve.store.tables import files, jobs
 from tests.serve.in_process import Running, serving, wait_for
 
+pytestmark = pytest.mark.slow
+
 LIMITS = Limits(
     upload_bytes=60_000, line_bytes=2_000, rows=200, body_bytes=5_000, sweep_seconds=0.05, requests_per_minute=100_000
 )

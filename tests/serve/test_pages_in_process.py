@@ -25,6 +25,8 @@ from tests.serve.pages import data
 from tests.serve.test_files import ROWS
 from tests.serve.test_security import fails
 
+pytestmark = pytest.mark.slow
+
 HTML = {"Accept": "text/html"}
 
 

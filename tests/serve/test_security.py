@@ -32,6 +32,8 @@ from ift_peft.serve.settings import Limits
 from ift_peft.serve.store.tables import keys
 from tests.serve.in_process import Running, serving, wait_for
 
+pytestmark = pytest.mark.slow
+
 LIMITS = Limits(body_bytes=5_000, body_seconds=0.5, requests_per_minute=100_000)
 
 

@@ -20,6 +20,8 @@ from ift_peft.serve.files.lines import LineChecker, LineFault, check_line, parse
 from ift_peft.serve.files.upload import Upload
 from ift_peft.serve.settings import Limits
 
+pytestmark = pytest.mark.slow
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
