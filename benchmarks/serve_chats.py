@@ -10,104 +10,38 @@ memory is read after each. Written to benchmarks/results/serve_chats.json.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import shutil
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
 from pathlib import Path
 from typing import Annotated, Any
 
 import psutil
-import torch
 import typer
 from openai import AsyncOpenAI
-from safetensors.torch import load_file, save_file
-from sqlalchemy import insert
 
 from benchmarks.record import write_result
-from ift_peft.recipe import load_recipe
-from ift_peft.reporter import Silent
-from ift_peft.run_dir import RunDir
-from ift_peft.serve.ids import new_id
 from ift_peft.serve.store import Store
-from ift_peft.serve.store.tables import models
-from ift_peft.train.run import train
+from tests.serve.conftest import Server
+from tests.serve.tuned import changed_copy, record, train_briefly
 
 
 def make_models(data: Path, count: int) -> list[str]:
     """Tuned models below `data` and in its store; their names."""
-    folder = data.parent / "recipe"
-    folder.mkdir()
-    rows = [
-        [{"role": "user", "content": f"What is {n} plus one?"}, {"role": "assistant", "content": f"It is {n + 1}."}]
-        for n in range(12)
-    ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), "utf-8")
-    (folder / "recipe.yaml").write_text(
-        "name: ftjob-0\nadapter: {r: 8}\ndata: {train: rows.jsonl}\ntraining: {max_steps: 4, learning_rate: 2e-2}\n"
-        "evaluation: {forgetting: false}\n",
-        "utf-8",
-    )
-    run = train(load_recipe(str(folder / "recipe.yaml")), root=data / "runs", reporter=Silent())
+    first = train_briefly(data, "ftjob-0", adapter="{r: 8}")
     names, store = [], Store(f"sqlite:///{data / 'store.sqlite'}")
     for number in range(count):
-        own = run if number == 0 else changed(run, number)
+        run = first if number == 0 else changed_copy(first, f"ftjob-{number}", number)
         names.append(f"ft:tiny:local:bench:{number:08}")
-        with store.begin() as connection:
-            connection.execute(
-                insert(models).values(
-                    id=new_id("ftckpt"),
-                    name=names[-1],
-                    created_at=int(time.time()),
-                    job=f"ftjob-{number}",
-                    base="tiny",
-                    run=str(own.path.relative_to(data)),
-                    adapter=str(own.adapter.relative_to(data)),
-                )
-            )
+        record(store, data, run, names[-1])
     store.close()
     return names
 
 
-def changed(run: RunDir, number: int) -> RunDir:
-    """A copy of a run, as of another job, with other weights."""
-    copy = RunDir(run.path.parent.parent / f"ftjob-{number}" / run.path.name)
-    shutil.copytree(run.path, copy.path)
-    weights = load_file(copy.adapter / "adapter_model.safetensors")
-    generator = torch.Generator().manual_seed(number)
-    save_file(
-        {name: one + 0.04 * torch.randn(one.shape, generator=generator) for name, one in weights.items()},
-        copy.adapter / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )
-    copy.update_manifest(adapter_sha256=copy.adapter_hashes())
-    return copy
-
-
-def start(data: Path) -> tuple[subprocess.Popen[bytes], str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "ift_peft", "serve", "--port", str(port), "--data-dir", str(data)]
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.getcwd()})
-    for _ in range(600):
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5).close()
-            return process, f"http://127.0.0.1:{port}/v1"
-        except OSError:
-            time.sleep(0.1)
-    raise RuntimeError("the server did not start")
-
-
-def resident(process: subprocess.Popen[bytes]) -> float:
+def resident(server: Server) -> float:
     """MiB."""
-    return float(psutil.Process(process.pid).memory_info().rss) / 2**20
+    assert server.process is not None
+    return float(psutil.Process(server.process.pid).memory_info().rss) / 2**20
 
 
 class Chats:
@@ -150,20 +84,20 @@ class Chats:
         return list(answers), tokens / (time.perf_counter() - begun)
 
 
-async def measure(url: str, names: list[str], process: subprocess.Popen[bytes], **how: int) -> dict[str, Any]:
-    chats = Chats(url, names, how["chats"], how["tokens"])
+async def measure(server: Server, names: list[str], **how: int) -> dict[str, Any]:
+    chats = Chats(f"{server.url}/v1", names, how["chats"], how["tokens"])
     expected, alone = await chats.alone()
     found: dict[str, Any] = {"tokens_per_second_alone": alone, "rounds": []}
     found["tokens"] = sum(tokens for _, tokens in expected)
     found["different_texts"] = len({text for text, _ in expected})
-    memory = [resident(process)]
+    memory = [resident(server)]
     for _ in range(how["rounds"]):
         answers, rate = await chats.together()
         lost = [f"{type(one).__name__}: {one}" for one in answers if isinstance(one, BaseException)]
         for reason in lost:
             typer.echo(f"lost: {reason}", err=True)
         equal = sum(one == other for one, other in zip(answers, expected, strict=True))
-        memory.append(resident(process))
+        memory.append(resident(server))
         found["rounds"].append({"lost": len(lost), "equal": equal, "tokens_per_second": rate, "rss_mib": memory[-1]})
     found["rss_mib_before"] = memory[0]
     await chats.client.close()
@@ -182,12 +116,11 @@ def main(
         data = Path(folder) / "data"
         data.mkdir()
         names = make_models(data, adapters)
-        process, url = start(data)
+        server = Server(data).start()
         try:
-            found = asyncio.run(measure(url, names, process, chats=chats, tokens=tokens, rounds=rounds))
+            found = asyncio.run(measure(server, names, chats=chats, tokens=tokens, rounds=rounds))
         finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
+            server.stop()
     typer.echo(f"{chats} chats over {adapters} adapters, {found['tokens']} tokens, {found['different_texts']} texts")
     typer.echo("| | lost | equal to alone | tokens/s | server's RSS, MiB |\n|---|---|---|---|---|")
     typer.echo(f"| one at a time | 0 | | {found['tokens_per_second_alone']:.0f} | {found['rss_mib_before']:.0f} |")

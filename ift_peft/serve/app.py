@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -51,7 +51,7 @@ def create_app(service: Service) -> FastAPI:
         finally:
             await anyio.to_thread.run_sync(service.stop)
 
-    app = FastAPI(
+    app = _Application(
         title="ift_peft",
         summary="The OpenAI fine-tuning API on your own machine",
         lifespan=lifespan,
@@ -69,11 +69,16 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(Guard, settings=service.settings, store=service.store, error_page=error_page)
     app.add_middleware(Observed, metrics=service.metrics)
     app.add_middleware(SecurityHeaders)  # the last is the outermost
-    for route in _operations(app.openapi()):
-        route["responses"].pop("422", None)  # FastAPI's form of what is wrong with a request, which has ours
     return app
 
 
-def _operations(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for path in document["paths"].values():
-        yield from path.values()
+class _Application(FastAPI):
+    """Describes itself without FastAPI's form of what is wrong with a request, which has ours."""
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            for path in super().openapi()["paths"].values():
+                for operation in path.values():
+                    operation["responses"].pop("422", None)
+        assert self.openapi_schema is not None
+        return self.openapi_schema

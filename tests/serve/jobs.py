@@ -7,6 +7,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 
 from ift_peft.serve.ids import new_id
+from tests.serve import inside
 from tests.serve.conftest import Server
 
 QUICK: dict[str, Any] = {"evaluation": {"forgetting": False, "bootstrap_samples": 100}, "adapter": {"r": 4}}
 """A recipe of which a job on a few rows takes seconds beside importing."""
+wait_for = partial(inside.wait_for, seconds=120)
 
 
 def chats(count: int = 12, *, length: int = 1) -> list[dict[str, Any]]:
@@ -116,12 +119,3 @@ def trainers(data_dir: Path) -> dict[str, int]:
             if folder.parent.parent == data_dir:
                 found[folder.name] = int(path.parent.name)
     return found
-
-
-def wait_for(true: Callable[[], bool], *, seconds: float = 120) -> None:
-    """Return once `true` is."""
-    for _ in range(int(seconds / 0.05)):
-        if true():
-            return
-        time.sleep(0.05)
-    raise AssertionError("it did not come true")

@@ -24,7 +24,7 @@ from ift_peft.serve.security.keys import create_key
 from ift_peft.serve.store.tables import jobs, models
 from ift_peft.train.run import train
 from tests.conftest import Ift
-from tests.serve.in_process import Running, serving
+from tests.serve.inside import Inside, serving
 from tests.serve.test_files import add_job, row
 
 MARKER = "琥珀色的灯塔"  # in every row, and nowhere else
@@ -49,7 +49,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 
 @pytest.fixture
-def service(tmp_path: Path, trained: RunDir) -> Iterator[Running]:
+def service(tmp_path: Path, trained: RunDir) -> Iterator[Inside]:
     """With a file, the job that used it, and its tuned model."""
     with serving(tmp_path / "data") as running:
         kept = running.client().files.create(file=("rows.jsonl", ROWS), purpose="fine-tune")
@@ -80,7 +80,7 @@ def quoting(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_rows_of_a_deleted_file_are_gone_from_runs_that_still_answer(service: Running) -> None:
+def test_rows_of_a_deleted_file_are_gone_from_runs_that_still_answer(service: Inside) -> None:
     (run,) = (service.data_dir / "runs" / "ftjob-1").iterdir()
     before = answer(run)
     assert {"golden.json", "test.jsonl", "predictions.jsonl", "report.html"} <= {
@@ -105,7 +105,7 @@ def test_a_deletion_that_a_crash_cut_short_is_done_at_the_next_start(tmp_path: P
 
 
 @pytest.mark.slow
-def test_a_restored_folder_answers_as_before(service: Running, ift: Ift, tmp_path: Path) -> None:
+def test_a_restored_folder_answers_as_before(service: Inside, ift: Ift, tmp_path: Path) -> None:
     """Taken while the service runs and files come and go."""
     store = service.service.store
     _, key = create_key(store, "laptop", scopes=["read", "write"])

@@ -19,7 +19,7 @@ from ift_peft.serve.security.keys import create_key
 from ift_peft.serve.service import Service
 from ift_peft.serve.settings import Settings
 from ift_peft.train.checkpoints import REQUIRED
-from tests.serve.in_process import serving
+from tests.serve.inside import serving
 from tests.serve.test_files import ROWS, add_job
 
 pytestmark = pytest.mark.slow

@@ -20,7 +20,7 @@ from sqlalchemy import JSON, insert, update
 from ift_peft.serve.files.upload import display_name
 from ift_peft.serve.settings import Limits
 from ift_peft.serve.store.tables import files, jobs
-from tests.serve.in_process import Running, serving, wait_for
+from tests.serve.inside import Inside, serving, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -38,12 +38,12 @@ ROWS = b"".join(row(f"Is {number} a number?") for number in range(12))
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inside]:
     with serving(tmp_path_factory.mktemp("files") / "data", limits=LIMITS) as running:
         yield running
 
 
-def refused(service: Running, content: bytes, **options: Any) -> openai.APIStatusError:
+def refused(service: Inside, content: bytes, **options: Any) -> openai.APIStatusError:
     before = {path.name for path in (service.data_dir / "files").iterdir()}
     given = {"purpose": "fine-tune", **options}
     with pytest.raises(openai.APIStatusError) as caught:
@@ -52,7 +52,7 @@ def refused(service: Running, content: bytes, **options: Any) -> openai.APIStatu
     return caught.value
 
 
-def test_a_file_is_kept_listed_read_and_deleted(service: Running) -> None:
+def test_a_file_is_kept_listed_read_and_deleted(service: Inside) -> None:
     client = service.client()
     kept = [client.files.create(file=(name, ROWS), purpose="fine-tune") for name in ("a/b/评论.jsonl", "two.jsonl")]
     assert [one.filename for one in kept] == ["评论.jsonl", "two.jsonl"]
@@ -101,7 +101,7 @@ def test_a_file_is_kept_listed_read_and_deleted(service: Running) -> None:
         (b'{"messages": [], "colour": 1}', "the row: colour is not a field of it"),
     ],
 )
-def test_a_line_that_cannot_be_learnt_is_told_by_number_and_reason(service: Running, line: bytes, says: str) -> None:
+def test_a_line_that_cannot_be_learnt_is_told_by_number_and_reason(service: Inside, line: bytes, says: str) -> None:
     error = refused(service, ROWS + line + b"\n" + ROWS)
     assert error.status_code == 400
     assert error.code == "invalid_file_format"
@@ -110,7 +110,7 @@ def test_a_line_that_cannot_be_learnt_is_told_by_number_and_reason(service: Runn
     assert "line 14" not in error.message
 
 
-def test_all_faults_are_told_at_once_up_to_twenty_and_none_quotes_a_row(service: Running) -> None:
+def test_all_faults_are_told_at_once_up_to_twenty_and_none_quotes_a_row(service: Inside) -> None:
     secret = json.dumps({"messages": [{"role": "user", "content": "SECRETTEXT"}]}).encode() + b"\n"
     message = refused(service, secret * 30).message
     assert [f"line {number}:" in message for number in (1, 20, 21)] == [True, True, False]
@@ -120,7 +120,7 @@ def test_all_faults_are_told_at_once_up_to_twenty_and_none_quotes_a_row(service:
     assert "more than 200 rows" in refused(service, row("a") * 300).message
 
 
-def test_what_training_reads_is_taken(service: Running) -> None:
+def test_what_training_reads_is_taken(service: Inside) -> None:
     """A byte order mark, blank lines, CRLF, no last line feed; and questions with completions."""
     lines = b"\xef\xbb\xbf" + ROWS.replace(b"\n", b"\r\n\r\n").rstrip()
     pairs = b"".join(json.dumps({"prompt": f"{n}?", "completion": "ja"}).encode() + b"\n" for n in range(10))
@@ -131,7 +131,7 @@ def test_what_training_reads_is_taken(service: Running) -> None:
         client.files.delete(kept.id)
 
 
-def test_what_is_asked_of_a_file_is_refused_or_done(service: Running) -> None:
+def test_what_is_asked_of_a_file_is_refused_or_done(service: Inside) -> None:
     for purpose in ("assistants", "batch", "vision", "user_data", "evals"):
         error = refused(service, ROWS, purpose=purpose)
         assert (error.status_code, error.param) == (400, "purpose")
@@ -153,7 +153,7 @@ def test_what_is_asked_of_a_file_is_refused_or_done(service: Running) -> None:
     assert all(answer.json()["error"]["message"] for answer in answers)
 
 
-def test_a_file_that_a_job_uses_stays_until_the_job_has_ended(service: Running) -> None:
+def test_a_file_that_a_job_uses_stays_until_the_job_has_ended(service: Inside) -> None:
     client = service.client()
     kept = client.files.create(file=("rows.jsonl", ROWS), purpose="fine-tune")
     add_job(service, kept.id, status="running")
@@ -171,7 +171,7 @@ def test_a_file_that_a_job_uses_stays_until_the_job_has_ended(service: Running) 
     wait_for(lambda: not (service.data_dir / "files" / kept.id).exists())
 
 
-def add_job(service: Running, file_id: str, *, status: str, run: str | None = None, job: str = "ftjob-1") -> None:
+def add_job(service: Inside, file_id: str, *, status: str, run: str | None = None, job: str = "ftjob-1") -> None:
     settings: dict[str, Any] = {one.name: {} for one in jobs.c if isinstance(one.type, JSON) and not one.nullable}
     values = settings | {
         "id": job,
@@ -188,7 +188,7 @@ def add_job(service: Running, file_id: str, *, status: str, run: str | None = No
         connection.execute(insert(jobs).values(**values))
 
 
-def test_an_expiry_is_kept_and_told(service: Running) -> None:
+def test_an_expiry_is_kept_and_told(service: Inside) -> None:
     client = service.client()
     kept = client.files.create(
         file=("rows.jsonl", ROWS), purpose="fine-tune", expires_after={"anchor": "created_at", "seconds": 3600}
@@ -234,7 +234,7 @@ def test_a_name_is_for_display_alone() -> None:
     assert len(display_name("x" * 5_000)) == 200
 
 
-def test_an_upload_that_breaks_off_leaves_nothing(service: Running, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_upload_that_breaks_off_leaves_nothing(service: Inside, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "ift_peft")
     head = b"POST /v1/files HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=x\r\n"
     part = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' + ROWS
@@ -262,7 +262,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
         assert client.files.create(file=("rows.jsonl", ROWS * 400), purpose="fine-tune").bytes == len(ROWS) * 400
 
 
-def test_content_is_streamed_as_an_attachment(service: Running) -> None:
+def test_content_is_streamed_as_an_attachment(service: Inside) -> None:
     kept = service.client().files.create(file=("q'uote é.jsonl", ROWS), purpose="fine-tune")
     answer = httpx.get(f"{service.url}/v1/files/{kept.id}/content")
     assert answer.headers["content-disposition"].startswith("attachment; filename*=UTF-8''q%27uote%20%C3%A9")

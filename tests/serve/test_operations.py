@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import Ift
 from tests.serve.conftest import Server
-from tests.serve.in_process import wait_for
+from tests.serve.inside import wait_for
 from tests.serve.test_files import ROWS, row
 
 

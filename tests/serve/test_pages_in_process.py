@@ -20,7 +20,7 @@ from ift_peft.serve.security.keys import create_key, revoke_key
 from ift_peft.serve.security.sessions import COOKIE, sign_in, sign_out
 from ift_peft.serve.settings import Limits
 from ift_peft.serve.store.tables import files
-from tests.serve.in_process import Running, serving, wait_for
+from tests.serve.inside import Inside, serving, wait_for
 from tests.serve.pages import data
 from tests.serve.test_files import ROWS
 from tests.serve.test_security import fails
@@ -31,7 +31,7 @@ HTML = {"Accept": "text/html"}
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inside]:
     limits = Limits(sweep_seconds=0.05, requests_per_minute=100_000)
     with serving(tmp_path_factory.mktemp("pages") / "data", limits=limits) as running:
         yield running
@@ -53,12 +53,12 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, thr
     let.set()
 
 
-def uploaded(service: Running) -> str:
+def uploaded(service: Inside) -> str:
     return service.client().files.create(file=("rows.jsonl", ROWS), purpose="fine-tune").id
 
 
 def test_pages_that_wait_for_a_look_keep_nobody_from_being_answered(
-    service: Running, slow: tuple[threading.Event, threading.Event]
+    service: Inside, slow: tuple[threading.Event, threading.Event]
 ) -> None:
     begun, let = slow
     kept = uploaded(service)
@@ -77,7 +77,7 @@ def test_pages_that_wait_for_a_look_keep_nobody_from_being_answered(
 
 @pytest.mark.parametrize("expired", [False, True])
 def test_a_look_at_a_file_that_is_deleted_meanwhile_is_not_remembered(
-    service: Running, slow: tuple[threading.Event, threading.Event], expired: bool
+    service: Inside, slow: tuple[threading.Event, threading.Event], expired: bool
 ) -> None:
     begun, let = slow
     kept = uploaded(service)
@@ -122,7 +122,7 @@ def test_people_are_told_on_a_page_why_they_are_not_let_in(tmp_path: Path) -> No
 
 
 def test_a_look_reads_a_file_as_the_upload_did_and_counts_all_faults(
-    service: Running, monkeypatch: pytest.MonkeyPatch
+    service: Inside, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with service.http() as http:
         for begun in (b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"):
@@ -138,7 +138,7 @@ def test_a_look_reads_a_file_as_the_upload_did_and_counts_all_faults(
 
 
 def test_what_fails_is_logged_once_and_by_its_route(
-    service: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    service: Inside, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "ift_peft.serve")
     monkeypatch.setattr("ift_peft.serve.pages.files.find_file", fails)
@@ -185,7 +185,7 @@ def test_a_stream_ends_with_the_right_to_it(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("given", ["9" * 5_000, "٣", "-1", "x"])
-def test_a_last_event_that_is_no_number_is_passed_over(service: Running, given: str) -> None:
+def test_a_last_event_that_is_no_number_is_passed_over(service: Inside, given: str) -> None:
     job_id = data.add_job(service.data_dir, training_file="file-none", status="failed")
     data.tell(service.data_dir, job_id, "it is told")
     headers = [(b"Last-Event-ID", given.encode())]
@@ -194,7 +194,7 @@ def test_a_last_event_that_is_no_number_is_passed_over(service: Running, given: 
     assert answer.status_code == 200 and "it is told" in answer.text
 
 
-def test_a_file_that_has_expired_is_forgotten_with_what_was_seen_of_it(service: Running) -> None:
+def test_a_file_that_has_expired_is_forgotten_with_what_was_seen_of_it(service: Inside) -> None:
     kept = uploaded(service)
     with service.http() as http:
         assert http.get(f"/files/{kept}").status_code == 200

@@ -30,7 +30,7 @@ from ift_peft.serve.security.scopes import RULES, scopes_for
 from ift_peft.serve.security.sessions import COOKIE, MOST, check_session, sign_in, sign_out
 from ift_peft.serve.settings import Limits
 from ift_peft.serve.store.tables import keys
-from tests.serve.in_process import Running, serving, wait_for
+from tests.serve.inside import Inside, serving, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +38,7 @@ LIMITS = Limits(body_bytes=5_000, body_seconds=0.5, requests_per_minute=100_000)
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inside]:
     """With a key, so that every route needs one."""
     folder = tmp_path_factory.mktemp("security")
     with serving(folder / "data", limits=LIMITS, allowed_hosts=("Models.Example",)) as running:
@@ -47,12 +47,12 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 @pytest.fixture(scope="module")
-def http(service: Running) -> Iterator[httpx.Client]:
+def http(service: Inside) -> Iterator[httpx.Client]:
     with service.http() as client:
         yield client
 
 
-def bearer(service: Running, *scopes: str) -> dict[str, str]:
+def bearer(service: Inside, *scopes: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {create_key(service.service.store, 'test', scopes=scopes)[1]}"}
 
 
@@ -60,7 +60,7 @@ def code_of(answer: httpx.Response) -> tuple[int, str]:
     return answer.status_code, answer.json()["error"]["code"]
 
 
-def test_every_route_but_healthz_needs_a_key(service: Running, http: httpx.Client) -> None:
+def test_every_route_but_healthz_needs_a_key(service: Inside, http: httpx.Client) -> None:
     assert http.get("/healthz").status_code == 200
     described = service.service_routes()
     asked = {path for _, path in described}
@@ -78,7 +78,7 @@ def test_every_route_but_healthz_needs_a_key(service: Running, http: httpx.Clien
     assert caught.value.code == "invalid_api_key"
 
 
-def test_a_key_does_what_its_scopes_say(service: Running, http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_key_does_what_its_scopes_say(service: Inside, http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "ift_peft.serve.requests")
     read, write, admin = (bearer(service, scope) for scope in ("read", "write", "admin"))
     assert http.get("/v1/files", headers=read).status_code == 200
@@ -94,7 +94,7 @@ def test_a_key_does_what_its_scopes_say(service: Running, http: httpx.Client, ca
     assert http.put("/v1/files", headers=read).status_code == 403, "what no rule is about is for admin"
 
 
-def test_the_table_of_scopes_knows_every_route(service: Running) -> None:
+def test_the_table_of_scopes_knows_every_route(service: Inside) -> None:
     """A route that is forgotten in it would be for admin alone, and so would not be let in wrongly; it is noticed."""
     for method, path in service.service_routes():
         if path != "/metrics":
@@ -104,7 +104,7 @@ def test_the_table_of_scopes_knows_every_route(service: Running) -> None:
     assert scopes_for("POST", "/healthz") == ("admin",)
 
 
-def test_a_key_ends_when_it_is_revoked_expires_or_is_rotated(service: Running) -> None:
+def test_a_key_ends_when_it_is_revoked_expires_or_is_rotated(service: Inside) -> None:
     store = service.service.store
     revoked, expired, old = (create_key(store, name, scopes=["read"]) for name in ("one", "two", "three"))
     assert all(check_key(store, text) for _, text in (revoked, expired, old))
@@ -123,7 +123,7 @@ def test_a_key_ends_when_it_is_revoked_expires_or_is_rotated(service: Running) -
     assert check_key(store, swapped) is None, "the secret of one key with the id of another"
 
 
-def test_neither_keys_nor_their_secrets_are_stored(service: Running) -> None:
+def test_neither_keys_nor_their_secrets_are_stored(service: Inside) -> None:
     _, text = create_key(service.service.store, "kept", scopes=["read"])
     secret = text.partition(".")[2].encode()
     assert len(secret) == 43
@@ -165,7 +165,7 @@ def test_no_key_is_needed_on_the_same_machine_until_one_is_made(tmp_path: Path) 
         ("a@127.0.0.1", False),
     ],
 )
-def test_a_name_that_is_not_ours_is_refused(service: Running, http: httpx.Client, host: str, allowed: bool) -> None:
+def test_a_name_that_is_not_ours_is_refused(service: Inside, http: httpx.Client, host: str, allowed: bool) -> None:
     answer = http.get("/v1/files", headers={"Host": host, **bearer(service, "read")})
     if allowed:
         assert answer.status_code == 200
@@ -184,7 +184,7 @@ def test_a_name_that_no_header_host_could_have_is_refused_at_the_start(name: str
     assert fault is not None and fault.fix == "--allowed-host models.example"
 
 
-def test_pages_of_other_origins_change_nothing(service: Running, http: httpx.Client) -> None:
+def test_pages_of_other_origins_change_nothing(service: Inside, http: httpx.Client) -> None:
     write = bearer(service, "write")
     for origin in (
         "http://evil.example",
@@ -223,7 +223,7 @@ def test_what_browsers_say_of_where_a_form_is_from_decides_without_a_session_too
         assert http.delete("/v1/files/file-x", headers=elsewhere).status_code == 404, "a key comes from no browser"
 
 
-def test_a_session_is_a_browsers_and_ends_with_its_key(service: Running, http: httpx.Client) -> None:
+def test_a_session_is_a_browsers_and_ends_with_its_key(service: Inside, http: httpx.Client) -> None:
     store = service.service.store
     key_id, text = create_key(store, "person", scopes=["read", "write"])
     session = sign_in(store, text)
@@ -290,7 +290,7 @@ def test_sessions_share_the_rate_of_their_key_and_are_bounded(tmp_path: Path) ->
         assert [http.get("/v1/files", headers=one).status_code for one in asked] == [200] * 5 + [429] * 2
 
 
-def test_bodies_are_bounded_as_they_come(service: Running, http: httpx.Client) -> None:
+def test_bodies_are_bounded_as_they_come(service: Inside, http: httpx.Client) -> None:
     write, chat = bearer(service, "write"), bearer(service, "inference")
     large = json.dumps({"x": "y" * 6_000}).encode()
     assert code_of(http.post("/v1/chat/completions", content=large, headers=chat)) == (413, "request_too_large")
@@ -311,7 +311,7 @@ def test_bodies_are_bounded_as_they_come(service: Running, http: httpx.Client) -
     assert (caught.value.status_code, len(messages)) == (413, 0)
 
 
-def test_a_body_that_trickles_is_given_up(service: Running) -> None:
+def test_a_body_that_trickles_is_given_up(service: Inside) -> None:
     started = time.monotonic()
     key = bearer(service, "write")["Authorization"]
     head = f"POST /v1/files HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: {key}\r\nContent-Length: 50000\r\n"
@@ -333,7 +333,7 @@ def answered(client: socket.socket) -> None:
     assert b"200 OK" in told
 
 
-def test_a_head_that_trickles_ends_its_connection(service: Running) -> None:
+def test_a_head_that_trickles_ends_its_connection(service: Inside) -> None:
     """From the start of the connection, or of a further request on it; idle in between it may stay."""
     whole = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
     for before, sent in ((b"", b""), (b"", b"GET /healthz HT"), (whole, b"GET /hea"), (whole + b"GET /h", b"")):
@@ -362,7 +362,7 @@ def test_a_head_that_trickles_ends_its_connection(service: Running) -> None:
             time.sleep(2 * LIMITS.body_seconds)
 
 
-def test_answers_tell_browsers_to_be_careful(service: Running, http: httpx.Client) -> None:
+def test_answers_tell_browsers_to_be_careful(service: Inside, http: httpx.Client) -> None:
     for answer in (
         http.get("/healthz"),
         http.get("/v1/files"),
@@ -374,14 +374,14 @@ def test_answers_tell_browsers_to_be_careful(service: Running, http: httpx.Clien
         assert answer.headers["cache-control"] == "no-store"
 
 
-def test_two_headers_host_are_refused(service: Running) -> None:
+def test_two_headers_host_are_refused(service: Inside) -> None:
     with socket.create_connection(("127.0.0.1", service.port), timeout=20) as client:
         client.sendall(b"GET /v1/files HTTP/1.1\r\nHost: 127.0.0.1\r\nHost: evil.example\r\n\r\n")
         assert client.recv(4096).split()[1] in (b"400", b"421")
 
 
 def test_the_log_tells_requests_and_no_secret(
-    service: Running, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+    service: Inside, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines: list[str] = []
     handler = logging.Handler()

@@ -38,7 +38,7 @@ def train_briefly(data_dir: Path, job: str, *, adapter: str = "{r: 4}", base: st
         "evaluation: {forgetting: false}\n",
         "utf-8",
     )
-    return train(load_recipe(folder / "recipe.yaml"), root=data_dir / "runs", reporter=Silent())
+    return train(load_recipe(str(folder / "recipe.yaml")), root=data_dir / "runs", reporter=Silent())
 
 
 def changed_copy(run: RunDir, job: str, seed: int) -> RunDir:

@@ -71,14 +71,15 @@ class Form:
         return self._tokens[number].rest(stopped=by_string)
 
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        return {**self._head(), "object": self.chunk_kind, "choices": choices, **more}
+
+    def _head(self) -> dict[str, Any]:
+        """What a whole answer and each of its chunks say of themselves alike."""
         return {
             "id": self.id,
-            "object": self.chunk_kind,
             "created": self.created,
             "model": self.name,
             "system_fingerprint": self.model.system_fingerprint,
-            "choices": choices,
-            **more,
         }
 
     def begun(self, number: int) -> dict[str, Any] | None:
@@ -110,14 +111,7 @@ class ChatForm(Form):
             )
             for number, one in enumerate(completions)
         ]
-        return ChatCompletion(
-            id=self.id,
-            created=self.created,
-            model=self.name,
-            choices=choices,
-            usage=self.usage(completions),
-            system_fingerprint=self.model.system_fingerprint,
-        )
+        return ChatCompletion(choices=choices, usage=self.usage(completions), **self._head())
 
     def begun(self, number: int) -> dict[str, Any]:
         return _choice(number, {"role": "assistant", "content": "", "refusal": None})
@@ -174,14 +168,7 @@ class TextForm(Form):
             )
             for number, one in enumerate(completions)
         ]
-        return Completion(
-            id=self.id,
-            created=self.created,
-            model=self.name,
-            choices=choices,
-            usage=self.usage(completions),
-            system_fingerprint=self.model.system_fingerprint,
-        )
+        return Completion(choices=choices, usage=self.usage(completions), **self._head())
 
     def begun(self, number: int) -> dict[str, Any] | None:
         return self._part(number, self._echo(number), None) if self._echoes else None
