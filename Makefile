@@ -9,7 +9,7 @@ RUN    ?= runs/$(RECIPE)/latest
 RECIPE ?= sentiment
 
 .DEFAULT_GOAL := help
-.PHONY: help train tune check resume evaluate predict merge export pipeline serve test test-fast lint clean
+.PHONY: help train tune check resume evaluate predict merge export pipeline serve test test-fast faults lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -69,6 +69,9 @@ test: $(DEV)  ## run all tests
 
 test-fast: $(DEV)  ## run the tests that take a minute in all
 	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+faults: $(DEV)  ## everything that can go wrong: kills, full disks, broken and hostile files; writes docs/faults.md
+	$(BIN)/python -m pytest -n 2 tests/faults --all-faults --fault-table docs/faults.md
 
 lint: $(DEV)  ## ruff, mypy, import-linter
 	$(BIN)/ruff check .

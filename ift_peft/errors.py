@@ -9,6 +9,8 @@ class IftPeftError(Exception):
     """Base of every error that a user can cause and fix. The command line prints it and exits with `exit_code`."""
 
     exit_code = 1
+    status = "failed"
+    """What the manifest of a run says that it ended with."""
 
     def __init__(self, *, expected: str, found: str, fix: str) -> None:
         self.expected, self.found, self.fix = expected, found, fix
@@ -81,6 +83,41 @@ class TrainingError(IftPeftError, RuntimeError):
     """Training that ended without a usable adapter."""
 
     exit_code = 6
+
+
+class NonFiniteLoss(TrainingError):
+    """A loss, a gradient or weights that are not numbers. What was learned before lies in the newest checkpoint."""
+
+    exit_code = 10
+    status = "non_finite_loss"
+
+
+class Diverged(TrainingError):
+    """A loss that has got stuck at guessing, or far above where it began."""
+
+    exit_code = 11
+    status = "diverged"
+
+
+class DiskFull(IftPeftError, OSError):
+    """No room for what has to be written. What was written before is whole."""
+
+    exit_code = 12
+    status = "disk_full"
+
+
+class OutOfMemory(TrainingError):
+    """More memory needed than there is, with one row at a time."""
+
+    exit_code = 13
+    status = "out_of_memory"
+
+
+class Hung(TrainingError):
+    """A step that does not end."""
+
+    exit_code = 14
+    status = "hung"
 
 
 class MergeError(IftPeftError, RuntimeError):

@@ -42,6 +42,14 @@ def _no_network(socket_disabled: None) -> None:
     return
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("faults")
+    group.addoption(
+        "--fault-table", metavar="PAGE", help="print the table of faults, and write it there if all is well"
+    )
+    group.addoption("--all-faults", action="store_true", help="every write of a save and 200 random kills, not a few")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ["OMP_NUM_THREADS"] = "1"

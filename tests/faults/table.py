@@ -1,0 +1,53 @@
+"""The table of faults: what was done, what was expected, what was seen. Each row is a test."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+GROUPS = ("checkpoints", "endings", "inputs", "artefacts", "runs", "service")
+HEADER = """# Faults
+
+What goes wrong, what is expected to come of it, and what was seen. Each row is a test in `tests/faults`; `make faults`
+runs them all and writes this page.
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row; `observed` is empty where the test failed before it saw anything."""
+
+    group: str
+    fault: str
+    expected: str
+    observed: str
+    passed: bool
+
+    def write(self, folder: Path, name: str) -> None:
+        (folder / f"{name}.json").write_text(json.dumps(asdict(self), ensure_ascii=False), "utf-8")
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """The rows in `folder`, by group and in the order of their names."""
+    rows = [Row(**json.loads(path.read_text("utf-8"))) for path in sorted(folder.glob("*.json"))]
+    return sorted(rows, key=lambda row: GROUPS.index(row.group))
+
+
+def as_markdown(rows: list[Row]) -> str:
+    """The page that docs/ keeps."""
+    lines = [HEADER]
+    for group in GROUPS:
+        own = [row for row in rows if row.group == group]
+        if own:
+            lines += ["", f"## {group.capitalize()}", "", "| fault | expected | observed |", "|---|---|---|"]
+            lines += [f"| {_cell(row.fault)} | {_cell(row.expected)} | {_cell(_seen(row))} |" for row in own]
+    return "\n".join(lines) + "\n"
+
+
+def _seen(row: Row) -> str:
+    return row.observed if row.passed else f"**not as expected** {row.observed}"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
