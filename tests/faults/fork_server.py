@@ -1,0 +1,182 @@
+"""The process that `Forks` forks from: it imports all that a training needs, then makes a child for each command.
+
+Started as `python -m tests.faults.fork_server`. It reads requests, a JSON object a line, from its stdin; to its stdout
+go `{"pid": …}` for each child made and `{"pid": …, "status": …}`, as waitpid has it, for each that ended. It makes no
+thread, and ends with its children where its stdin is closed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import io
+import json
+import os
+import select
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+IMPORTED = ("torch", "transformers", "peft", "trl", "ift_peft.train.run", "ift_peft.cli")
+PR_SET_PDEATHSIG = 1
+
+
+def serve(requests: int, answers: int) -> dict[str, Any]:
+    """Answer requests until there are no more, which ends the process. It returns in each child, with its request."""
+    woken, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    children: set[int] = set()
+    pending = b""
+    while True:
+        ready, _, _ = select.select([requests, woken], [], [])
+        if woken in ready:
+            os.read(woken, 4096)
+            for pid, status in ended(children):
+                os.write(answers, json.dumps({"pid": pid, "status": status}).encode() + b"\n")
+        if requests not in ready:
+            continue
+        read = os.read(requests, 65536)
+        if not read:
+            for pid in children:
+                os.kill(pid, signal.SIGKILL)
+            os._exit(0)
+        *lines, pending = (pending + read).split(b"\n")
+        for line in lines:
+            if len(os.listdir("/proc/self/task")) > 1:
+                raise RuntimeError("the server has threads, and cannot be forked")
+            pid = os.fork()
+            if pid == 0:
+                signal.set_wakeup_fd(-1)
+                for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGINT, signal.SIGPIPE}:
+                    if signal.getsignal(number) not in (signal.SIG_DFL, signal.SIG_IGN, None):
+                        signal.signal(number, signal.SIG_DFL)
+                for fd in (woken, wake, requests, answers):
+                    os.close(fd)
+                request: dict[str, Any] = json.loads(line)
+                return request
+            children.add(pid)
+            os.write(answers, json.dumps({"pid": pid}).encode() + b"\n")
+
+
+def ended(children: set[int]) -> list[tuple[int, int]]:
+    """Pid and status of each child that has ended; they are taken out of `children`."""
+    found = []
+    for pid in list(children):
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            found.append((pid, status))
+            children.remove(pid)
+    return found
+
+
+def become(request: dict[str, Any]) -> None:
+    """Make this child the process that was asked for: working directory, environment, standard streams, argv."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    own = Path(request["own"])
+    inputs = os.open(os.devnull, os.O_RDONLY)
+    outputs = [os.open(own / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644) for name in ("stdout", "stderr")]
+    for number, fd in enumerate((inputs, *outputs)):
+        os.dup2(fd, number)
+        os.close(fd)
+    sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), encoding="utf-8")
+    sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)), encoding="utf-8")
+    sys.stderr = io.TextIOWrapper(
+        io.BufferedWriter(io.FileIO(2, "w", closefd=False)), encoding="utf-8", line_buffering=True
+    )
+    sys.argv = ["ift", *request["arguments"]]
+    if request["user"] is not None:
+        os.setgroups([])
+        os.setgid(request["user"])
+        os.setuid(request["user"])
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # setuid takes it away
+
+
+class Shim:
+    """The calls of shim.c, where the server was started with it."""
+
+    def __init__(self) -> None:
+        library = ctypes.CDLL(os.environ["LD_PRELOAD"])
+        self.arm_at, self.disarm = library.fault_arm, library.fault_disarm
+
+    def arm(self, own: Path, arm: dict[str, Any]) -> None:
+        """Count into the file `calls`, and kill or fail as `arm` says; see `forks.Arm`."""
+        pattern, log = os.fsencode(arm["pattern"]), os.fsencode(own / "calls")
+        self.arm_at(pattern, log, arm["n"], arm["error"], int(arm["from_then_on"]))
+
+
+def observe(request: dict[str, Any]) -> None:
+    """Write into the file `phase` what a training is at, and arm the shim at the save that is aimed at, or at once."""
+    from transformers import Trainer
+
+    own, arm = Path(request["own"]), request["arm"]
+    phase = os.open(own / "phase", os.O_WRONLY | os.O_CREAT, 0o644)
+    saves = 0
+
+    def tell(now: str) -> None:
+        os.pwrite(phase, f"{now:<10}".encode(), 0)
+
+    def wrap(kind: type, name: str, around: Any) -> None:
+        whole = getattr(kind, name)
+
+        def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with around():
+                return whole(self, *args, **kwargs)
+
+        setattr(kind, name, wrapped)
+
+    @contextlib.contextmanager
+    def training() -> Any:
+        tell("training")
+        yield
+        tell("measuring")
+
+    @contextlib.contextmanager
+    def saving() -> Any:
+        nonlocal saves
+        saves += 1
+        aimed = arm is not None and arm["save"] == saves
+        tell("saving")
+        if aimed:
+            Shim().arm(own, arm)
+        try:
+            yield
+        finally:
+            if aimed and not arm["from_then_on"]:
+                Shim().disarm()
+            tell("training")
+
+    from ift_peft.train.trainer import SupervisedTrainer
+
+    tell("preparing")
+    wrap(Trainer, "train", training)
+    wrap(SupervisedTrainer if "_save_checkpoint" in vars(SupervisedTrainer) else Trainer, "_save_checkpoint", saving)
+    if arm is not None and arm["save"] is None:
+        Shim().arm(own, arm)
+
+
+def main() -> None:
+    requests, answers = os.dup(0), os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)  # what a library prints on import is no answer
+    for name in IMPORTED:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
+    os.write(answers, b'{"ready": true}\n')
+    request = serve(requests, answers)
+    become(request)
+    observe(request)
+    module, _, function = request["target"].partition(":")
+    getattr(importlib.import_module(module), function)(*([] if function == "app" else request["arguments"]))
+
+
+if __name__ == "__main__":
+    main()
