@@ -162,12 +162,26 @@ def observe(request: dict[str, Any]) -> None:
         Shim().arm(own, arm)
 
 
+def warm() -> None:
+    """Fill what the libraries keep for as long as a process lasts, by what is done before weights are loaded."""
+    import torch
+
+    from ift_peft.model.memory import Batch, foresee
+    from ift_peft.model.tokenizer import load_tokenizer, locate_base
+    from ift_peft.sections import Adapter
+
+    location = locate_base("tiny", revision=None)
+    load_tokenizer(location).apply_chat_template([{"role": "user", "content": "?"}])
+    foresee(location, Adapter(), Batch(rows=2, length=8, positions=2), dtype=torch.float32)
+
+
 def main() -> None:
     requests, answers = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # what a library prints on import is no answer
     for name in IMPORTED:
         importlib.import_module(name)
+    warm()
     gc.collect()
     gc.freeze()
     os.write(answers, b'{"ready": true}\n')

@@ -3,7 +3,8 @@
 A fresh process takes six seconds to import torch and what stands on it; a fork of one that has takes none, and is a
 process like another: it can be killed, its working directory, environment and standard streams are its own, its exit
 status is what waitpid says. The limit: it has the modules that the server had, imported with the server's environment
-and as the code was when the server started. What a variable does on import, and what is edited later, is not seen.
+and as the code was when the server started, and the caches that they filled in preparing a recipe. What a variable does on
+import, and what is edited later, is not seen.
 """
 
 from __future__ import annotations
