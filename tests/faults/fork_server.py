@@ -144,12 +144,14 @@ def observe(request: dict[str, Any]) -> None:
         saves += 1
         aimed = arm is not None and arm["save"] == saves
         tell("saving")
-        if aimed:
+        if aimed and arm["pattern"]:
             Shim().arm(own, arm)
+        elif aimed:
+            os.kill(os.getpid(), arm["signal"])
         try:
             yield
         finally:
-            if aimed and not arm["from_then_on"]:
+            if aimed and arm["pattern"] and not arm["from_then_on"]:
                 Shim().disarm()
             tell("training")
 

@@ -31,16 +31,18 @@ SHIM = Path(__file__).with_name("shim.c")
 class Arm:
     """At the `n`-th call that changes a file whose path fits `pattern`, the process is killed, or the call fails.
 
+    Without a pattern, which needs no shim, the process is sent `signal` when its save with the number `save` begins.
     `pattern` is fnmatch's, its stars span folders. `n` counts from 1; with 0 calls are counted and nothing happens.
     `error` is an errno, or 0 for SIGKILL; `from_then_on` lets every later call fail too. `save` is the number of the
     checkpoint's save in this process, from 1, in which calls are counted; None counts from the start.
     """
 
-    pattern: str
+    pattern: str = ""
     n: int = 0
     error: int = 0
     from_then_on: bool = False
     save: int | None = None
+    signal: int = signal.SIGKILL
 
 
 class Forked:
@@ -48,7 +50,7 @@ class Forked:
 
     def __init__(self, forks: Forks, own: Path, request: dict[str, Any]) -> None:
         self._forks, self.own = forks, own
-        self.started = time.monotonic()
+        self.started, self.seconds = time.monotonic(), 0.0
         self.returncode: int | None = None
         self.pid = forks._made(self, request)
 
@@ -138,7 +140,7 @@ class Forks:
 
         `env` is set beside the environment of the server; `user` is the uid it runs under.
         """
-        if arm is not None and self.shim is None:
+        if arm is not None and arm.pattern and self.shim is None:
             raise RuntimeError("nothing can be armed without the shim: there was no C compiler")
         self._number += 1
         own = self.folder / str(self._number)
@@ -207,7 +209,9 @@ class Forks:
         """Tell processes that have ended; a pid comes again only after its end was told."""
         for answer in [one for one in self._answers if "status" in one and one["pid"] in self._children]:
             self._answers.remove(answer)
-            self._children.pop(answer["pid"]).returncode = os.waitstatus_to_exitcode(answer["status"])
+            process = self._children.pop(answer["pid"])
+            process.returncode = os.waitstatus_to_exitcode(answer["status"])
+            process.seconds = time.monotonic() - process.started
 
     def _said(self) -> str:
         return (self.folder / "server").read_text("utf-8", "replace")[-2000:]

@@ -126,8 +126,15 @@ int posix_fallocate64(int fd, off64_t from, off64_t size) {
 BY_PATH(rename, (const char *from, const char *to), (from, to), AT_FDCWD, to)
 BY_PATH(renameat, (int a, const char *from, int b, const char *to), (a, from, b, to), b, to)
 BY_PATH(renameat2, (int a, const char *from, int b, const char *to, unsigned flags), (a, from, b, to, flags), b, to)
-BY_PATH(mkdir, (const char *path, mode_t mode), (path, mode), AT_FDCWD, path)
-BY_PATH(mkdirat, (int folder, const char *path, mode_t mode), (folder, path, mode), folder, path)
+/* A folder that is there is not made, and is said to be there before a disk is found full. */
+int mkdir(const char *path, mode_t mode) {
+    NEXT(mkdir);
+    return faccessat(AT_FDCWD, path, F_OK, 0) && on_path("mkdir", AT_FDCWD, path) ? -1 : next(path, mode);
+}
+int mkdirat(int folder, const char *path, mode_t mode) {
+    NEXT(mkdirat);
+    return faccessat(folder, path, F_OK, 0) && on_path("mkdirat", folder, path) ? -1 : next(folder, path, mode);
+}
 BY_PATH(unlink, (const char *path), (path), AT_FDCWD, path)
 BY_PATH(unlinkat, (int folder, const char *path, int flags), (folder, path, flags), folder, path)
 BY_PATH(rmdir, (const char *path), (path), AT_FDCWD, path)

@@ -1,0 +1,151 @@
+"""kill -9, and calls that fail, at each write of a save; kill -9 at random moments of a training."""
+
+from __future__ import annotations
+
+import errno
+import json
+import random
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.faults.conftest import Observed
+from tests.faults.forks import Arm, Forked
+from tests.faults.trained import Lab, refused, the_run
+
+pytestmark = pytest.mark.slow
+FEW = (9, 24)  # of the calls in a save, without --all-faults
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    every = metafunc.config.getoption("--all-faults")
+    if "how" in metafunc.fixturenames:
+        metafunc.parametrize("how", ["once", "from then on"] if every else ["from then on"])
+    if "kills" in metafunc.fixturenames:  # in parts, so that workers share them
+        metafunc.parametrize(("seed", "kills"), [(seed, 20) for seed in range(10)] if every else [(0, 2)])
+
+
+def strike(
+    lab: Lab, folder: Path, arm: Callable[[Path, int], Arm], came: Callable[[Forked, Path], str], *, every: bool
+) -> tuple[int, Counter[str]]:
+    """Strike at a call of the save of step 6, the first, the second, … until it runs clean; or at few of them.
+
+    After each, the run is resumed, and compared with the undisturbed one. Returns how often it was struck, and what
+    came of it, as `came` says.
+    """
+    seen: Counter[str] = Counter()
+    n = 0
+    while every or n < len(FEW):
+        n += 1
+        at = n if every else FEW[n - 1]
+        run = lab.half_done(folder / str(n))
+        struck = lab.resume(run, arm=arm(run, at))
+        if len(struck.calls) < at:
+            assert struck.returncode == 0, struck.stderr
+            break
+        assert "Traceback" not in struck.stderr, (struck.calls[at - 1], struck.stderr)
+        seen[came(struck, run)] += 1
+        if struck.returncode:
+            resumed = lab.resume(run)
+            assert resumed.returncode == 0, (struck.calls[at - 1], struck.stderr, resumed.stderr)
+        lab.check_same(run)
+        shutil.rmtree(folder / str(n))
+    assert seen.total() >= len(FEW)
+    return seen.total(), seen
+
+
+def status(run: Path) -> str:
+    return str(json.loads((run / "manifest.json").read_text("utf-8"))["status"])
+
+
+@pytest.mark.fault(
+    "checkpoints",
+    "kill -9 at each call that changes a file while a checkpoint is saved and an older one is deleted",
+    expected="the run resumes to the losses and the adapter of an undisturbed one, byte for byte",
+)
+def test_killed_at_each_write_of_a_save(
+    shimmed: Lab, tmp_path: Path, pytestconfig: pytest.Config, observed: Observed
+) -> None:
+    def came(struck: Forked, run: Path) -> str:
+        assert struck.returncode == -signal.SIGKILL, struck.stderr
+        return "killed"
+
+    every = pytestconfig.getoption("--all-faults")
+    times, _ = strike(shimmed, tmp_path, lambda run, n: Arm(f"{run}/*", n=n, save=1), came, every=every)
+    observed(f"killed at {times} calls{', until a save ran clean' if every else ''}; resumed to the same each time")
+
+
+@pytest.mark.fault(
+    "checkpoints",
+    "no space left (ENOSPC) at each call that changes a file while a checkpoint is saved, {how}",
+    expected="disk_full, exit code 12; then the run resumes to the losses and the adapter of an undisturbed one",
+)
+def test_disk_full_at_each_write_of_a_save(
+    shimmed: Lab, tmp_path: Path, pytestconfig: pytest.Config, observed: Observed, how: str
+) -> None:
+    def came(struck: Forked, run: Path) -> str:
+        refused(struck, 12)
+        return status(run)
+
+    def arm(run: Path, n: int) -> Arm:
+        return Arm(f"{run}/checkpoints*", n=n, error=errno.ENOSPC, from_then_on=how != "once", save=1)
+
+    every = pytestconfig.getoption("--all-faults")
+    times, seen = strike(shimmed, tmp_path, arm, came, every=every)
+    assert dict(seen) == {"disk_full": times}
+    observed(f"failed at {times} calls{', until a save ran clean' if every else ''}: 12, disk_full, resumed to the same")
+
+
+@pytest.mark.fault(
+    "checkpoints",
+    "an error of the device (EIO) at each call that changes a file while a checkpoint is saved",
+    expected="an error that names it, failed; then the run resumes to the losses and the adapter of an undisturbed one",
+    rare=True,
+)
+def test_device_error_at_each_write_of_a_save(shimmed: Lab, tmp_path: Path, observed: Observed) -> None:
+    def came(struck: Forked, run: Path) -> str:
+        if struck.returncode == 0:
+            return "went on"
+        refused(struck)
+        return status(run)
+
+    times, seen = strike(
+        shimmed, tmp_path, lambda run, n: Arm(f"{run}/checkpoints*", n=n, error=errno.EIO, save=1), came, every=True
+    )
+    assert seen["failed"] + seen["went on"] == times
+    observed(f"failed at {times} calls, until a save ran clean: {dict(seen)}; resumed to the same each time")
+
+
+@pytest.mark.fault(
+    "checkpoints",
+    "{kills} kill -9s at random moments of training and resuming (seed {seed})",
+    expected="the run resumes each time, to the losses and the adapter of an undisturbed one, byte for byte",
+)
+def test_killed_at_random(lab: Lab, tmp_path: Path, observed: Observed, seed: int, kills: int) -> None:
+    rng, phases, whole = random.Random(seed), Counter[str](), 0
+    runs = tmp_path / "runs"
+    while phases.total() < kills or runs.exists():
+        found = list(runs.glob("*/*/recipe.yaml"))
+        ready = [path.parent for path in found if (path.parent / "manifest.json").is_file()]
+        process = lab.start_resuming(ready[0]) if ready else lab.start_training(runs)
+        if phases.total() < kills:
+            time.sleep(rng.uniform(0.2, 1.1) * lab.seconds)
+            process.kill()
+        code = process.wait()
+        if code == -signal.SIGKILL:
+            phases[process.phase] += 1
+            continue
+        if code == 5 and "run that got as far as its rows" in process.stderr:
+            shutil.rmtree(runs)  # nothing had begun
+            continue
+        assert code == 0, process.stderr
+        lab.check_same(the_run(runs))
+        whole += 1
+        shutil.rmtree(runs)
+    told = ", ".join(f"{number} in {phase}" for phase, number in sorted(phases.items()))
+    observed(f"killed {phases.total()} times ({told}); {whole} runs came to the same end")

@@ -1,0 +1,131 @@
+"""A short training that was not disturbed, one that was killed half-way, and what a disturbed one has to come to."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.forks import Arm, Forked, Forks, forks
+from tests.train.small import write_small
+
+STEPS, EVERY = 8, 2
+SETTINGS = (
+    f"training.max_steps={STEPS}",
+    "training.save_strategy=steps",
+    f"training.save_steps={EVERY}",
+    r"adapter.target_modules=.*layers\.3\.self_attn\.[qv]_proj",  # fewer weights are fewer writes to fail at
+)
+TWO_KEPT = "training.save_total_limit=2"
+
+
+@dataclass
+class Lab:
+    """Where trainings are disturbed. `folder` holds the recipe small.yaml and its rows, and one cache for all.
+
+    `losses` are the lines of metrics.jsonl without those of time, `weights` the adapter, of the undisturbed run.
+    """
+
+    forks: Forks
+    folder: Path
+    losses: list[dict[str, Any]] = field(default_factory=list)
+    weights: bytes = b""
+    seconds: float = 0.0
+    half: Path = Path()
+
+    def start(self, *arguments: str, **options: Any) -> Forked:
+        env = {"IFT_PEFT_CACHE": str(self.folder / "cache"), **options.pop("env", {})}
+        return self.forks.start(*arguments, cwd=self.folder, env=env, **options)
+
+    def start_training(self, runs: Path, *overrides: str, **options: Any) -> Forked:
+        return self.start("train", "small.yaml", *SETTINGS, *overrides, "--runs-dir", str(runs), **options)
+
+    def train(self, runs: Path, *overrides: str, **options: Any) -> Forked:
+        process = self.start_training(runs, *overrides, **options)
+        process.wait()
+        return process
+
+    def start_resuming(self, run: Path, **options: Any) -> Forked:
+        return self.start("train", "--resume", str(run), **options)
+
+    def resume(self, run: Path, **options: Any) -> Forked:
+        process = self.start_resuming(run, **options)
+        process.wait()
+        return process
+
+    def half_done(self, runs: Path) -> Path:
+        """A copy of the run that was killed when step 6 was to be saved: it has the checkpoints of steps 2 and 4."""
+        run = runs / "small" / self.half.name
+        shutil.copytree(self.half, run, symlinks=True)
+        return run
+
+    def check_same(self, run: Path) -> None:
+        """That a run succeeded, with the losses of the undisturbed one, and its adapter byte for byte."""
+        manifest = json.loads((run / "manifest.json").read_text("utf-8"))
+        assert manifest["status"] == "succeeded"
+        assert losses(run) == self.losses
+        assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == self.weights
+
+
+def losses(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without what depends on the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+
+
+def the_run(runs: Path) -> Path:
+    """The only run below `runs`."""
+    (run,) = (path.parent for path in runs.glob("*/*/manifest.json") if not path.parent.is_symlink())
+    return run
+
+
+def succeeded(process: Forked) -> None:
+    assert process.returncode == 0, process.stderr
+
+
+def refused(process: Forked, *codes: int) -> None:
+    """That a process ended with an error that we wrote: with one of these exit codes, and no traceback."""
+    assert process.returncode in (codes or range(2, 15)), (process.returncode, process.stderr)
+    assert "Traceback" not in process.stderr, process.stderr
+    assert "expected" in process.stderr and "fix" in process.stderr, process.stderr
+
+
+def said(process: Forked, *words: str) -> str:
+    """The first line of stderr that has all of `words`."""
+    lines = [line.strip() for line in process.stderr.splitlines()]
+    found = next((line for line in lines if all(word in line for word in words)), None)
+    assert found is not None, process.stderr
+    return found
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """The server of processes, an undisturbed run and one killed half-way."""
+    folder = tmp_path_factory.mktemp("kills")
+    write_small(folder)
+    with forks(folder / "forks") as server:
+        one = Lab(server, folder)
+        undisturbed = one.train(folder / "undisturbed")
+        succeeded(undisturbed)
+        run = the_run(folder / "undisturbed")
+        one.losses, one.seconds = losses(run), undisturbed.seconds
+        one.weights = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+        assert [line["step"] for line in one.losses] == list(range(1, STEPS + 1))
+        killed = one.train(folder / "half", TWO_KEPT, arm=Arm(save=3))
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        one.half = the_run(folder / "half")
+        yield one
+
+
+@pytest.fixture
+def shimmed(lab: Lab) -> Lab:
+    """The lab, where calls can be counted."""
+    if lab.forks.shim is None:
+        pytest.skip("no C compiler: nothing can be made to fail at the n-th write")
+    return lab
