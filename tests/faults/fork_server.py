@@ -14,14 +14,17 @@ import importlib
 import io
 import json
 import os
+import platform
 import select
 import signal
+import struct
 import sys
 from pathlib import Path
 from typing import Any
 
 IMPORTED = ("torch", "transformers", "peft", "trl", "ift_peft.train.run", "ift_peft.cli")
 PR_SET_PDEATHSIG = 1
+SYS_CAPSET = {"x86_64": 126, "aarch64": 91}
 
 
 def serve(requests: int, answers: int) -> dict[str, Any]:
@@ -92,11 +95,15 @@ def become(request: dict[str, Any]) -> None:
         io.BufferedWriter(io.FileIO(2, "w", closefd=False)), encoding="utf-8", line_buffering=True
     )
     sys.argv = ["ift", *request["arguments"]]
-    if request["user"] is not None:
-        os.setgroups([])
-        os.setgid(request["user"])
-        os.setuid(request["user"])
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # setuid takes it away
+    if request["unprivileged"]:
+        give_up_capabilities()
+
+
+def give_up_capabilities() -> None:
+    """Let rights of files hold for root as for others."""
+    header, none = struct.pack("Ii", 0x20080522, 0), struct.pack("6I", *[0] * 6)  # _LINUX_CAPABILITY_VERSION_3
+    if ctypes.CDLL(None, use_errno=True).syscall(SYS_CAPSET[platform.machine()], header, none):
+        raise OSError(ctypes.get_errno(), "capset")
 
 
 class Shim:

@@ -133,12 +133,13 @@ class Forks:
         cwd: Path,
         arm: Arm | None = None,
         env: Mapping[str, str] | None = None,
-        user: int | None = None,
+        unprivileged: bool = False,
         target: str = "ift_peft.cli:app",
     ) -> Forked:
         """Start `ift` with these arguments, or another function `target`, which gets them.
 
-        `env` is set beside the environment of the server; `user` is the uid it runs under.
+        `env` is set beside the environment of the server; `unprivileged` lets rights of
+        files hold for root.
         """
         if arm is not None and arm.pattern and self.shim is None:
             raise RuntimeError("nothing can be armed without the shim: there was no C compiler")
@@ -152,7 +153,7 @@ class Forks:
             "arm": arm and asdict(arm),
             "env": {**self.environment, **(env or {})},
             "own": str(own),
-            "user": user,
+            "unprivileged": unprivileged,
             "target": target,
         }
         return Forked(self, own, request)

@@ -98,7 +98,9 @@ def test_disk_full_at_each_write_of_a_save(
     every = pytestconfig.getoption("--all-faults")
     times, seen = strike(shimmed, tmp_path, arm, came, every=every)
     assert dict(seen) == {"disk_full": times}
-    observed(f"failed at {times} calls{', until a save ran clean' if every else ''}: 12, disk_full, resumed to the same")
+    observed(
+        f"failed at {times} calls{', until a save ran clean' if every else ''}: 12, disk_full, resumed to the same"
+    )
 
 
 @pytest.mark.fault(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -71,6 +72,8 @@ class Lab:
         assert manifest["status"] == "succeeded"
         assert losses(run) == self.losses
         assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == self.weights
+        kept = {path.name for path in (run / "checkpoints").iterdir()} - {"latest"}
+        assert f"checkpoint-{STEPS}" in kept and all(re.fullmatch(r"checkpoint-\d+", name) for name in kept), kept
 
 
 def losses(run: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,240 @@
+"""Checkpoints that were damaged, forged, left over or dated wrongly, and a disk that is full in truth."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.conftest import Observed
+from tests.faults.forks import Arm
+from tests.faults.trained import STEPS, Lab, refused, said, succeeded
+
+pytestmark = pytest.mark.slow
+MANIFEST = "checkpoint.json"
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    at = random.Random(path.name).randrange(len(content))
+    content[at] ^= 1 << at % 8
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+HARMS: dict[str, Callable[[Path], None]] = {"a bit flipped": flip, "cut in half": truncate, "deleted": Path.unlink}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "harm" in metafunc.fixturenames:
+        metafunc.parametrize("harm", list(HARMS) if metafunc.config.getoption("--all-faults") else ["a bit flipped"])
+
+
+@pytest.mark.fault(
+    "checkpoints",
+    "a file of the newest checkpoint {harm}, each in turn",
+    expected="checkpoint and file are named, the checkpoint before is taken, and the end is that of an undisturbed run",
+)
+def test_a_file_of_the_newest(
+    lab: Lab, tmp_path: Path, pytestconfig: pytest.Config, observed: Observed, harm: str
+) -> None:
+    newest = lab.half / "checkpoints" / "checkpoint-4"
+    names = (
+        sorted(path.name for path in newest.iterdir()) if pytestconfig.getoption("--all-faults") else ["scheduler.pt"]
+    )
+    assert not pytestconfig.getoption("--all-faults") or {MANIFEST, "optimizer.pt", "rng_state.pth"} < set(names)
+    for name in names:
+        run = lab.half_done(tmp_path / name)
+        HARMS[harm](run / "checkpoints" / "checkpoint-4" / name)
+        resumed = lab.resume(run)
+        succeeded(resumed)
+        told = said(resumed, "checkpoint-4", name)
+        said(resumed, "resuming from checkpoint-2")
+        lab.check_same(run)
+        shutil.rmtree(tmp_path / name)
+    observed(f"{', '.join(names)}: passed over ({told}); resumed from checkpoint-2 to the same end")
+
+
+@pytest.mark.fault(
+    "checkpoints",
+    "every checkpoint of a run broken",
+    expected="each is named; training starts from the first step, says so, and comes to the same end",
+)
+def test_all_broken(lab: Lab, tmp_path: Path, observed: Observed) -> None:
+    run = lab.half_done(tmp_path)
+    truncate(run / "checkpoints" / "checkpoint-2" / "optimizer.pt")
+    (run / "checkpoints" / "checkpoint-4" / "rng_state.pth").unlink()
+    resumed = lab.resume(run)
+    succeeded(resumed)
+    for number in (2, 4):
+        said(resumed, f"checkpoint-{number}")
+    told = said(resumed, "first step")
+    lab.check_same(run)
+    observed(f"“{told}”; the same end")
+
+
+@pytest.mark.fault(
+    "checkpoints",
+    "the clock jumped: the newest checkpoint is dated ten years back, the one before ten years ahead",
+    expected="resuming and deleting go by steps: the newest is taken, the oldest deleted",
+    rare=True,
+)
+def test_clock_jumps(lab: Lab, tmp_path: Path, observed: Observed) -> None:
+    run = lab.half_done(tmp_path)
+    years = 10 * 365 * 86400
+    for name, shift in (("checkpoint-2", years), ("checkpoint-4", -years)):
+        for path in (*(run / "checkpoints" / name).iterdir(), run / "checkpoints" / name):
+            os.utime(path, (time.time() + shift,) * 2)
+    resumed = lab.resume(run)
+    succeeded(resumed)
+    told = said(resumed, "resuming from checkpoint-4")
+    lab.check_same(run)
+    left = sorted(path.name for path in (run / "checkpoints").glob("checkpoint-*"))
+    assert left == ["checkpoint-6", f"checkpoint-{STEPS}"]
+    observed(f"{told}; {' and '.join(left)} are left in the end")
+
+
+@pytest.mark.fault(
+    "checkpoints",
+    "a half-written `.partial` of an earlier save lies beside the checkpoints",
+    expected="it is never taken for a checkpoint, and gone in the end",
+    rare=True,
+)
+def test_stale_partial(lab: Lab, tmp_path: Path, observed: Observed) -> None:
+    run = lab.half_done(tmp_path)
+    stale = run / "checkpoints" / ".partial"
+    shutil.copytree(run / "checkpoints" / "checkpoint-4", stale)
+    (stale / "left-over").write_text("of a save that was killed", "utf-8")
+    truncate(stale / "optimizer.pt")
+    resumed = lab.resume(run)
+    succeeded(resumed)
+    said(resumed, "resuming from checkpoint-4")
+    lab.check_same(run)
+    assert not list(run.rglob("left-over"))
+    observed("resumed from checkpoint-4 to the same end; .partial is gone")
+
+
+class Bomb:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+def forge(checkpoint: Path, name: str, content: bytes) -> None:
+    """Replace a file, and its hash where the checkpoint's manifest has it."""
+    then = hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
+    (checkpoint / name).write_bytes(content)
+    manifest = checkpoint / MANIFEST
+    if manifest.exists():
+        assert then in manifest.read_text("utf-8")
+        entries = json.loads(manifest.read_text("utf-8").replace(then, hashlib.sha256(content).hexdigest()))
+        manifest.write_text(json.dumps(sized(entries, name, len(content))), "utf-8")
+
+
+def sized(entries: Any, name: str, size: int) -> Any:
+    """A manifest in which the file's size, where it is noted, is `size`."""
+    if not isinstance(entries, dict):
+        return entries
+    changed = {key: sized(value, name, size) for key, value in entries.items()}
+    for key in ("bytes", "size"):
+        if isinstance(changed.get(name), dict) and key in changed[name]:
+            changed[name][key] = size
+    return changed
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.fault(
+    "checkpoints",
+    "{name} of the newest checkpoint is a pickle that runs code, under a forged manifest",
+    expected="the code does not run; an error that names it, no traceback",
+    rare=True,
+)
+def test_pickle_bomb(lab: Lab, tmp_path: Path, observed: Observed, name: str) -> None:
+    run, mark = lab.half_done(tmp_path / "runs"), tmp_path / "ran"
+    forge(run / "checkpoints" / "checkpoint-4", name, pickle.dumps(Bomb(mark)))
+    resumed = lab.resume(run)
+    assert not mark.exists()
+    refused(resumed)
+    told = said(resumed, "found")
+    observed(f"exit code {resumed.returncode}: {told[:160]}; nothing ran")
+
+
+@pytest.mark.fault(
+    "checkpoints",
+    "a run goes on with other versions than its checkpoint was made with",
+    expected="it goes on, and says which differ",
+    rare=True,
+)
+def test_other_versions(lab: Lab, tmp_path: Path, observed: Observed) -> None:
+    import torch
+
+    run = lab.half_done(tmp_path)
+    for path in (run / "manifest.json", run / "checkpoints" / "checkpoint-4" / MANIFEST):
+        text = path.read_text("utf-8")
+        assert f'"{torch.__version__}"' in text
+        path.write_text(text.replace(f'"{torch.__version__}"', '"2.0.0"'), "utf-8")
+    resumed = lab.resume(run)
+    succeeded(resumed)
+    told = said(resumed, "torch", "2.0.0", torch.__version__)
+    observed(f"“{told}”")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 48 MB in memory, where this process may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no right to mount a small disk; ENOSPC at each write is tried without one")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.fault(
+    "checkpoints",
+    "a disk that is full when a checkpoint is to be saved (a small tmpfs)",
+    expected="disk_full, exit code 12, the checkpoint before is whole; with room again it resumes to the same end",
+    rare=True,
+)
+def test_full_disk(lab: Lab, small_disk: Path, observed: Observed) -> None:
+    run = lab.half_done(small_disk)
+    process = lab.start_resuming(run, arm=Arm(save=1, signal=signal.SIGSTOP))
+    while process.phase != "saving":
+        assert process.poll() is None, process.stderr
+        time.sleep(0.02)
+    ballast = small_disk / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            pass
+    process.send_signal(signal.SIGCONT)
+    process.wait()
+    refused(process, 12)
+    assert json.loads((run / "manifest.json").read_text("utf-8"))["status"] == "disk_full"
+    ballast.unlink()
+    resumed = lab.resume(run)
+    succeeded(resumed)
+    said(resumed, "resuming from checkpoint-4")
+    lab.check_same(run)
+    observed("exit code 12, disk_full; with the room given back resumed from checkpoint-4 to the same end")
