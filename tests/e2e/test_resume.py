@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from ift_peft.errors import RunError
 from ift_peft.reporter import Silent
 from ift_peft.run_dir import RunDir, open_run
-from ift_peft.train.checkpoints import REQUIRED, newest_complete
 from ift_peft.train.run import resume
 from tests.conftest import OFFLINE, ROOT, Ift
 
@@ -80,17 +79,3 @@ def test_an_interrupted_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_p
     assert all((ours[name] == theirs[name]).all() for name in ours)
     with pytest.raises(RunError, match="has succeeded"):
         resume(run, reporter=Silent())
-
-
-def test_the_newest_complete_checkpoint_is_taken_and_broken_ones_are_named(tmp_path: Path) -> None:
-    for step in (9, 10, 100):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        for name in REQUIRED:
-            (folder / name).write_text("x", "utf-8")
-    (tmp_path / "checkpoint-100" / "optimizer.pt").unlink()
-    (tmp_path / "tmp-checkpoint-200").mkdir()
-    found, skipped = newest_complete(tmp_path)
-    assert found == tmp_path / "checkpoint-10"
-    assert skipped == ["checkpoint-100 is incomplete (optimizer.pt missing or empty)"]
-    assert newest_complete(tmp_path / "checkpoint-9") == (None, [])

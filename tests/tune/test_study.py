@@ -27,7 +27,7 @@ from ift_peft.evaluate.run import evaluate_run
 from ift_peft.recipe import load_recipe
 from ift_peft.reporter import Reporter, Silent
 from ift_peft.run_dir import RunDir, RunIsBusy, list_runs, open_run
-from ift_peft.train.checkpoints import newest_complete
+from ift_peft.train.checkpoints import newest_verified
 from ift_peft.train.prepare import prepare
 from ift_peft.train.run import train
 from ift_peft.train.session import Interrupted, open_session
@@ -167,7 +167,7 @@ def test_a_study_killed_within_its_second_trial_loses_and_repeats_nothing(study:
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
         while process.poll() is None and not any(
-            newest_complete(one.parent.parent)[0] for one in tmp_path.glob(CHECKPOINT)
+            newest_verified(one.parent.parent)[0] for one in tmp_path.glob(CHECKPOINT)
         ):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
