@@ -1,7 +1,8 @@
 """Rows of the table of faults.
 
 `@pytest.mark.fault(group, fault, expected=...)` names one, with the test's parameters in braces; with `rare=True` it is
-run under --all-faults only. `observed(...)` says what was seen. With --fault-table PAGE all are printed at the end, and written there where every one is as expected.
+run under --all-faults only. `observed(...)` says what was seen. With --fault-table PAGE all are printed at the end, and
+written there where every one is as expected.
 """
 
 from __future__ import annotations

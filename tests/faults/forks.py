@@ -3,8 +3,8 @@
 A fresh process takes six seconds to import torch and what stands on it; a fork of one that has takes none, and is a
 process like another: it can be killed, its working directory, environment and standard streams are its own, its exit
 status is what waitpid says. The limit: it has the modules that the server had, imported with the server's environment
-and as the code was when the server started, and the caches that they filled in preparing a recipe. What a variable does on
-import, and what is edited later, is not seen.
+and as the code was when the server started, what they keep of bases looked at, and one seed of hashes for all. What a
+variable does on import, what is edited later, and what hangs on the order of sets, is not seen.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHIM = Path(__file__).with_name("shim.c")
+PATIENCE = 600.0  # seconds: of a machine that is busy with other things as well
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ class Forked:
         self._forks._read(0)
         return self.returncode
 
-    def wait(self, timeout: float = 120) -> int:
-        """The exit code, or the negative number of the signal. Raises `TimeoutError`, and leaves the process as it is."""
+    def wait(self, timeout: float = PATIENCE) -> int:
+        """The exit code, or the negative number of the signal. Raises `TimeoutError`, and leaves it running."""
         end = time.monotonic() + timeout
         while self.returncode is None:
             left = end - time.monotonic()
@@ -125,7 +126,12 @@ class Forks:
             stdout=subprocess.PIPE,
             stderr=self._log,
         )
-        self._take("ready", 120)
+        try:
+            self._take("ready", PATIENCE)
+        except BaseException:
+            self._server.kill()
+            self.stop()
+            raise
 
     def start(
         self,
@@ -158,7 +164,7 @@ class Forks:
         }
         return Forked(self, own, request)
 
-    def run(self, *arguments: str, timeout: float = 120, **options: Any) -> Forked:
+    def run(self, *arguments: str, timeout: float = PATIENCE, **options: Any) -> Forked:
         """Start and wait."""
         process = self.start(*arguments, **options)
         process.wait(timeout)
@@ -176,7 +182,7 @@ class Forks:
         assert self._server.stdin is not None
         self._server.stdin.write(json.dumps(request).encode() + b"\n")
         self._server.stdin.flush()
-        pid = int(self._take("pid", 60)["pid"])
+        pid = int(self._take("pid", PATIENCE)["pid"])
         self._children[pid] = process
         self._settle()
         return pid
