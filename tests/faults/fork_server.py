@@ -128,7 +128,7 @@ def observe(request: dict[str, Any]) -> None:
 
     own, arm = Path(request["own"]), request["arm"]
     phase = os.open(own / "phase", os.O_WRONLY | os.O_CREAT, 0o644)
-    saves = 0
+    saves, inside = 0, False
 
     def tell(now: str) -> None:
         os.pwrite(phase, f"{now:<10}".encode(), 0)
@@ -150,8 +150,11 @@ def observe(request: dict[str, Any]) -> None:
 
     @contextlib.contextmanager
     def saving() -> Any:
-        nonlocal saves
-        saves += 1
+        nonlocal saves, inside
+        if inside:  # ours calls transformers'
+            yield
+            return
+        saves, inside = saves + 1, True
         aimed = arm is not None and arm["save"] == saves
         tell("saving")
         if aimed and arm["pattern"]:
@@ -163,13 +166,16 @@ def observe(request: dict[str, Any]) -> None:
         finally:
             if aimed and arm["pattern"] and not arm["from_then_on"]:
                 Shim().disarm()
+            inside = False
             tell("training")
 
     from ift_peft.train.trainer import SupervisedTrainer
 
     tell("preparing")
     wrap(Trainer, "train", training)
-    wrap(SupervisedTrainer if "_save_checkpoint" in vars(SupervisedTrainer) else Trainer, "_save_checkpoint", saving)
+    for kind in (Trainer, SupervisedTrainer):
+        if "_save_checkpoint" in vars(kind):
+            wrap(kind, "_save_checkpoint", saving)
     if arm is not None and arm["save"] is None:
         Shim().arm(own, arm)
 
