@@ -19,6 +19,7 @@ import select
 import signal
 import struct
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,62 +123,70 @@ class Shim:
         self.arm_at(pattern, log, arm["n"], arm["error"], int(arm["from_then_on"]))
 
 
-def observe(request: dict[str, Any]) -> None:
-    """Write into the file `phase` what a training is at, and arm the shim at the save that is aimed at, or at once."""
-    from transformers import Trainer
+class Watch:
+    """Writes into the file `phase` what a training is at, and strikes at the save that is aimed at, or arms at once."""
 
-    own, arm = Path(request["own"]), request["arm"]
-    phase = os.open(own / "phase", os.O_WRONLY | os.O_CREAT, 0o644)
-    saves, inside = 0, False
+    def __init__(self, own: Path, arm: dict[str, Any] | None) -> None:
+        self.own, self.arm = own, arm
+        self.phase = os.open(own / "phase", os.O_WRONLY | os.O_CREAT, 0o644)
+        self.saves, self.inside = 0, False
+        self.tell("preparing")
+        if arm is not None and arm["save"] is None:
+            Shim().arm(own, arm)
 
-    def tell(now: str) -> None:
-        os.pwrite(phase, f"{now:<10}".encode(), 0)
-
-    def wrap(kind: type, name: str, around: Any) -> None:
-        whole = getattr(kind, name)
-
-        def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-            with around():
-                return whole(self, *args, **kwargs)
-
-        setattr(kind, name, wrapped)
+    def tell(self, phase: str) -> None:
+        os.pwrite(self.phase, f"{phase:<10}".encode(), 0)
 
     @contextlib.contextmanager
-    def training() -> Any:
-        tell("training")
+    def training(self) -> Iterator[None]:
+        self.tell("training")
         yield
-        tell("measuring")
+        self.tell("measuring")
 
     @contextlib.contextmanager
-    def saving() -> Any:
-        nonlocal saves, inside
-        if inside:  # ours calls transformers'
+    def saving(self) -> Iterator[None]:
+        if self.inside:  # ours calls transformers'
             yield
             return
-        saves, inside = saves + 1, True
-        aimed = arm is not None and arm["save"] == saves
-        tell("saving")
-        if aimed and arm["pattern"]:
-            Shim().arm(own, arm)
-        elif aimed:
+        self.saves, self.inside = self.saves + 1, True
+        self.tell("saving")
+        arm = self.arm if self.arm is not None and self.arm["save"] == self.saves else None
+        if arm is not None and arm["pattern"]:
+            Shim().arm(self.own, arm)
+        elif arm is not None:
             os.kill(os.getpid(), arm["signal"])
         try:
             yield
         finally:
-            if aimed and arm["pattern"] and not arm["from_then_on"]:
+            if arm is not None and arm["pattern"] and not arm["from_then_on"]:
                 Shim().disarm()
-            inside = False
-            tell("training")
+            self.inside = False
+            self.tell("training")
+
+
+def wrap(kind: type, name: str, around: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+    """Let every call of a class's own method `name` be within `around`."""
+    if name not in vars(kind):
+        return
+    whole = getattr(kind, name)
+
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with around():
+            return whole(self, *args, **kwargs)
+
+    setattr(kind, name, wrapped)
+
+
+def observe(request: dict[str, Any]) -> None:
+    """Have the trainers of transformers and our own watched."""
+    from transformers import Trainer
 
     from ift_peft.train.trainer import SupervisedTrainer
 
-    tell("preparing")
-    wrap(Trainer, "train", training)
+    watch = Watch(Path(request["own"]), request["arm"])
+    wrap(Trainer, "train", watch.training)
     for kind in (Trainer, SupervisedTrainer):
-        if "_save_checkpoint" in vars(kind):
-            wrap(kind, "_save_checkpoint", saving)
-    if arm is not None and arm["save"] is None:
-        Shim().arm(own, arm)
+        wrap(kind, "_save_checkpoint", watch.saving)
 
 
 def warm() -> None:
