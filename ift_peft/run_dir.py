@@ -250,7 +250,11 @@ def disk_full(error: BaseException, folder: Path) -> DiskFull | None:
     told = f"{type(error).__name__}: {error}"
     by_number = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     is_full = by_number or "No space left on device" in told
-    if not is_full and isinstance(error, RuntimeError) and "PytorchStreamWriter" in told:
+    if (
+        not is_full
+        and isinstance(error, RuntimeError)
+        and ("PytorchStreamWriter" in told or "inline_container" in told)
+    ):
         is_full = not _takes_more(folder)
     if not is_full:
         return None

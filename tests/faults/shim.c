@@ -4,6 +4,9 @@
  * FNM_PATHNAME, so that a star spans folders. Each counted call is a line of `log`, written before the call is made, so
  * that the log outlives the process. At the n-th (from 1; 0 is never) the process gets SIGKILL where `error` is 0, else
  * the call fails with `error`. A full disk lets files be deleted: unlink and rmdir do not count where it is ENOSPC.
+ *
+ * Not seen: what is asked of the kernel past libc. strace shows one such call in a save: safetensors' Rust renames its
+ * temporary file inside the checkpoint that is being written.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
