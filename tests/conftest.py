@@ -33,6 +33,7 @@ SHARING = {
         for name in ("merging", "mix", "parity", "pipeline", "safety", "stories", "engine", "validation", "study")
     },
     "methods": ("e2e/test_methods",),
+    "kills": ("faults/test_checkpoints", "faults/test_kills", "faults/test_runs"),
 }
 OFFLINE = ROOT / "tests" / "offline"  # holds a sitecustomize that refuses sockets
 
@@ -64,6 +65,8 @@ class _BySharedRuns(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::")[0].removesuffix(".py")
+        if "faults/" in file and self.config.getoption("--all-faults"):  # minutes: all workers are for them
+            return nodeid
         alone = file if "serve/" in file else nodeid  # the tests of a file there share a server
         return next((group for group, files in SHARING.items() if file.endswith(files)), alone)
 

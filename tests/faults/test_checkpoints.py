@@ -169,12 +169,26 @@ def sized(entries: Any, name: str, size: int) -> Any:
 )
 def test_pickle_bomb(lab: Lab, tmp_path: Path, observed: Observed, name: str) -> None:
     run, mark = lab.half_done(tmp_path / "runs"), tmp_path / "ran"
-    forge(run / "checkpoints" / "checkpoint-4", name, pickle.dumps(Bomb(mark)))
+    forge(run / "checkpoints" / "checkpoint-4", name, pickle.dumps(Bomb(mark), protocol=2))
     resumed = lab.resume(run)
     assert not mark.exists()
     refused(resumed)
-    told = said(resumed, "found")
-    observed(f"exit code {resumed.returncode}: {told[:160]}; nothing ran")
+    observed(f"exit code {resumed.returncode}: {said(resumed, 'found')[:160]}; nothing ran")
+
+
+@pytest.mark.parametrize("content", ["nothing", "text"])
+@pytest.mark.fault(
+    "checkpoints",
+    "optimizer.pt of the newest checkpoint holds {content}, under a forged manifest",
+    expected="an error of the checkpoint, no traceback",
+    rare=True,
+)
+def test_forged_garbage(lab: Lab, tmp_path: Path, observed: Observed, content: str) -> None:
+    run = lab.half_done(tmp_path)
+    forge(run / "checkpoints" / "checkpoint-4", "optimizer.pt", b"" if content == "nothing" else b"not a tensor\n")
+    resumed = lab.resume(run)
+    refused(resumed)
+    observed(f"exit code {resumed.returncode}: {said(resumed, 'found')[:160]}")
 
 
 @pytest.mark.fault(
