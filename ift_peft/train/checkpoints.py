@@ -96,8 +96,9 @@ def _seal(partial: Path, facts: dict[str, Any]) -> None:
 
 def _put(partial: Path, folder: Path) -> None:
     target = folder / partial.name
-    if target.is_dir():
-        _move_away(target)
+    for name in (target.name, LATEST):  # a copy that follows links makes a folder of the latter
+        if (folder / name).is_dir() and not (folder / name).is_symlink():
+            _move_away(folder / name)
     partial.rename(target)
     sync_folder(folder)
     point(folder / LATEST, target.name)

@@ -188,8 +188,8 @@ def _train_and_measure(
     else:
         session.fit(checkpoint)
         session.stop_before_measuring()
+        _require_the_last_step(session)
     memory = foreseen | meter.read()
-    _require_the_last_step(session)
     scores = measuring.scores(before, measuring.of(adapter=True), run=run)
     run.write("scores.json", scores)
     _save_adapter(session, scores)

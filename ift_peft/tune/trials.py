@@ -92,6 +92,8 @@ class Trials:
         for line in found.notes:
             self.reporter.note(f"trial {trial.number}: {line}")
         checkpoint, step = found.checkpoint, found.step
+        if checkpoint is not None:
+            self.reporter.note(f"trial {trial.number} goes on from {checkpoint.name}")
         write_atomically(run.path / "recipe.yaml", dump_recipe(recipe))
         watcher = TrialWatcher(
             trial,
