@@ -119,14 +119,14 @@ class RunDir:
         """One of the run's JSON files. Raises `RunError` where it is missing or broken."""
         try:
             content = json.loads((self.path / name).read_text("utf-8"))
-        except (OSError, ValueError) as error:
+            found = "" if isinstance(content, dict) else f"{type(content).__name__} instead of an object"
+        except (OSError, ValueError, RecursionError) as error:
+            found = str(error)
+        if found:
             raise RunError(
-                expected=f"{name} in {self.path}",
-                found=str(error),
-                fix="train again, or give a finished run (ift runs)",
-            ) from None
-        assert isinstance(content, dict)
-        return content
+                expected=f"{name} in {self.path}", found=found, fix="train again, or give a finished run (ift runs)"
+            )
+        return dict(content)
 
     def write(self, name: str, content: Any) -> None:
         write_atomically(self.path / name, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
@@ -182,7 +182,17 @@ class RunDir:
 
 
 def create_run(recipe: Recipe, root: Path) -> RunDir:
-    """A new folder `root`/<recipe>/<time-id>, with the resolved recipe and a manifest, and `latest` pointing at it."""
+    """A new folder `root`/<recipe>/<time-id>, with the resolved recipe and a manifest, and `latest` pointing at it.
+
+    Raises `RunError` where `latest` is not a link: what it is would be lost.
+    """
+    link = root / recipe.name / "latest"
+    if link.exists() and not link.is_symlink():
+        raise RunError(
+            expected=f"a link in {link}, or nothing",
+            found="a folder" if link.is_dir() else "a file",
+            fix="rename it: it is made to point at the newest run",
+        )
     now = datetime.now().astimezone()
     run = RunDir(root / recipe.name / f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}")
     run.path.mkdir(parents=True)
@@ -197,10 +207,19 @@ def create_run(recipe: Recipe, root: Path) -> RunDir:
             "git": git_state(),
             "hardware": hardware(),
             "command": ["ift", *sys.argv[1:]],
+            "settings": settings(recipe),
         },
     )
     point_latest(run)
     return run
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe decides training, beside what is told by its content, as rows, base and teacher are."""
+    found = recipe.model_dump(mode="json", include={"base", "adapter", "loss", "training", "validation"})
+    for section, name in (("base", "model"), ("base", "device"), ("loss", "teacher")):
+        found[section].pop(name, None)
+    return found
 
 
 @contextmanager

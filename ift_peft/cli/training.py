@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ift_peft.cli.app import RUNS, Overrides, RunsDir, app, errors_to_exit_codes
-from ift_peft.errors import RecipeError
+from ift_peft.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
     from ift_peft.recipe import Recipe
@@ -156,12 +156,16 @@ def runs(runs_dir: RunsDir = RUNS) -> None:
     for heading in ("run", "status", "base model", "metric", "base", "adapter", "rows"):
         table.add_column(heading)
     for run in list_runs(runs_dir):
-        manifest = run.read("manifest.json")
-        scores = run.read("scores.json") if (run.path / "scores.json").is_file() else {}
+        try:
+            manifest = run.read("manifest.json")
+            scores = run.read("scores.json") if (run.path / "scores.json").is_file() else {}
+        except RunError as error:
+            table.add_row(os.path.relpath(run.path), f"unreadable: {error.found}")
+            continue
         if run.kind != "adapter":
             scores = {"rows": scores.get("rows", "")}
         metric = next(iter(scores.get("adapter", {})), "")
         cells = [f"{scores[who][metric]['value']:.3f}" if metric else "" for who in ("base", "adapter")]
         base = manifest.get("base", {}).get("name", "")
-        table.add_row(os.path.relpath(run.path), manifest["status"], base, metric, *cells, str(scores.get("rows", "")))
+        table.add_row(os.path.relpath(run.path), run.status, base, metric, *cells, str(scores.get("rows", "")))
     out.print(table)

@@ -73,3 +73,20 @@ def read_progress(checkpoint: Path) -> Progress:
         return Progress.from_json(json.loads((checkpoint / PROGRESS).read_text("utf-8")))
     except TypeError as error:
         raise ValueError(f"{PROGRESS} in {checkpoint}: {first_line(error)}") from None
+
+
+def changed_settings(began: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
+    """Which settings are no longer those that a run `began` with; none where it did not record them."""
+    before, after = (_flat(one) for one in (began or now, now))
+    names = sorted(before.keys() | after.keys())
+    return [
+        f"{name} was {before.get(name, 'not set')}, is {after.get(name, 'not set')}"
+        for name in names
+        if before.get(name) != after.get(name)
+    ]
+
+
+def _flat(sections: dict[str, Any]) -> dict[str, Any]:
+    return {
+        f"{section}.{name}": value for section, entries in sections.items() for name, value in (entries or {}).items()
+    }

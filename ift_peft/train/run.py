@@ -20,13 +20,13 @@ from ift_peft.recipe import Recipe, require_one_task
 from ift_peft.report.card import adapter_card
 from ift_peft.report.write import write_report
 from ift_peft.reporter import Reporter
-from ift_peft.run_dir import RunDir, create_run, ending, sync_tree
+from ift_peft.run_dir import RunDir, create_run, ending, settings, sync_tree
 from ift_peft.train.arguments import sft_config, validation_arguments
 from ift_peft.train.checkpoints import errors_of_writing, newest_verified
 from ift_peft.train.losses import find_teacher
 from ift_peft.train.memory import foresee_memory
 from ift_peft.train.prepare import Prepared, inputs, prepare, record_inputs
-from ift_peft.train.resuming import take_up
+from ift_peft.train.resuming import changed_settings, take_up
 from ift_peft.train.session import Interrupted, Session, ending_on_signals, open_session, resume_command
 
 
@@ -136,6 +136,13 @@ def _as_it_began(run: RunDir, reporter: Reporter) -> tuple[Recipe, Prepared]:
     if run.status == "succeeded":
         raise RunError(expected="an unfinished run", found=f"{run.path} has succeeded", fix="train again: ift train")
     recipe = run.recipe()
+    edited = changed_settings(run.read("manifest.json").get("settings"), settings(recipe))
+    if edited:
+        raise RunError(
+            expected="the recipe that the run began with",
+            found=f"another in {run.path / 'recipe.yaml'}: {'; '.join(edited)}",
+            fix="restore it, or train it as a run of its own: ift train",
+        )
     prepared = prepare(recipe, reporter)
     recorded, now = run.read("manifest.json").get("inputs"), all_inputs(recipe, prepared)
     if recorded is None:
