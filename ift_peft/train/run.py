@@ -18,6 +18,7 @@ from ift_peft.model.base import choose_device, choose_dtype, quiet
 from ift_peft.model.memory import Meter
 from ift_peft.recipe import Recipe, require_one_task
 from ift_peft.report.card import adapter_card
+from ift_peft.report.write import NAME as REPORT
 from ift_peft.report.write import write_report
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir, create_run, ending, settings, sync_tree
@@ -104,10 +105,15 @@ def resume(run: RunDir, *, reporter: Reporter, callbacks: Sequence[TrainerCallba
     """Go on with an unfinished run from its newest checkpoint that verifies, or from its start if none does.
 
     What was passed over, and what is no longer as when the checkpoint was written, is told and kept in the manifest.
+    A run that succeeded and was killed before its report was written gets it.
     Raises `RunError` for a run that succeeded, and where rows, base, template or teacher are no longer those it began
     with; `RunIsBusy` where another process is at it.
     """
     with run.locked():
+        if run.status == "succeeded" and not (run.path / REPORT).is_file():
+            reporter.note("the run has succeeded; it lacked nothing but its report")
+            write_report(run)
+            return run
         recipe, prepared = _as_it_began(run, reporter)
         found = take_up(run, device=choose_device(recipe.base.device))
         manifest = run.read("manifest.json")
