@@ -82,6 +82,7 @@ def stock(folder: str, *options: str) -> None:
         bf16=False,
         gradient_checkpointing=False,
         report_to="none",
+        disable_tqdm=True,
         enable_jit_checkpoint="jit" in options,
     )
     trainer = SFTTrainer(
@@ -180,11 +181,11 @@ def until_training(process: Forked) -> float:
 def kill_at(side: Side, number: int, share: float) -> dict[str, Any]:
     """Kill a run after this share of its training, resume it, and compare."""
     folder = side.folder / side.name / f"kill-{number}"
-    process = side.start(folder)
-    until_training(process)
-    time.sleep(share * side.seconds)
-    process.kill()
-    process.wait()
+    process = killed(side, folder, share)
+    while process.returncode == 0:  # it was faster than the undisturbed one
+        shutil.rmtree(folder)
+        share *= 0.9
+        process = killed(side, folder, share)
     resumed = side.run(folder)
     found = side.outcome(folder, resumed)
     kind = found if found == "the same weights" else "other weights" if not resumed.returncode else "could not resume"
@@ -192,6 +193,15 @@ def kill_at(side: Side, number: int, share: float) -> dict[str, Any]:
     shutil.rmtree(folder)
     told = {} if not resumed.returncode else {"error": last_line(resumed)}
     return {"share": round(share, 3), "killed_in": process.phase, "resumed": kind, **told}
+
+
+def killed(side: Side, folder: Path, share: float) -> Forked:
+    process = side.start(folder)
+    until_training(process)
+    time.sleep(share * side.seconds)
+    process.kill()
+    process.wait()
+    return process
 
 
 def last_line(process: Forked) -> str:

@@ -124,7 +124,7 @@ class Session:
                 self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except (IftPeftError, torch.OutOfMemoryError):
             raise
-        except UnpicklingError as error:
+        except (UnpicklingError, EOFError) as error:
             raise RunError(
                 expected="tensors and numbers in the checkpoint", found=first_line(error), fix="train again"
             ) from error

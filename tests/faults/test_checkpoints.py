@@ -19,7 +19,7 @@ import pytest
 
 from tests.faults.conftest import Observed
 from tests.faults.forks import Arm
-from tests.faults.trained import STEPS, Lab, refused, said, succeeded
+from tests.faults.trained import STEPS, Lab, found, refused, said, succeeded
 
 pytestmark = pytest.mark.slow
 MANIFEST = "checkpoint.json"
@@ -66,7 +66,8 @@ def test_a_file_of_the_newest(
         said(resumed, "resuming from checkpoint-2")
         lab.check_same(run)
         shutil.rmtree(tmp_path / name)
-    observed(f"{', '.join(names)}: passed over ({told}); resumed from checkpoint-2 to the same end")
+    told = told.removeprefix("warning: ")
+    observed(f"{', '.join(names)}: each named, as “{told}”; resumed from checkpoint-2 to the same end")
 
 
 @pytest.mark.fault(
@@ -173,7 +174,7 @@ def test_pickle_bomb(lab: Lab, tmp_path: Path, observed: Observed, name: str) ->
     resumed = lab.resume(run)
     assert not mark.exists()
     refused(resumed)
-    observed(f"exit code {resumed.returncode}: {said(resumed, 'found')[:160]}; nothing ran")
+    observed(f"{found(resumed)}; nothing ran")
 
 
 @pytest.mark.parametrize("content", ["nothing", "text"])
@@ -188,7 +189,7 @@ def test_forged_garbage(lab: Lab, tmp_path: Path, observed: Observed, content: s
     forge(run / "checkpoints" / "checkpoint-4", "optimizer.pt", b"" if content == "nothing" else b"not a tensor\n")
     resumed = lab.resume(run)
     refused(resumed)
-    observed(f"exit code {resumed.returncode}: {said(resumed, 'found')[:160]}")
+    observed(found(resumed))
 
 
 @pytest.mark.fault(

@@ -12,7 +12,7 @@ import pytest
 from tests.faults.conftest import Observed
 from tests.faults.forks import Arm, Forked
 from tests.faults.test_checkpoints import flip
-from tests.faults.trained import Lab, refused, said, succeeded
+from tests.faults.trained import Lab, found, refused, said, succeeded
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +36,7 @@ def test_resumed_twice(lab: Lab, tmp_path: Path, observed: Observed) -> None:
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     second = lab.resume(run)
     refused(second, 5)
-    told = said(second, "found")
+    told = found(second)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     first.send_signal(signal.SIGCONT)
     first.wait()
@@ -91,9 +91,9 @@ def test_read_only_runs(lab: Lab, tmp_path: Path, observed: Observed) -> None:
     process = lab.train(runs, unprivileged=True)
     runs.chmod(0o755)
     refused(process)
-    told = said(process, "found", str(runs))
+    said(process, "found", str(runs))
     assert not list(runs.iterdir())
-    observed(f"exit code {process.returncode}: {told.replace(str(tmp_path), '')}")
+    observed(found(process))
 
 
 @pytest.mark.parametrize("name", ["run", "checkpoints"])
@@ -110,11 +110,11 @@ def test_read_only_run(lab: Lab, tmp_path: Path, observed: Observed, name: str) 
     process = lab.resume(run, unprivileged=True)
     folder.chmod(0o755)
     refused(process)
-    told = said(process, "found", str(folder))
+    said(process, "found", str(folder))
     resumed = lab.resume(run)
     succeeded(resumed)
     lab.check_same(run)
-    observed(f"exit code {process.returncode}: {told.replace(str(tmp_path), '')[:160]}; then the same end")
+    observed(f"{found(process)}; then the same end")
 
 
 @pytest.mark.fault(
@@ -132,7 +132,11 @@ def test_torn_line(lab: Lab, tmp_path: Path, observed: Observed) -> None:
     observed("resumed to the same end, with eight whole lines")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"status": 3}', "\x00\x00\x00"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "null", '{"status": 3}', "\x00\x00\x00"],
+    ids=["empty", "torn", "list", "null", "other", "zeros"],
+)
 @pytest.mark.fault(
     "runs",
     "manifest.json of a run is {content!r}",
@@ -144,7 +148,6 @@ def test_broken_manifest(lab: Lab, tmp_path: Path, observed: Observed, content: 
     (run / "manifest.json").write_text(content, "utf-8")
     resumed = lab.resume(run)
     refused(resumed, 5)
-    told = said(resumed, "found")
     asked = lab.start("predict", str(run), "很好")
     asked.wait()
     refused(asked, 5)
@@ -152,7 +155,7 @@ def test_broken_manifest(lab: Lab, tmp_path: Path, observed: Observed, content: 
     listed.wait()
     assert "Traceback" not in listed.stderr, listed.stderr
     assert listed.returncode == 0 and run.name in listed.stdout + listed.stderr, (listed.stdout, listed.stderr)
-    observed(f"exit code 5: {told[:160].replace(str(tmp_path), '')}")
+    observed(f"{found(resumed)}; listed beside the others")
 
 
 @pytest.mark.parametrize(
@@ -177,7 +180,7 @@ def test_edited_recipe(lab: Lab, tmp_path: Path, observed: Observed, edit: str, 
     again = lab.resume(run)
     succeeded(again)
     lab.check_same(run)
-    observed(f"exit code {resumed.returncode}: {said(resumed, 'found')[:160]}; with the recipe restored, the same end")
+    observed(f"{found(resumed)}; with the recipe restored, the same end")
 
 
 @pytest.mark.fault(
@@ -206,7 +209,7 @@ def test_moved(lab: Lab, tmp_path: Path, observed: Observed) -> None:
 @pytest.mark.fault(
     "runs",
     "`latest` in the folder of runs is {kind}, not a link",
-    expected="nothing of it is lost: replaced if it is nothing but a name, else an error before training",
+    expected="an error before training; what is there stays",
     rare=True,
 )
 def test_latest_is_no_link(lab: Lab, tmp_path: Path, observed: Observed, kind: str) -> None:
@@ -218,13 +221,13 @@ def test_latest_is_no_link(lab: Lab, tmp_path: Path, observed: Observed, kind: s
     process = lab.train(tmp_path / "runs")
     refused(process, 5)
     assert own.read_text("utf-8") == "mine"
-    told = said(process, "found")
+    told = found(process)
     assert process.phase == "preparing" and not list((tmp_path / "runs").glob("*/2*"))
     own.unlink()
     if kind != "a file":
         latest.rmdir()
     succeeded(lab.train(tmp_path / "runs"))
-    observed(f"exit code 5 before training: {told.replace(str(tmp_path), '')}; out of the way, the run trains")
+    observed(f"{told}; out of the way, the recipe trains")
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
@@ -244,5 +247,5 @@ def test_flipped_adapter(lab: Lab, tmp_path: Path, observed: Observed, name: str
         process = lab.start(*command)
         process.wait()
         refused(process, 5)
-        told = said(process, "expected", name)
-    observed(f"refused by all four: {told}")
+        told = found(process, "expected", name)
+    observed(f"refused by all four, {told}")

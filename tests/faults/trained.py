@@ -109,6 +109,19 @@ def said(process: Forked, *words: str) -> str:
     return found
 
 
+def found(process: Forked, *words: str) -> str:
+    """The line of an error that says what was found, or that has `words`, without what differs from time to time."""
+    line = said(process, *(words or ("found",)))
+    for pattern, name in (
+        (r"/[^\s:']*/(?=[^\s/:']+)", "…/"),  # folders
+        (r"\d{8}-\d{6}-[0-9a-f]{4}", "RUN"),
+        (r"\.(\S+)\.\w{8}(?=')", r"\1"),  # written under another name first
+        (r" \([0-9a-f]{12}\)", ""),
+    ):
+        line = re.sub(pattern, name, line)
+    return f"exit code {process.returncode}: {line.removeprefix('error: ')}"
+
+
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """The server of processes, an undisturbed run and one killed half-way."""
