@@ -191,7 +191,7 @@ def kill_at(side: Side, number: int, share: float) -> dict[str, Any]:
     kind = found if found == "the same weights" else "other weights" if not resumed.returncode else "could not resume"
     side.kills[kind] += 1
     shutil.rmtree(folder)
-    told = {} if not resumed.returncode else {"error": last_line(resumed)}
+    told = {} if not resumed.returncode else {"error": last_line(resumed, side)}
     return {"share": round(share, 3), "killed_in": process.phase, "resumed": kind, **told}
 
 
@@ -204,8 +204,9 @@ def killed(side: Side, folder: Path, share: float) -> Forked:
     return process
 
 
-def last_line(process: Forked) -> str:
-    return (process.stderr.strip().splitlines() or [""])[-1][:200]
+def last_line(process: Forked, side: Side) -> str:
+    """What a process said last, without the names of folders that differ from time to time."""
+    return (process.stderr.strip().splitlines() or [""])[-1].replace(str(side.folder), "")[:200]
 
 
 def newest(side: Side, folder: Path) -> Path:
@@ -233,7 +234,7 @@ def harmed(side: Side, case: str) -> dict[str, Any]:
     side.run(folder, arm=Arm(save=4))
     harm(newest(side, folder) / name)
     resumed = side.run(folder)
-    return {"resumed": side.outcome(folder, resumed), "said": last_line(resumed) if resumed.returncode else ""}
+    return {"resumed": side.outcome(folder, resumed), "said": last_line(resumed, side) if resumed.returncode else ""}
 
 
 def disturbed(side: Side, *options: str, arm: Arm | None = None) -> dict[str, Any]:
