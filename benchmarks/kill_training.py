@@ -182,7 +182,7 @@ def kill_at(side: Side, number: int, share: float) -> dict[str, Any]:
     """Kill a run after this share of its training, resume it, and compare."""
     folder = side.folder / side.name / f"kill-{number}"
     process = killed(side, folder, share)
-    while process.returncode == 0:  # it was faster than the undisturbed one
+    while process.phase == "measuring":  # it was faster than the undisturbed one, and had trained
         shutil.rmtree(folder)
         share *= 0.9
         process = killed(side, folder, share)

@@ -159,8 +159,8 @@ def runs(runs_dir: RunsDir = RUNS) -> None:
         try:
             manifest = run.read("manifest.json")
             scores = run.read("scores.json") if (run.path / "scores.json").is_file() else {}
-        except RunError as error:
-            table.add_row(os.path.relpath(run.path), f"unreadable: {error.found}")
+        except RunError:
+            table.add_row(os.path.relpath(run.path), "unreadable")
             continue
         if run.kind != "adapter":
             scores = {"rows": scores.get("rows", "")}

@@ -124,9 +124,11 @@ class Session:
                 self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except (IftPeftError, torch.OutOfMemoryError):
             raise
-        except (UnpicklingError, EOFError) as error:
+        except (UnpicklingError, EOFError) as error:  # what torch says of it is how to run what is in there
             raise RunError(
-                expected="tensors and numbers in the checkpoint", found=first_line(error), fix="train again"
+                expected=f"tensors and numbers in the pickled files of {checkpoint}",
+                found="something else, which was not run",
+                fix="train again; a checkpoint from elsewhere is no part of this run",
             ) from error
         except (ValueError, RuntimeError, ImportError, TypeError) as error:  # settings are read as late as in there
             raise TrainingError(
