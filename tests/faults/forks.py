@@ -57,23 +57,25 @@ class Forked:
 
     @property
     def stdout(self) -> str:
-        return (self.own / "stdout").read_text("utf-8", "replace")
+        return self._own("stdout")
 
     @property
     def stderr(self) -> str:
-        return (self.own / "stderr").read_text("utf-8", "replace")
+        return self._own("stderr")
 
     @property
     def calls(self) -> list[str]:
         """Each call that the shim counted, with its path."""
-        calls = self.own / "calls"
-        return calls.read_text("utf-8").splitlines() if calls.exists() else []
+        return self._own("calls").splitlines()
 
     @property
     def phase(self) -> str:
         """What it is at, or was at in its end: preparing, training, saving or measuring."""
-        phase = self.own / "phase"
-        return phase.read_text().strip() if phase.exists() else "preparing"
+        return self._own("phase").strip() or "preparing"
+
+    def _own(self, name: str) -> str:
+        path = self.own / name
+        return path.read_text("utf-8", "replace") if path.exists() else ""
 
     def poll(self) -> int | None:
         self._forks._read(0)

@@ -36,7 +36,7 @@ def write(folder: str) -> None:
 
     path = Path(folder)
     ways = {
-        "torch": lambda: torch.save({"a": torch.zeros(9)}, path / "torch.pt"),
+        "torch": lambda: torch.save({"a": torch.zeros(9999)}, path / "torch.pt"),
         "safetensors": lambda: save_file({"a": torch.zeros(9)}, str(path / "a.safetensors")),
         "python": lambda: write_atomically(path / "python.json", "{}"),
         "unlink": lambda: (path / "there").unlink(),
