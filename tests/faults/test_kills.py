@@ -20,7 +20,7 @@ from tests.faults.forks import Arm, Forked
 from tests.faults.trained import Lab, refused, succeeded
 
 pytestmark = pytest.mark.slow
-FEW = (9, 24)  # of the calls in a save, without --all-faults
+FEW = (24,)  # of the calls in a save, without --all-faults
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
