@@ -127,6 +127,8 @@ def rotate(folder: Path, limit: int | None, *, best: int | None) -> None:
 def tidy(folder: Path) -> None:
     """Put right what a process that was killed left behind; to be called by who holds the run."""
     shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+    for link in folder.glob(f".{LATEST}-*"):  # it was about to become `latest`
+        link.unlink()
     for path in checkpoints_in(folder / REMOVED):
         if not (folder / path.name).exists() and faults_of(path) is None:  # it was about to be replaced
             path.rename(folder / path.name)
