@@ -12,6 +12,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ift_peft.errors import ModelError, first_line
+from ift_peft.plain_files import home_of
 
 TINY = Path(__file__).resolve().parent / "tiny"
 _SAMPLES = 16  # places read in each weight file for the fingerprint
@@ -71,7 +72,7 @@ def locate_base(model: str, *, revision: str | None = None) -> BaseLocation:
     """
     if model == "tiny":
         return BaseLocation(model, TINY, None)
-    folder = Path(model).expanduser()
+    folder = home_of(model)
     if not folder.is_dir():
         folder = _download(model, revision)
     if not (folder / "config.json").is_file():
