@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ift_peft.errors import RunError
+from ift_peft.plain_files import MiB, read_text
 from ift_peft.recipe import Recipe, dump_recipe, validate
 from ift_peft.yaml_source import read_yaml
 
 PACKAGES = ("ift_peft", "torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "tokenizers")
+LARGEST_RECORD = 1024 * MiB
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 UNFINISHED = ("running", "interrupted", "failed")
 Kind = Literal["adapter", "pipeline", "merging"]
@@ -91,14 +93,15 @@ class RunDir:
     def read(self, name: str) -> dict[str, Any]:
         """One of the run's JSON files. Raises `RunError` where it is missing or broken."""
         try:
-            content = json.loads((self.path / name).read_text("utf-8"))
-        except (OSError, ValueError) as error:
+            content = json.loads(read_text(self.path / name, most=LARGEST_RECORD))
+            if not isinstance(content, dict):
+                raise ValueError(f"{type(content).__name__}, no object")
+        except (OSError, ValueError, RecursionError) as error:
             raise RunError(
                 expected=f"{name} in {self.path}",
                 found=str(error),
                 fix="train again, or give a finished run (ift runs)",
             ) from None
-        assert isinstance(content, dict)
         return content
 
     def write(self, name: str, content: Any) -> None:
@@ -169,7 +172,7 @@ def create_run(recipe: Recipe, root: Path) -> RunDir:
             "versions": versions(),
             "git": git_state(),
             "hardware": hardware(),
-            "command": ["ift", *sys.argv[1:]],
+            "command": ["ift", *(one.encode("utf-8", "backslashreplace").decode() for one in sys.argv[1:])],
         },
     )
     point_latest(run)

@@ -18,6 +18,7 @@ from ift_peft.data.render import TokenRenderer
 from ift_peft.data.row import Message, Row
 from ift_peft.data.rows import from_saved, read_rows, read_rows_of, set_aside, stream_rows
 from ift_peft.errors import Faults, ModelError, RunError, raise_all
+from ift_peft.infer.adapter_files import add_adapter, load_adapter
 from ift_peft.infer.parity import parity_faults
 from ift_peft.infer.stacked import StackedAdapters
 from ift_peft.model.base import ClassHead, LoadedBase, load_section, quiet
@@ -110,7 +111,7 @@ def open_parts(run: RunDir) -> Parts:
     tokenizer = load_tokenizer(location)
     ensure_pad_token(tokenizer)
     renderer = make_renderer(tokenizer, head=recipe.base.head, classes=recipe.data.label_words)
-    raise_all(parity_faults(run, location, renderer))
+    raise_all(parity_faults(run, location, renderer, recipe.adapter))
     return Parts(run, recipe, location, renderer, run.read("manifest.json").get("max_length"))
 
 
@@ -155,7 +156,7 @@ def _load_base(
 def _with_adapter(base: Any, parts: Parts, folder: Path | None = None) -> PeftModel:
     folder = folder or parts.run.adapter
     with quiet():
-        model = PeftModel.from_pretrained(base, folder)
+        model = load_adapter(base, folder, parts.recipe.adapter)
         _unrounded(model, folder, "default")
     model.eval()
     return model
@@ -203,7 +204,7 @@ def _with_adapters(base: Any, members: Sequence[Parts]) -> tuple[PeftModel, list
     names = ["default", *(f"member{number}" for number in range(1, len(members)))]
     with quiet():
         for name, parts in zip(names[1:], members[1:], strict=True):
-            model.load_adapter(str(parts.run.adapter), name)
+            add_adapter(model, parts.run.adapter, name, parts.recipe.adapter)
             _unrounded(model, parts.run.adapter, name)
     model.eval()
     return model, names
