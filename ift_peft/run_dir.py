@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from ift_peft.errors import RunError
 from ift_peft.plain_files import MiB, read_text
@@ -112,8 +112,18 @@ class RunDir:
 
     def read_lines(self, name: str) -> list[dict[str, Any]]:
         """What `write_lines` wrote. Lines end in a line feed and nowhere else: texts hold other separators (U+2028)."""
-        with (self.path / name).open(encoding="utf-8", newline="\n") as lines:
-            return [json.loads(line) for line in lines]
+        number, found = 0, []
+        try:
+            with (self.path / name).open(encoding="utf-8", newline="\n") as lines:
+                for number, line in enumerate(lines, start=1):  # noqa: B007 - told below
+                    found.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise RunError(
+                expected=f"one JSON object a line in {self.path / name}",
+                found=f"{str(error):.200} at line {number + isinstance(error, UnicodeDecodeError)}",
+                fix="restore the file, or train again",
+            ) from None
+        return found
 
     def append(self, name: str, line: dict[str, Any]) -> None:
         with (self.path / name).open("a", encoding="utf-8") as file:
@@ -137,8 +147,12 @@ class RunDir:
     @property
     def kind(self) -> Kind:
         """What the run made: an adapter of its own, or of several runs, its `parts`, something more."""
-        kind: Kind = self.read("manifest.json").get("kind", "adapter")
-        return kind
+        kind = self.read("manifest.json").get("kind", "adapter")
+        if not isinstance(kind, str) or kind not in MADE:
+            raise RunError(
+                expected=f"a run of the kind {', '.join(MADE)}", found=f"{kind!r:.80} in {self.path}", fix="train again"
+            )
+        return cast(Kind, kind)
 
     @property
     def is_whole(self) -> bool:
@@ -150,6 +164,10 @@ class RunDir:
     def parts(self) -> dict[str, RunDir]:
         """The runs that this one is made of, by name; none where it has an adapter of its own."""
         parts = self.read("manifest.json").get("parts", {})
+        if not isinstance(parts, dict) or not all(isinstance(path, str) for path in parts.values()):
+            raise RunError(
+                expected="parts by name, each a folder", found=f"{parts!r:.80} in {self.path}", fix="train again"
+            )
         return {name: RunDir(Path(os.path.normpath(self.path / path))) for name, path in parts.items()}
 
     @property

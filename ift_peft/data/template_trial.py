@@ -10,7 +10,7 @@ import json
 import resource
 import sys
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -22,7 +22,7 @@ BYTES = 1 << 30
 
 
 class _Generation(jinja2.ext.Extension):
-    tags: ClassVar = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - as Jinja has it
 
     def parse(self, parser: Any) -> Any:
         line = next(parser.stream).lineno
