@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from ift_peft.errors import RunError
 from ift_peft.plain_files import MiB, read_text
@@ -120,7 +120,7 @@ class RunDir:
         except (ValueError, RecursionError) as error:
             raise RunError(
                 expected=f"one JSON object a line in {self.path / name}",
-                found=f"{str(error):.200} at line {number + isinstance(error, UnicodeDecodeError)}",
+                found=f"{error!s:.200} at line {number + isinstance(error, UnicodeDecodeError)}",
                 fix="restore the file, or train again",
             ) from None
         return found
@@ -152,7 +152,7 @@ class RunDir:
             raise RunError(
                 expected=f"a run of the kind {', '.join(MADE)}", found=f"{kind!r:.80} in {self.path}", fix="train again"
             )
-        return cast(Kind, kind)
+        return kind
 
     @property
     def is_whole(self) -> bool:

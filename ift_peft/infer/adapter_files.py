@@ -21,7 +21,6 @@ from ift_peft.sections import Adapter
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 METHODS = ("LORA", "ADALORA", "IA3", "VERA")
 NEVER_OURS = ("megatron_config", "auto_mapping", "layer_replication")  # PEFT imports what the first two name
-LAID_OVER = (".lora_A.", ".lora_B.", ".lora_embedding_", ".ia3_l.", ".vera_lambda_")
 _PLAIN = re.compile(r"[\w.^-]+")  # a name, or the end of one
 MOST_RANKS = 100_000
 FIX = "train again; an adapter from elsewhere is no part of this run"
@@ -132,11 +131,14 @@ def add_adapter(model: PeftModel, folder: Path, name: str, section: Adapter) -> 
 
 def check_loaded(model: PeftModel, folder: Path, name: str) -> None:
     """Raises `ModelError` where the file lacks a tensor of the adapter `name`, or holds one that has no place."""
+    embeddings = _embeddings(model)
     wanted = {
-        key for key in get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False) if _laid(key)
+        key
+        for key in get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        if _is_adapters(key, embeddings)
     }
     with safe_open(folder / WEIGHTS, "pt") as opened:
-        held = {key for key in opened.keys() if _laid(key)}  # noqa: SIM118
+        held = {key for key in opened.keys() if _is_adapters(key, embeddings)}  # noqa: SIM118
     faults: list[IftPeftError] = []
     for expected, keys in (("a tensor for {}", wanted - held), ("no tensor without a place, as {}", held - wanted)):
         if keys:
@@ -145,8 +147,17 @@ def check_loaded(model: PeftModel, folder: Path, name: str) -> None:
     raise_all(faults)
 
 
-def _laid(key: str) -> bool:
-    return any(part in f"{key}." for part in LAID_OVER)
+def _embeddings(model: PeftModel) -> tuple[str, ...]:
+    """Names of the modules whose own weights PEFT may save beside an adapter."""
+    own = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if any(module is one for one in own)}
+    return tuple(sorted(names - {"base_layer"}))
+
+
+def _is_adapters(key: str, embeddings: tuple[str, ...]) -> bool:
+    """Whether a tensor is the adapter's own, and not the base's that lie beside it."""
+    ending = key.removesuffix(".base_layer.weight").removesuffix(".weight").rpartition(".")[2]
+    return not key.endswith(".base_layer.weight") and ending not in embeddings
 
 
 @contextmanager
