@@ -112,9 +112,6 @@ class Renderer:
         self.tokenizer = tokenizer
         chosen, self.origin = _choose_template(tokenizer)
         self.template = of_one_day(chosen)
-        if self.origin.startswith("the tokenizer's"):
-            named = tokenizer.special_tokens_map
-            try_template(self.template, tuple((name, str(token)) for name, token in named.items()))
         self.marked = has_generation_markers(self.template)
         specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._specials = sorted(
@@ -326,11 +323,14 @@ def _choose_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
                 fix="set eos_token in tokenizer_config.json",
             )
         return FALLBACK_TEMPLATE, "fallback (the tokenizer has no chat template)"
+    named = tokenizer.special_tokens_map
+    try_template(str(template), tuple((name, str(token)) for name, token in named.items()))
     if has_generation_markers(template):
         return str(template), "the tokenizer's, with generation markers"
     try:
-        known = get_training_chat_template(tokenizer)
-    except ValueError:  # TRL knows no marked version of it
+        with within(SECONDS):
+            known = get_training_chat_template(tokenizer)
+    except Exception:  # TRL knows no marked version of it, or it fails where TRL renders it, and will again
         known = None
     if known is not None:
         return known, "TRL's marked version of the tokenizer's"

@@ -214,6 +214,8 @@ def held_out_rows(parts: Parts, data_path: Path | None = None) -> Fitted:
     """The run's own held-out rows, or those of another file read by the run's recipe."""
     if data_path is None:
         rows = [from_saved(line) for line in parts.run.read_lines("test.jsonl")]
+        if not rows:
+            raise RunError(expected=f"held-out rows in {parts.run.test_rows}", found="none", fix="restore the file")
     else:
         rows = read_rows_of(parts.recipe.data, str(data_path), like=parts.source)
         rows = ask_held_out(rows, parts.askers)

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ift_peft.errors import ModelError, first_line
-from ift_peft.plain_files import home_of
+from ift_peft.plain_files import home_of, read_text
 
 TINY = Path(__file__).resolve().parent / "tiny"
 _SAMPLES = 16  # places read in each weight file for the fingerprint
@@ -86,7 +86,26 @@ def locate_base(model: str, *, revision: str | None = None) -> BaseLocation:
             found=f"only pickled ones ({', '.join(others)}), which can run code" if others else "no weights",
             fix="convert them where you trust them: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)",
         )
+    _check_index(folder)
     return BaseLocation(model, folder, revision)
+
+
+def _check_index(folder: Path) -> None:
+    """Raises `ModelError` where the index of a base names shards that are not files of the base's own folder."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        names = set(json.loads(read_text(index))["weight_map"].values())
+        wrong = sorted(name for name in names if Path(name).name != name or not name.endswith(".safetensors"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        names, wrong = set(), [first_line(error)]
+    if wrong or not names:
+        raise ModelError(
+            expected=f"plain names of files of safetensors in {index}",
+            found=f"{(wrong or ['none'])[0]:.200}",
+            fix="download the base again, or write it with save_pretrained",
+        )
 
 
 def _download(model: str, revision: str | None) -> Path:

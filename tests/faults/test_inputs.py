@@ -112,7 +112,7 @@ def pipe(folder: Path) -> Path:
 
 
 def shut(folder: Path) -> Path:
-    path = folder / "shut.jsonl"
+    path = folder / "train-shut.jsonl"
     path.write_text(GOOD, "utf-8")
     path.chmod(0)
     return path
@@ -177,8 +177,8 @@ ROWS = [
     Case("a link in a folder to nothing", inside(lambda d: (d / "train-2.jsonl").symlink_to("gone")), 3, ("train-2.jsonl", "No such file")),
     Case("a link to itself", link("rows.jsonl", "rows.jsonl"), 3, ("rows.jsonl",)),
     Case("a folder called .jsonl", lambda f: (f / "x.jsonl").mkdir() or f / "x.jsonl", 3, ("found none",), fast=False),
-    Case("a file that may not be read", shut, 3, ("Permission denied", "shut.jsonl"), before=as_nobody),
-    Case("a file in a folder that may not be read", inside(shut), 3, ("Permission denied", "shut.jsonl"), before=as_nobody, fast=False),
+    Case("a file that may not be read", shut, 3, ("Permission denied", "train-shut.jsonl"), before=as_nobody),
+    Case("a file in a folder that may not be read", inside(shut), 3, ("Permission denied", "train-shut.jsonl"), before=as_nobody, fast=False),
     Case("a file in a folder whose name is not UTF-8", inside(badly_named), 3, ("\\udcff", "not in UTF-8")),
     Case("an address", lambda f: "https://example.com/rows.jsonl", 3, ("the address", "download it first")),
     Case("a name of 5,000 characters", lambda f: "a" * 5000, 3, ("name a file, a folder",)),
