@@ -23,7 +23,13 @@ from ift_peft.infer.parity import parity_faults
 from ift_peft.infer.stacked import StackedAdapters
 from ift_peft.model.base import ClassHead, LoadedBase, load_section, quiet
 from ift_peft.model.initialise import whole_in_float32
-from ift_peft.model.tokenizer import BaseLocation, ensure_pad_token, load_tokenizer, locate_base
+from ift_peft.model.tokenizer import (
+    BaseLocation,
+    ensure_pad_token,
+    load_tokenizer,
+    locate_base,
+    require_known_tokens,
+)
 from ift_peft.recipe import Recipe
 from ift_peft.run_dir import ADAPTER_FILES, RunDir
 from ift_peft.sections import Quantization
@@ -74,12 +80,20 @@ class Parts:
     def askers(self) -> list[Asker]:
         return askers(self.recipe.data)
 
+    @cached_property
+    def _more_tokens(self) -> bool:
+        """Whether the tokenizer has tokens that the base may have no row for."""
+        config = self.location.config()
+        return len(self.tokenizer) > int(config.get("vocab_size") or 0)
+
     def fit_question(self, question: Question) -> tuple[Question, bool]:
         """The question as it may be asked, shortened like a training row if it must be; True if it was."""
         longest = max(self.labels, key=len) if self.labels else "…"
         answer = {"role": "assistant", "content": longest}
         row = Row((*question.messages, answer), "the given text", text=question.text)
         fitted = fit_rows([row], self.renderer, max_length=self.max_length, overlong="truncate")
+        if self._more_tokens:
+            require_known_tokens(fitted.rendered[0].input_ids, self.location, self.tokenizer, where="the given text")
         return Question(fitted.rows[0].prompt, fitted.rows[0].text), bool(fitted.fit.truncated)
 
     def fit_prompt(self, question: Question) -> tuple[tuple[Message, ...], bool]:

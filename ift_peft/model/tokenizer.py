@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,14 +129,31 @@ def _download(model: str, revision: str | None) -> Path:
     )
 
 
+def require_known_tokens(ids: Sequence[int], location: BaseLocation, tokenizer: Any, *, where: str) -> None:
+    """Raises `ModelError` for a token that the tokenizer has and the base no row of its embedding for.
+
+    Some published bases have such tokens, for images; none of them may stand in a text.
+    """
+    config = location.config()
+    inner = config.get("text_config")
+    rows = config.get("vocab_size") or (inner.get("vocab_size") if isinstance(inner, dict) else None)
+    unknown = max(ids, default=0)
+    if isinstance(rows, int) and unknown >= rows:
+        raise ModelError(
+            expected=f"tokens below {rows:,}, the rows of its embedding, from the tokenizer of {location.folder}",
+            found=f"{tokenizer.convert_ids_to_tokens([unknown])[0]!r} ({unknown:,}) in {where}",
+            fix="take the token out of tokenizer.json or out of the text, or give a base with a row for it",
+        )
+
+
 def load_tokenizer(location: BaseLocation) -> PreTrainedTokenizerBase:
     """The base's tokenizer. Raises `ModelError` where it cannot be loaded without running code of its own."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(location.folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # tokenizers raises Exception itself, transformers what its files lead to
         raise ModelError(
             expected=f"a tokenizer in {location.folder}",
-            found=first_line(error),
+            found=f"{first_line(error):.300}",
             fix="give a folder with tokenizer.json and tokenizer_config.json",
         ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)

@@ -26,7 +26,13 @@ from ift_peft.evaluate.probes import Probe, make_probes
 from ift_peft.model.adapter import check_adapter
 from ift_peft.model.base import positions, skeleton
 from ift_peft.model.reach import reach
-from ift_peft.model.tokenizer import BaseLocation, ensure_pad_token, load_tokenizer, locate_base
+from ift_peft.model.tokenizer import (
+    BaseLocation,
+    ensure_pad_token,
+    load_tokenizer,
+    locate_base,
+    require_known_tokens,
+)
 from ift_peft.recipe import Recipe
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir
@@ -120,7 +126,11 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
         progress=reporter.advance,
     )
     reporter.finish()
+    for ids in train.dataset["input_ids"] if len(tokenizer) > bare.get_input_embeddings().num_embeddings else ():
+        require_known_tokens(ids, location, tokenizer, where="a training row")
     test = fit_rows(test_rows, renderer, max_length=max_length, overlong=data.overlong)
+    for held_out in test.rendered if len(tokenizer) > bare.get_input_embeddings().num_embeddings else ():
+        require_known_tokens(held_out.input_ids, location, tokenizer, where="a held-out row")
     validation = None
     if validation_rows:
         asked = ask_held_out(validation_rows, by_source)

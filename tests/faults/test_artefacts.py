@@ -32,7 +32,7 @@ from tests.train.small import write_small
 
 Change = Callable[[Path], object]
 LORA_A = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
-ALL = ("predict", "evaluate", "merge", "combine", "export", "compare")
+ALL = ("predict", "evaluate", "merge", "combine", "export")
 
 
 class Evil:
@@ -196,7 +196,7 @@ def test_run(fault: str, expected: str, case: Case, trained: Path, tmp_path: Pat
     case.change(run)
     if case.recorded:
         recorded_again(run)
-    more = {"predict": ("好",), "combine": (str(trained), "--output-name", "x"), "export": ("--to", "peft"), "compare": (str(trained),)}  # fmt: skip
+    more = {"predict": ("好",), "combine": (str(trained), "--output-name", "x"), "export": ("--to", "peft")}  # fmt: skip
     seen = []
     for command in case.commands:
         ended = ift(command, str(run), *more.get(command, ()), cwd=tmp_path)
