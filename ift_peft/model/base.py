@@ -331,7 +331,7 @@ def _transpose_back(model: PreTrainedModel) -> None:
 
 
 def read_config(location: BaseLocation, **settings: Any) -> Any:
-    """The base's configuration, with `settings` in the place of its own. Raises `ModelError`; runs no code of a base."""
+    """The base's configuration, with `settings` in the place of its own. Raises `ModelError`; runs none of its code."""
     try:
         with quiet():
             return AutoConfig.from_pretrained(

@@ -210,6 +210,32 @@ def test_run(fault: str, expected: str, case: Case, trained: Path, tmp_path: Pat
     observed("; ".join(seen) + told)
 
 
+TEXTS = {
+    "half of a surrogate pair in a text to answer": '{"text": "好"}\n{"text": "\\ud800"}\n',
+    "a NUL in a message to answer": '{"messages": [{"role": "user", "content": "a\\u0000"}]}\n',
+    "10,000 lists inside each other to answer": "[" * 10_000 + "\n",
+}
+
+
+@pytest.mark.fault("inputs", "{fault}", expected="exit 3, naming the line, before a model is loaded")
+@pytest.mark.parametrize("fault", TEXTS)
+def test_texts_to_answer(fault: str, trained: Path, tmp_path: Path, observed: Observed) -> None:
+    (tmp_path / "texts.jsonl").write_text(TEXTS[fault], "utf-8")
+    ended = ift("predict", str(trained), "--input", "texts.jsonl", cwd=tmp_path)
+    assert not ended.crashed, ended.err
+    assert (ended.code, ended.out) == (3, "")
+    assert f"texts.jsonl:{TEXTS[fault].count(chr(10))}" in ended.err
+    observed(f"exit 3: {ended.told[:140]}")
+
+
+@pytest.mark.fault("inputs", "orders for the terminal in a text that is answered", expected="unchanged in a pipe")
+def test_orders_in_a_pipe(trained: Path, tmp_path: Path, observed: Observed) -> None:
+    ended = ift("predict", str(trained), "\x1b[31m好", cwd=tmp_path)
+    assert ended.code == 0, ended.err
+    assert ended.out.rstrip("\n").endswith("\t\x1b[31m好")
+    observed("the text as it was given; a terminal gets \\x1b[31m")
+
+
 def template(content: str) -> Change:
     return text("chat_template.jinja", content)
 
