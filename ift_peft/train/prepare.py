@@ -95,6 +95,7 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
     if renderer.origin.startswith("fallback"):
         notes.append("the tokenizer has no chat template; 'User: …\\nAssistant: …' is used, and saved with the adapter")
     bare = skeleton(location, recipe.base.head)
+    more_tokens = len(tokenizer) > len(bare.get_input_embeddings().weight)
     check_adapter(recipe.adapter, bare, quantization=recipe.base.quantization)
     max_length = choose_max_length(recipe, positions(bare.config))
     notes += reach(bare, recipe.adapter, head=recipe.base.head)
@@ -126,10 +127,10 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
         progress=reporter.advance,
     )
     reporter.finish()
-    for ids in train.dataset["input_ids"] if len(tokenizer) > bare.get_input_embeddings().num_embeddings else ():
+    for ids in train.dataset["input_ids"] if more_tokens else ():
         require_known_tokens(ids, location, tokenizer, where="a training row")
     test = fit_rows(test_rows, renderer, max_length=max_length, overlong=data.overlong)
-    for held_out in test.rendered if len(tokenizer) > bare.get_input_embeddings().num_embeddings else ():
+    for held_out in test.rendered if more_tokens else ():
         require_known_tokens(held_out.input_ids, location, tokenizer, where="a held-out row")
     validation = None
     if validation_rows:
