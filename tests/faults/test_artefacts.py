@@ -292,7 +292,7 @@ BASES = [
     Case("weights cut off", lambda base: os.truncate(base / "model.safetensors", 5000), 4, (), ("train",), fast=False),
     Case("shards outside the folder of the base", index("../outside.safetensors"), 4, ("plain names",), ("train",)),
     Case("shards by absolute paths", index("{}/outside.safetensors"), 4, ("plain names",), ("train",), fast=False),
-    Case("a template that reaches for Python", template(WELL + "{{ ''.__class__.__mro__[1].__subclasses__() }}"), 3, ("a chat template that takes these messages",), ("check", "train")),
+    Case("a template that reaches for Python", template(WELL + "{{ ''.__class__.__mro__[1].__subclasses__() }}"), 3, ("a chat template that takes these messages",), ("check",)),
     Case("a template that calls the system", template("{{ cycler.__init__.__globals__.os.system('touch pwned') }}" + WELL), 3, ("a chat template that takes",), ("check",)),
     Case("a template that loops for ever", template("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}" + WELL), 4, ("short conversations", "takes more"), ("check",), fast=False),
     Case("a template with a range of 10^12", template("{% for i in range(10**12) %}{% endfor %}" + WELL), 3, ("Range too big",), ("check",)),
