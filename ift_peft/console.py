@@ -3,20 +3,49 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 
 _WIDTH = None if "COLUMNS" in os.environ or sys.stdout.isatty() else 120  # rich wraps tables in a pipe at 80
 out = Console(soft_wrap=True, highlight=False, width=_WIDTH)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 PLAIN_EVERY_SECONDS = 10.0
+# What a terminal takes as an order, in texts and names of files that came from anywhere, and what it cannot be sent.
+_ORDERS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """`text` with control characters, but tabs and line ends, as they are written in a string: \\x1b."""
+    return _ORDERS.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+class _Visible:
+    """Something to print, whose texts are made `visible`; the styles that rich adds stay what they are."""
+
+    def __init__(self, renderable: ConsoleRenderable) -> None:
+        self.renderable = renderable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for one in console.render(self.renderable, options):
+            yield one if one.control else Segment(visible(one.text), one.style)
+
+
+class _MakeVisible(RenderHook):
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Visible(one) for one in renderables]
+
+
+for _console in (out, err):
+    _console.push_render_hook(_MakeVisible())
 
 
 class ConsoleReporter:
@@ -194,5 +223,6 @@ def _print_confusion(confusion: dict[str, Any]) -> None:
 
 
 def stream(text: str) -> None:
-    sys.stdout.write(text)
+    """Write an answer: unchanged into a file or pipe, with no orders for it to a terminal."""
+    sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()

@@ -7,21 +7,21 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ift_peft.adapter_methods import COMBINES
 from ift_peft.errors import Faults, IftPeftError, RecipeError, raise_all
+from ift_peft.plain_files import NOT_TEXT, is_file
 from ift_peft.recipe_faults import method_faults, schema_faults, training_faults
 from ift_peft.recipe_files import YAML_SUFFIXES, anchor_paths, read_pools
 from ift_peft.sections import Adapter, Base, Data, Evaluation, Loss, Section
 from ift_peft.selection import Tune, Validation
 from ift_peft.stages import AT_ONCE, OF_ALL, TOGETHER, Merging, Pipeline, fields_of, holes, in_order
-from ift_peft.yaml_source import Location, YamlSource, laid_over, read_yaml
+from ift_peft.yaml_source import Location, YamlSource, dump_yaml, laid_over, read_yaml
 
 
 class Recipe(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
     description: str = ""
     base: Base = Base()
     adapter: Adapter = Adapter()
@@ -109,7 +109,7 @@ def find_recipe(name: str) -> Path:
     if name in shipped:
         return shipped[name]
     path = Path(name)
-    if path.suffix in YAML_SUFFIXES or path.is_file():
+    if path.suffix in YAML_SUFFIXES or is_file(path):
         return path
     near = difflib.get_close_matches(name, shipped, n=1)
     raise RecipeError(
@@ -144,7 +144,7 @@ def _read(path: Path, *, extended: tuple[Path, ...]) -> YamlSource:
         return source
     chain = (*extended, path.resolve())
     beside = path.parent / str(parent)
-    below = find_recipe(str(beside) if beside.is_file() else str(parent))
+    below = find_recipe(str(beside) if is_file(beside) else str(parent))
     if below.resolve() in chain:
         raise RecipeError(
             expected="recipes that end in one that extends none", found=f"{parent!r} at {path} again", fix="break it"
@@ -154,7 +154,8 @@ def _read(path: Path, *, extended: tuple[Path, ...]) -> YamlSource:
 
 def validate(source: YamlSource) -> Recipe:
     """A `Recipe` of parsed YAML. Raises `Faults` holding a `RecipeError` for every fault."""
-    faults: list[IftPeftError] = []
+    faults: list[IftPeftError] = list(_text_faults(source.values, (), source))
+    raise_all(faults)
     recipe: Recipe | None = None
     try:
         recipe = Recipe.model_validate(source.values)
@@ -173,6 +174,19 @@ def validate(source: YamlSource) -> Recipe:
     raise_all(faults)
     assert recipe is not None
     return recipe
+
+
+def _text_faults(value: Any, location: Location, source: YamlSource) -> Iterable[RecipeError]:
+    """Words that cannot be written down again, as paths of files whose names are not in UTF-8."""
+    if isinstance(value, str) and (wrong := NOT_TEXT.search(value)):
+        yield RecipeError(
+            expected=f"{'.'.join(map(str, location))} in characters that UTF-8 has",
+            found=f"{wrong[0]!a} in {value!a:.200} at {source.where(location)}",
+            fix="rename the file or folder" if "udc" in ascii(wrong[0]) else "repair the text",
+        )
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, inner in entries:
+        yield from _text_faults(inner, (*location, key), source)
 
 
 def stage_recipes(recipe: Recipe, source: YamlSource | None = None) -> dict[str, Recipe]:
@@ -391,4 +405,4 @@ def _validation_faults(recipe: Recipe, validation: Validation, source: YamlSourc
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML; loading it gives an equal recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), allow_unicode=True, sort_keys=False, width=100)
+    return dump_yaml(recipe.model_dump(mode="json"))

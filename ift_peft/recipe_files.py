@@ -9,9 +9,10 @@ from typing import Any
 import yaml
 
 from ift_peft.errors import IftPeftError, RecipeError, first_line, raise_all
+from ift_peft.plain_files import home_of, read_text
 from ift_peft.sections import DATA_SUFFIXES
 from ift_peft.stages import AT_ONCE, OF_ALL, TOGETHER
-from ift_peft.yaml_source import YamlSource
+from ift_peft.yaml_source import LARGEST, YamlSource, parse_value
 
 YAML_SUFFIXES = (".yaml", ".yml")
 
@@ -24,11 +25,18 @@ def anchor_paths(values: dict[str, Any], folder: Path, *, in_file: bool) -> None
         value = entries[key]
         if value in ("tiny", "builtin"):
             continue
-        path = folder / Path(value).expanduser()
+        path = folder / home_of(value)
         is_file_name = path.suffix.lower() in (*DATA_SUFFIXES, *YAML_SUFFIXES)
         names_file = in_file and key not in ("model", "teacher") and is_file_name
-        if path.exists() or names_file:
+        if _exists(path) or names_file:
             entries[key] = str(path.resolve())
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long for a name, or with a NUL
+        return False
 
 
 def _paths(values: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
@@ -88,10 +96,10 @@ def read_pools(values: dict[str, Any], source: YamlSource) -> None:
         if not isinstance(name, str):
             continue
         try:
-            text = Path(name).read_text("utf-8-sig")
+            text = read_text(Path(name), most=LARGEST)
             is_yaml = Path(name).suffix.lower() in YAML_SUFFIXES
             entries[key] = (
-                (yaml.safe_load(text) or []) if is_yaml else [line.strip() for line in text.split("\n") if line.strip()]
+                (parse_value(text) or []) if is_yaml else [line.strip() for line in text.split("\n") if line.strip()]
             )
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             faults.append(

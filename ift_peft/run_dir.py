@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ift_peft.errors import DiskFull, IftPeftError, RunError, first_line
+from ift_peft.plain_files import MiB, read_text
 from ift_peft.recipe import Recipe, dump_recipe, validate
 from ift_peft.yaml_source import read_yaml
 
 PACKAGES = ("ift_peft", "torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "tokenizers")
+LARGEST_RECORD = 1024 * MiB
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 GOES_ON = ("running", "interrupted", "disk_full", "hung")  # statuses of runs that lack nothing but to be gone on with
 UNFINISHED = (*GOES_ON, "out_of_memory", "failed")
@@ -118,15 +120,16 @@ class RunDir:
     def read(self, name: str) -> dict[str, Any]:
         """One of the run's JSON files. Raises `RunError` where it is missing or broken."""
         try:
-            content = json.loads((self.path / name).read_text("utf-8"))
-            found = "" if isinstance(content, dict) else f"{type(content).__name__} instead of an object"
+            content = json.loads(read_text(self.path / name, most=LARGEST_RECORD))
+            if not isinstance(content, dict):
+                raise ValueError(f"{type(content).__name__}, no object")
         except (OSError, ValueError, RecursionError) as error:
-            found = str(error)
-        if found:
             raise RunError(
-                expected=f"{name} in {self.path}", found=found, fix="train again, or give a finished run (ift runs)"
-            )
-        return dict(content)
+                expected=f"{name} in {self.path}",
+                found=str(error),
+                fix="train again, or give a finished run (ift runs)",
+            ) from None
+        return content
 
     def write(self, name: str, content: Any) -> None:
         write_atomically(self.path / name, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
@@ -136,8 +139,18 @@ class RunDir:
 
     def read_lines(self, name: str) -> list[dict[str, Any]]:
         """What `write_lines` wrote. Lines end in a line feed and nowhere else: texts hold other separators (U+2028)."""
-        with (self.path / name).open(encoding="utf-8", newline="\n") as lines:
-            return [json.loads(line) for line in lines]
+        number, found = 0, []
+        try:
+            with (self.path / name).open(encoding="utf-8", newline="\n") as lines:
+                for number, line in enumerate(lines, start=1):  # noqa: B007 - told below
+                    found.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise RunError(
+                expected=f"one JSON object a line in {self.path / name}",
+                found=f"{error!s:.200} at line {number + isinstance(error, UnicodeDecodeError)}",
+                fix="restore the file, or train again",
+            ) from None
+        return found
 
     def append(self, name: str, line: dict[str, Any]) -> None:
         with (self.path / name).open("a", encoding="utf-8") as file:
@@ -161,7 +174,11 @@ class RunDir:
     @property
     def kind(self) -> Kind:
         """What the run made: an adapter of its own, or of several runs, its `parts`, something more."""
-        kind: Kind = self.read("manifest.json").get("kind", "adapter")
+        kind = self.read("manifest.json").get("kind", "adapter")
+        if not isinstance(kind, str) or kind not in MADE:
+            raise RunError(
+                expected=f"a run of the kind {', '.join(MADE)}", found=f"{kind!r:.80} in {self.path}", fix="train again"
+            )
         return kind
 
     @property
@@ -174,6 +191,10 @@ class RunDir:
     def parts(self) -> dict[str, RunDir]:
         """The runs that this one is made of, by name; none where it has an adapter of its own."""
         parts = self.read("manifest.json").get("parts", {})
+        if not isinstance(parts, dict) or not all(isinstance(path, str) for path in parts.values()):
+            raise RunError(
+                expected="parts by name, each a folder", found=f"{parts!r:.80} in {self.path}", fix="train again"
+            )
         return {name: RunDir(Path(os.path.normpath(self.path / path))) for name, path in parts.items()}
 
     @property
@@ -206,7 +227,7 @@ def create_run(recipe: Recipe, root: Path) -> RunDir:
             "versions": versions(),
             "git": git_state(),
             "hardware": hardware(),
-            "command": ["ift", *sys.argv[1:]],
+            "command": ["ift", *(one.encode("utf-8", "backslashreplace").decode() for one in sys.argv[1:])],
             "settings": settings(recipe),
         },
     )

@@ -8,27 +8,64 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.constructor import ConstructorError
 
-from ift_peft.errors import RecipeError, raise_all
+from ift_peft.errors import RecipeError, first_line, raise_all
+from ift_peft.plain_files import NOT_TEXT, MiB, read_text
 
 Location = tuple[str | int, ...]
 
 
+LARGEST = MiB
+MOST_ENTRIES = 100_000  # of a document with every alias in the place of which it stands
+DEEPEST = 64
+
+
 class _Loader(yaml.SafeLoader):
-    """SafeLoader by YAML 1.2's rules where 1.1's surprise: 1e-4 is a number, and yes, no, on, off are words."""
+    """SafeLoader by YAML 1.2's rules where 1.1's surprise.
+
+    1e-4 is a number; yes, no, on, off, 12:30 and 2024-01-31 are words; 010 is ten. What cannot be made a value is a
+    `ConstructorError` that knows its line, whatever PyYAML makes of it.
+    """
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            if isinstance(node, yaml.ScalarNode) and (wrong := NOT_TEXT.search(node.value)):
+                raise ValueError(f"{wrong[0]!a}, which no text holds")
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
+            raise ConstructorError(None, None, first_line(error), node.start_mark) from None
+
+    def construct_decimal(self, node: Any) -> int:
+        return int(str(self.construct_scalar(node)).replace("_", ""), 0 if _PREFIXED.match(node.value) else 10)
 
 
-_BOOL = "tag:yaml.org,2002:bool"
+_PREFIXED = re.compile(r"^[-+]?0[bx]", re.IGNORECASE)
+_BOOL, _INT, _FLOAT, _TIME = (f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp"))
+_EXPONENT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in rules if tag != _BOOL]
+    first: [(tag, pattern) for tag, pattern in rules if tag not in (_BOOL, _INT, _FLOAT, _TIME)]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(_INT, re.compile(r"^[-+]?(?:\d[\d_]*|0b[01_]+|0x[\da-fA-F_]+)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    _FLOAT,
+    re.compile(r"^[-+]?(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"),
     list("-+0123456789."),
 )
+_Loader.add_implicit_resolver(_FLOAT, _EXPONENT, list("-+0123456789."))
+_Loader.add_constructor(_INT, _Loader.construct_decimal)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes words that `_Loader` would read as numbers, and repeats values instead of naming them."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.add_implicit_resolver(_FLOAT, _EXPONENT, list("-+0123456789."))
 
 
 @dataclass
@@ -93,17 +130,57 @@ def laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """One YAML value."""
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader subclass
+    """One YAML value. Raises `yaml.YAMLError`, for what is nested too deeply or repeats itself without end too."""
+    return _parse(text)[1]
+
+
+def dump_yaml(values: Any) -> str:
+    """YAML from which `parse_value` makes the same values."""
+    text: str = yaml.dump(values, Dumper=_Dumper, allow_unicode=True, sort_keys=False, width=100)
+    return text
+
+
+def _parse(text: str) -> tuple[yaml.Node | None, Any]:
+    """A document's node and value; a few lines of aliases may stand for more than memory holds, and are counted."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None, None
+        _check_size(node)
+        return node, loader.construct_document(node)
+    except RecursionError:
+        raise yaml.YAMLError(f"more than {DEEPEST} lists and mappings inside each other") from None
+    finally:
+        loader.dispose()
+
+
+def _check_size(root: yaml.Node) -> None:
+    """Raises `ConstructorError` at the node with which a document gets too deep or, its aliases followed, too long."""
+    entries, left = 0, [(root, 0)]
+    while left:
+        node, depth = left.pop()
+        entries += 1
+        for most, what in (
+            (entries > MOST_ENTRIES, f"{MOST_ENTRIES:,} entries"),
+            (depth > DEEPEST, f"{DEEPEST} levels"),
+        ):
+            if most:
+                raise ConstructorError(None, None, f"more than {what}, counting what & and * repeat", node.start_mark)
+        if isinstance(node, yaml.SequenceNode):
+            left += [(one, depth + 1) for one in node.value]
+        elif isinstance(node, yaml.MappingNode):
+            left += [(one, depth + 1) for pair in node.value for one in pair]
 
 
 def read_yaml(path: Path) -> YamlSource:
     """Parse a YAML file whose top level is a mapping.
 
-    Raises `RecipeError` for a missing file, bad UTF-8, bad syntax, a non-mapping, and (all at once) repeated keys.
+    Raises `RecipeError` for a missing file, one that is no ordinary file or too large, bad UTF-8, bad syntax, a
+    non-mapping, and (all at once) repeated keys.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_text(path, most=LARGEST)
     except OSError as error:
         raise RecipeError(
             expected=f"a readable recipe at {path}", found=error.strerror or str(error), fix="check the path"
@@ -115,8 +192,7 @@ def read_yaml(path: Path) -> YamlSource:
             fix="save the file as UTF-8",
         ) from None
     try:
-        node = yaml.compose(text, Loader=_Loader)
-        values = yaml.load(text, Loader=_Loader)  # noqa: S506
+        node, values = _parse(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)

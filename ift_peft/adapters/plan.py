@@ -21,6 +21,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from ift_peft.adapters.checkpoint import Stored, stored_tensors, tensors_of
 from ift_peft.errors import IftPeftError, MergeError, raise_all
+from ift_peft.infer.adapter_files import told_as_ours
 from ift_peft.model.base import ClassHead, quiet, skeleton
 from ift_peft.model.tokenizer import BaseLocation
 
@@ -79,7 +80,7 @@ def why_in_memory(location: BaseLocation, adapter: Path, *, head: ClassHead | No
     converters = [one for one in get_model_conversion_mapping(bare) if isinstance(one, WeightConverter)]
     if any(rename_source_key(key, [], converters)[1] for key in stored_tensors(location.folder)):
         return f"{type(bare).__name__} is stored in another form than it is run in"
-    model = _with_adapter(bare, config)
+    model = _with_adapter(bare, config, adapter)
     kinds = {type(module) for module in model.modules() if isinstance(module, BaseTunerLayer)}
     unknown = tuple(sorted(kind.__name__ for kind in kinds if kind not in (Linear, Embedding)))
     return f"the adapter is on modules that PEFT wraps as {', '.join(unknown)}" if unknown else None
@@ -96,7 +97,7 @@ def plan_merge(location: BaseLocation, adapter: Path, *, head: ClassHead | None)
     faults: list[IftPeftError] = []
     places, left_out = _places(bare, stored_tensors(location.folder), expected, faults)
     tied = {target: source for target, source in bare.all_tied_weights_keys.items() if target in expected}
-    model = _with_adapter(bare, PeftConfig.from_pretrained(str(adapter)))
+    model = _with_adapter(bare, PeftConfig.from_pretrained(str(adapter)), adapter)
     weights = {}
     for name, stored in places.items():
         weights[name] = Weight(name, _key(stored.key, name), expected[name], stored)
@@ -118,7 +119,7 @@ def check_tensors(location: BaseLocation, adapter: Path, *, head: ClassHead | No
 
     Raises `Faults` or `MergeError` holding one for each that is not there, not known or of another shape.
     """
-    model = _with_adapter(_skeleton(location, head), PeftConfig.from_pretrained(str(adapter)))
+    model = _with_adapter(_skeleton(location, head), PeftConfig.from_pretrained(str(adapter)), adapter)
     faults: list[IftPeftError] = []
     _match_tensors(model, adapter, faults)
     raise_all(faults)
@@ -130,11 +131,11 @@ def _skeleton(location: BaseLocation, head: ClassHead | None) -> PreTrainedModel
     return skeleton(location, "sequence-classification", settings=head.settings())
 
 
-def _with_adapter(model: PreTrainedModel, config: PeftConfig) -> Any:
+def _with_adapter(model: PreTrainedModel, config: PeftConfig, folder: Path) -> Any:
     if isinstance(config, LoraConfig):
         config.init_lora_weights = False  # nothing to initialise: there are no weights
     config.base_model_name_or_path = None
-    with quiet(), torch.device("meta"):
+    with quiet(), torch.device("meta"), told_as_ours(folder):
         return get_peft_model(model, config).eval()
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, ParamSpec
 
 import typer
 
-from ift_peft.errors import IftPeftError, RunError
+from ift_peft.errors import IftPeftError, OutOfMemory, RunError
 
 P = ParamSpec("P")
 RUNS = Path("runs")
@@ -94,6 +94,15 @@ def errors_to_exit_codes(command: Callable[P, None]) -> Callable[P, None]:
             )
             print_error(told)
             raise typer.Exit(told.exit_code) from None
+        except MemoryError:
+            print_error(
+                OutOfMemory(
+                    expected=f"memory for ift {command.__name__}",
+                    found="none left",
+                    fix="give smaller files or rows, or a machine with more",
+                )
+            )
+            raise typer.Exit(OutOfMemory.exit_code) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
         finally:

@@ -91,18 +91,15 @@ def _check(loaded: Recipe, *, rows: int) -> dict[str, Any]:
 
 def _tokenizing(recipe: Recipe) -> tuple[TokenRenderer, int | None]:
     """How the recipe's base renders rows, and how long they may be. Loads no weights."""
-    from transformers import AutoConfig
-
     from ift_peft.data.classify import make_renderer
-    from ift_peft.model.base import positions, quiet
+    from ift_peft.model.base import positions, read_config
     from ift_peft.model.tokenizer import ensure_pad_token, load_tokenizer, locate_base
     from ift_peft.train.arguments import choose_max_length
 
     location = locate_base(recipe.base.model, revision=recipe.base.revision)
     tokenizer = load_tokenizer(location)
     ensure_pad_token(tokenizer)
-    with quiet():
-        config = AutoConfig.from_pretrained(location.folder, trust_remote_code=False, local_files_only=True)
+    config = read_config(location)
     renderer = make_renderer(tokenizer, head=recipe.base.head, classes=recipe.data.label_words)
     return renderer, choose_max_length(recipe, positions(config))
 

@@ -21,6 +21,7 @@ from ift_peft.cli.app import (
     require_ensemble,
 )
 from ift_peft.errors import DataError, IftPeftError, RunError
+from ift_peft.plain_files import NOT_TEXT
 
 if TYPE_CHECKING:
     from ift_peft.infer.load import Parts, Question
@@ -172,7 +173,7 @@ def _items_of_file(path: Path) -> list[dict[str, Any]]:
         fault = _fault_of_item(record.values)
         if fault is not None:
             faults.append(
-                DataError(expected=fault, found=f"{', '.join(record.values)} at {record.where}", fix="repair it")
+                DataError(expected=fault, found=f"{', '.join(record.values):.200} at {record.where}", fix="repair it")
             )
     raise_faults(faults)
     return [record.values for record in records]
@@ -181,11 +182,16 @@ def _items_of_file(path: Path) -> list[dict[str, Any]]:
 def _fault_of_item(item: dict[str, Any]) -> str | None:
     """What was expected of an item of a file, if it is not that. The answer itself must not be part of the question."""
     if "messages" not in item:
-        return None if isinstance(item.get("text"), str) else "text or messages"
+        text = item.get("text")
+        return (
+            "text or messages" if not isinstance(text, str) else "whole characters" if NOT_TEXT.search(text) else None
+        )
     messages = item["messages"]
     whole = isinstance(messages, list) and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
     )
+    if whole and any(NOT_TEXT.search(m["content"]) for m in messages):
+        return "whole characters"
     return (
         None
         if whole and messages and messages[-1]["role"] == "user"

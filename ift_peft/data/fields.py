@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -31,9 +32,15 @@ def string(values: dict[str, Any], key: str) -> str:
 def cell(values: dict[str, Any], column: str | int) -> Any:
     """The value of a column: under that very name, else at that path through objects and lists, as `answers.0.text`.
 
-    Raises `RecordFault` where there is neither.
+    Raises `RecordFault` where there is neither, and for NaN and infinity, as which some tools store what is missing.
     """
-    key = str(column)
+    value = _cell(values, str(column))
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecordFault(f"a value under {column!r}", str(value), "fill or remove the row")
+    return value
+
+
+def _cell(values: dict[str, Any], key: str) -> Any:
     if key in values:
         return values[key]
     first, *rest = parts = key.split(".")
@@ -41,7 +48,7 @@ def cell(values: dict[str, Any], column: str | int) -> Any:
         near = _nearest(key, [*values, *(".".join((str(name), *rest)) for name in values)])
         raise RecordFault(
             f"a column {key!r}",
-            f"columns {', '.join(map(str, values))}",
+            f"columns {', '.join(map(str, values)):.300}",
             f"did you mean {near!r}?" if near else "set data.columns, or data.header=false for a file without a header",
         )
     value: Any = values

@@ -11,6 +11,7 @@ from ift_peft.data.fields import RecordFault, cell, kind, string, text_of, unfol
 from ift_peft.data.row import Message, Row, ask
 from ift_peft.data.sources import Record
 from ift_peft.errors import DataError, IftPeftError
+from ift_peft.plain_files import NOT_TEXT
 from ift_peft.sections import Columns, Data
 from ift_peft.stages import HOLE
 
@@ -32,6 +33,12 @@ def to_rows(records: Iterable[Record], data: Data, faults: list[IftPeftError]) -
     for record in records if data.records is None else unfold(records, data.records, faults):
         try:
             rows.append(to_row(record, data))
+        except RecursionError:
+            faults.append(
+                DataError(
+                    expected="a row", found=f"lists nested too deeply at {record.where}", fix="repair or remove the row"
+                )
+            )
         except RecordFault as fault:
             expected, found, fix = fault.args
             faults.append(DataError(expected=expected, found=f"{found} at {record.where}", fix=fix))
@@ -75,7 +82,7 @@ def _detect(values: dict[str, Any], data: Data) -> str:
             fix += f"; rows that lie inside {name!r}: data.records={f'{data.records}.' if data.records else ''}{name}"
     raise RecordFault(
         "messages, conversations, prompt + completion or response, instruction + output, or text + label",
-        f"columns {', '.join(map(str, values))}",
+        f"columns {', '.join(map(str, values)):.300}",
         fix,
     )
 
@@ -112,7 +119,9 @@ def _from_sharegpt(record: Record, data: Data) -> Row:
         role = _SHAREGPT_ROLES.get(str(turn.get("from")))
         if role is None:
             raise RecordFault(
-                f"from to be one of {', '.join(_SHAREGPT_ROLES)}", repr(turn.get("from")), "rename or remove the turn"
+                f"from to be one of {', '.join(_SHAREGPT_ROLES)}",
+                f"{turn.get('from')!r:.200}",
+                "rename or remove the turn",
             )
         messages.append({"role": role, "content": string(turn, "value")})
     begun = bool(messages) and messages[0]["role"] == "system"
@@ -219,9 +228,15 @@ def _label(value: Any, data: Data) -> str:
             return labels[int(stored)]
     raise RecordFault(
         f"a label out of {', '.join(labels)}" + (f" or 0 to {len(labels) - 1}" if numbered else ""),
-        repr(value),
+        _quoted(value),
         "add it to data.labels, or repair the row",
     )
+
+
+def _quoted(value: Any) -> str:
+    """A stored value as faults show it: its beginning, where it is long."""
+    told = repr(value)
+    return told if len(told) <= 200 else f"{told[:200]}… ({len(told):,} characters)"
 
 
 def _check(messages: Sequence[Message]) -> None:
@@ -232,15 +247,14 @@ def _check(messages: Sequence[Message]) -> None:
             "add the answer",
         )
     for message in messages:
-        try:
-            message["content"].encode()
-        except UnicodeEncodeError as error:
-            raise RecordFault(
-                "whole characters", f"half of a surrogate pair, {error.object[error.start]!a},", "repair the text"
-            ) from None
+        if wrong := NOT_TEXT.search(message["content"]):
+            what = "the character U+0000" if wrong[0] == "\0" else f"half of a surrogate pair, {wrong[0]!a},"
+            raise RecordFault("whole characters", what, "repair the text")
     unknown = [message["role"] for message in messages if message["role"] not in ROLES]
     if unknown:
-        raise RecordFault(f"roles out of {', '.join(ROLES)}", ", ".join(sorted(set(unknown))), "rename the role")
+        raise RecordFault(
+            f"roles out of {', '.join(ROLES)}", f"{', '.join(sorted(set(unknown))):.200}", "rename the role"
+        )
     if len(messages) < 2 or all(message["role"] != "user" for message in messages):
         raise RecordFault("a user message before the answer", "none", "add the question")
     if any(message["role"] == "assistant" and not message["content"].strip() for message in messages):

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from ift_peft.data.row import Message
-from ift_peft.errors import DataError, ModelError
+from ift_peft.data.template import SECONDS, TooSlow, of_one_day, try_template, within
+from ift_peft.errors import DataError, ModelError, first_line
 
 IGNORE = -100
 
@@ -110,7 +110,8 @@ class Renderer:
                 fix="convert it: AutoTokenizer.from_pretrained(…, use_fast=True).save_pretrained(…)",
             )
         self.tokenizer = tokenizer
-        self.template, self.origin = _choose_template(tokenizer)
+        chosen, self.origin = _choose_template(tokenizer)
+        self.template = of_one_day(chosen)
         self.marked = has_generation_markers(self.template)
         specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._specials = sorted(
@@ -176,16 +177,22 @@ class Renderer:
 
     def _render(self, conversations: Sequence[Sequence[Message]], **options: Any) -> tuple[list[str], list[list[Span]]]:
         try:
-            with _RENDERING:
+            with _RENDERING, within(SECONDS):
                 texts, spans = render_jinja_template(
                     conversations=[list(conversation) for conversation in conversations],
                     chat_template=self.template,
                     **{**self.tokenizer.special_tokens_map, **options},
                 )
-        except jinja2.TemplateError as error:
+        except TooSlow:
+            raise DataError(
+                expected=f"a chat template that renders {len(conversations)} conversations in {SECONDS:.0f} s",
+                found="one that was still at it",
+                fix="correct the chat template in the folder of the base, or use a base that you trust",
+            ) from None
+        except Exception as error:  # a template is a program, and raises what it likes
             raise DataError(
                 expected="a chat template that takes these messages",
-                found=f"{type(error).__name__}: {error}",
+                found=first_line(error),
                 fix="check roles and their order; templates of vision models do not take plain text",
             ) from error
         return list(texts), [list(map(tuple, marks)) for marks in spans]
@@ -316,11 +323,14 @@ def _choose_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
                 fix="set eos_token in tokenizer_config.json",
             )
         return FALLBACK_TEMPLATE, "fallback (the tokenizer has no chat template)"
+    named = tokenizer.special_tokens_map
+    try_template(str(template), tuple((name, str(token)) for name, token in named.items()))
     if has_generation_markers(template):
         return str(template), "the tokenizer's, with generation markers"
     try:
-        known = get_training_chat_template(tokenizer)
-    except ValueError:  # TRL knows no marked version of it
+        with within(SECONDS):
+            known = get_training_chat_template(tokenizer)
+    except Exception:  # TRL knows no marked version of it, or it fails where TRL renders it, and will again
         known = None
     if known is not None:
         return known, "TRL's marked version of the tokenizer's"

@@ -13,6 +13,7 @@ from ift_peft.data.formats import to_rows
 from ift_peft.data.row import Row
 from ift_peft.data.sources import folder_has_split, iter_source, read_source
 from ift_peft.errors import DataError, IftPeftError, raise_all
+from ift_peft.plain_files import NOT_TEXT
 from ift_peft.sections import Data
 from ift_peft.selection import Validation
 
@@ -130,7 +131,21 @@ def to_saved(row: Row) -> dict[str, Any]:
 
 
 def from_saved(values: dict[str, Any]) -> Row:
-    """The row of an object that `to_saved` made."""
+    """The row of an object that `to_saved` made. Raises `DataError` for one that it did not."""
+    messages = values.get("messages") if isinstance(values, dict) else None
+    whole = isinstance(messages, list) and all(
+        isinstance(one, dict) and isinstance(one.get("role"), str) and isinstance(one.get("content"), str)
+        for one in messages
+    )
+    if not whole or not isinstance(values.get("where"), str):
+        raise DataError(
+            expected="a row of {messages, where} as training saves it",
+            found=f"{values!r:.120}",
+            fix="restore the file in the folder of the run, or train again",
+        )
+    faults = [one["content"] for one in values["messages"] if NOT_TEXT.search(one["content"])]
+    if faults:
+        raise DataError(expected="whole characters", found=f"{faults[0]!a:.120}", fix="restore the file of the run")
     return Row(
         tuple(values["messages"]),
         values["where"],

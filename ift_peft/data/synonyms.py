@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from ift_peft.data.protection import HAN, NEGATION
 from ift_peft.errors import DataError, first_line
+from ift_peft.plain_files import read_text
 
 BUILTIN = "builtin"
 _FOLDER = Path(__file__).resolve().parent / "lexicon"
@@ -96,7 +97,7 @@ def _usable(word: str) -> bool:
 
 def _read(path: Path) -> _Reading:
     try:
-        lines = path.read_text("utf-8-sig").splitlines()
+        lines = read_text(path).splitlines()
     except UnicodeDecodeError as error:
         raise DataError(
             expected="a lexicon in UTF-8",

@@ -18,11 +18,18 @@ from ift_peft.data.render import TokenRenderer
 from ift_peft.data.row import Message, Row
 from ift_peft.data.rows import from_saved, read_rows, read_rows_of, set_aside, stream_rows
 from ift_peft.errors import Faults, ModelError, RunError, raise_all
+from ift_peft.infer.adapter_files import add_adapter, load_adapter
 from ift_peft.infer.parity import parity_faults
 from ift_peft.infer.stacked import StackedAdapters
 from ift_peft.model.base import ClassHead, LoadedBase, load_section, quiet
 from ift_peft.model.initialise import whole_in_float32
-from ift_peft.model.tokenizer import BaseLocation, ensure_pad_token, load_tokenizer, locate_base
+from ift_peft.model.tokenizer import (
+    BaseLocation,
+    ensure_pad_token,
+    load_tokenizer,
+    locate_base,
+    require_known_tokens,
+)
 from ift_peft.recipe import Recipe
 from ift_peft.run_dir import ADAPTER_FILES, RunDir
 from ift_peft.sections import Quantization
@@ -73,12 +80,20 @@ class Parts:
     def askers(self) -> list[Asker]:
         return askers(self.recipe.data)
 
+    @cached_property
+    def _more_tokens(self) -> bool:
+        """Whether the tokenizer has tokens that the base may have no row for."""
+        config = self.location.config()
+        return len(self.tokenizer) > int(config.get("vocab_size") or 0)
+
     def fit_question(self, question: Question) -> tuple[Question, bool]:
         """The question as it may be asked, shortened like a training row if it must be; True if it was."""
         longest = max(self.labels, key=len) if self.labels else "…"
         answer = {"role": "assistant", "content": longest}
         row = Row((*question.messages, answer), "the given text", text=question.text)
         fitted = fit_rows([row], self.renderer, max_length=self.max_length, overlong="truncate")
+        if self._more_tokens:
+            require_known_tokens(fitted.rendered[0].input_ids, self.location, self.tokenizer, where="the given text")
         return Question(fitted.rows[0].prompt, fitted.rows[0].text), bool(fitted.fit.truncated)
 
     def fit_prompt(self, question: Question) -> tuple[tuple[Message, ...], bool]:
@@ -110,7 +125,7 @@ def open_parts(run: RunDir) -> Parts:
     tokenizer = load_tokenizer(location)
     ensure_pad_token(tokenizer)
     renderer = make_renderer(tokenizer, head=recipe.base.head, classes=recipe.data.label_words)
-    raise_all(parity_faults(run, location, renderer))
+    raise_all(parity_faults(run, location, renderer, recipe.adapter))
     return Parts(run, recipe, location, renderer, run.read("manifest.json").get("max_length"))
 
 
@@ -155,7 +170,7 @@ def _load_base(
 def _with_adapter(base: Any, parts: Parts, folder: Path | None = None) -> PeftModel:
     folder = folder or parts.run.adapter
     with quiet():
-        model = PeftModel.from_pretrained(base, folder)
+        model = load_adapter(base, folder, parts.recipe.adapter)
         _unrounded(model, folder, "default")
     model.eval()
     return model
@@ -203,7 +218,7 @@ def _with_adapters(base: Any, members: Sequence[Parts]) -> tuple[PeftModel, list
     names = ["default", *(f"member{number}" for number in range(1, len(members)))]
     with quiet():
         for name, parts in zip(names[1:], members[1:], strict=True):
-            model.load_adapter(str(parts.run.adapter), name)
+            add_adapter(model, parts.run.adapter, name, parts.recipe.adapter)
             _unrounded(model, parts.run.adapter, name)
     model.eval()
     return model, names
@@ -213,6 +228,8 @@ def held_out_rows(parts: Parts, data_path: Path | None = None) -> Fitted:
     """The run's own held-out rows, or those of another file read by the run's recipe."""
     if data_path is None:
         rows = [from_saved(line) for line in parts.run.read_lines("test.jsonl")]
+        if not rows:
+            raise RunError(expected=f"held-out rows in {parts.run.test_rows}", found="none", fix="restore the file")
     else:
         rows = read_rows_of(parts.recipe.data, str(data_path), like=parts.source)
         rows = ask_held_out(rows, parts.askers)

@@ -7,33 +7,84 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, Field, ValidationError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ift_peft.data.render import TokenRenderer
 from ift_peft.errors import DataError, IftPeftError, RunError, first_line
+from ift_peft.infer.adapter_files import adapter_faults
 from ift_peft.model.base import quiet
 from ift_peft.model.tokenizer import BaseLocation
 from ift_peft.run_dir import RunDir
+from ift_peft.sections import Adapter
 
 _MOST_LINES = 16  # of a difference
 _LONGEST_LINE = 110
 _CONTEXT = 24  # characters before the first token that differs
 
 
-def parity_faults(run: RunDir, location: BaseLocation, renderer: TokenRenderer) -> list[IftPeftError]:
+def parity_faults(run: RunDir, location: BaseLocation, renderer: TokenRenderer, section: Adapter) -> list[IftPeftError]:
     """Everything in which base, chat template, tokens or adapter are not those of training.
 
     What an older run has not recorded is not checked, or told by its hash alone.
     """
     manifest, golden = run.read("manifest.json"), run.read("golden.json")
+    broken = [
+        *_not_as_written(run, "manifest.json", manifest, _Manifest),
+        *_not_as_written(run, "golden.json", golden, _Golden),
+    ]
+    if broken:
+        return broken
     return [
         *_base(manifest, location),
         *_template(golden, renderer),
         *_tokens(run, golden, renderer),
         *_adapter(manifest, run),
+        *adapter_faults(run.adapter, section),
     ]
+
+
+class _Inputs(BaseModel):
+    base_fingerprint: str
+
+
+class _Base(BaseModel):
+    name: str
+    files: dict[str, dict[str, Any]] = {}
+    config: dict[str, Any] | None = None
+
+
+class _Manifest(BaseModel):
+    """What is read of a manifest here, as `record_inputs` writes it."""
+
+    inputs: _Inputs
+    base: _Base
+    adapter_sha256: dict[str, str] = {}
+    max_length: Annotated[int, Field(gt=0)] | None = None
+
+
+class _Golden(BaseModel):
+    template_sha256: str
+    template: str | None = None
+    messages: Annotated[list[dict[str, str]], Field(min_length=1)]
+    input_ids: list[Annotated[int, Field(ge=0, lt=1 << 31)]]
+    labels: list[Annotated[int, Field(ge=-100, lt=1 << 31)]]
+
+
+def _not_as_written(run: RunDir, name: str, content: dict[str, Any], form: type[BaseModel]) -> Iterator[IftPeftError]:
+    """What somebody has made of a record of the run that no training writes."""
+    try:
+        form.model_validate(content, strict=True)
+    except ValidationError as error:
+        for one in error.errors()[:3]:
+            place = ".".join(map(str, one["loc"]))
+            yield RunError(
+                expected=f"{place} in {run.path / name}",
+                found=f"{one['msg']}: {one['input']!r:.80}",
+                fix="restore the file, or train again",
+            )
 
 
 def _base(manifest: Mapping[str, Any], location: BaseLocation) -> Iterator[IftPeftError]:

@@ -196,7 +196,7 @@ def _from_weights(
 
 def _check_classes(location: BaseLocation, head: ClassHead) -> None:
     """Raise where the base brings a head for other classes, or for the same in another order."""
-    config = AutoConfig.from_pretrained(location.folder, trust_remote_code=False, local_files_only=True)
+    config = read_config(location)
     if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
         return
     own = tuple(config.id2label[number] for number in sorted(config.id2label))
@@ -330,6 +330,21 @@ def _transpose_back(model: PreTrainedModel) -> None:
             model.set_submodule(name, again)
 
 
+def read_config(location: BaseLocation, **settings: Any) -> Any:
+    """The base's configuration, with `settings` in the place of its own. Raises `ModelError`; runs none of its code."""
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(
+                location.folder, trust_remote_code=False, local_files_only=True, **settings
+            )
+    except Exception as error:  # what stands in the file is for any class of transformers to fail on
+        raise ModelError(
+            expected=f"the configuration of a base in {location.folder}",
+            found=f"{first_line(error):.300}",
+            fix="choose a base that the installed transformers knows without code of its own",
+        ) from error
+
+
 def skeleton(
     location: BaseLocation, head: Head = "causal-lm", *, settings: dict[str, Any] | None = None
 ) -> PreTrainedModel:
@@ -340,9 +355,7 @@ def skeleton(
     kind = AutoModelForCausalLM if head == "causal-lm" else AutoModelForSequenceClassification
     with quiet():
         try:
-            config = AutoConfig.from_pretrained(
-                location.folder, trust_remote_code=False, local_files_only=True, **(settings or {})
-            )
+            config = read_config(location, **(settings or {}))
             with torch.device("meta"):
                 return kind.from_config(config, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:

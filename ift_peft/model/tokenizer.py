@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ift_peft.errors import ModelError, first_line
+from ift_peft.plain_files import home_of, read_text
 
 TINY = Path(__file__).resolve().parent / "tiny"
 _SAMPLES = 16  # places read in each weight file for the fingerprint
@@ -71,7 +72,7 @@ def locate_base(model: str, *, revision: str | None = None) -> BaseLocation:
     """
     if model == "tiny":
         return BaseLocation(model, TINY, None)
-    folder = Path(model).expanduser()
+    folder = home_of(model)
     if not folder.is_dir():
         folder = _download(model, revision)
     if not (folder / "config.json").is_file():
@@ -85,7 +86,26 @@ def locate_base(model: str, *, revision: str | None = None) -> BaseLocation:
             found=f"only pickled ones ({', '.join(others)}), which can run code" if others else "no weights",
             fix="convert them where you trust them: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)",
         )
+    _check_index(folder)
     return BaseLocation(model, folder, revision)
+
+
+def _check_index(folder: Path) -> None:
+    """Raises `ModelError` where the index of a base names shards that are not files of the base's own folder."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        names = set(json.loads(read_text(index))["weight_map"].values())
+        wrong = sorted(name for name in names if Path(name).name != name or not name.endswith(".safetensors"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        names, wrong = set(), [first_line(error)]
+    if wrong or not names:
+        raise ModelError(
+            expected=f"plain names of files of safetensors in {index}",
+            found=f"{(wrong or ['none'])[0]:.200}",
+            fix="download the base again, or write it with save_pretrained",
+        )
 
 
 def _download(model: str, revision: str | None) -> Path:
@@ -109,14 +129,31 @@ def _download(model: str, revision: str | None) -> Path:
     )
 
 
+def require_known_tokens(ids: Sequence[int], location: BaseLocation, tokenizer: Any, *, where: str) -> None:
+    """Raises `ModelError` for a token that the tokenizer has and the base no row of its embedding for.
+
+    Some published bases have such tokens, for images; none of them may stand in a text.
+    """
+    config = location.config()
+    inner = config.get("text_config")
+    rows = config.get("vocab_size") or (inner.get("vocab_size") if isinstance(inner, dict) else None)
+    unknown = max(ids, default=0)
+    if isinstance(rows, int) and unknown >= rows:
+        raise ModelError(
+            expected=f"tokens below {rows:,}, the rows of its embedding, from the tokenizer of {location.folder}",
+            found=f"{tokenizer.convert_ids_to_tokens([unknown])[0]!r} ({unknown:,}) in {where}",
+            fix="take the token out of tokenizer.json or out of the text, or give a base with a row for it",
+        )
+
+
 def load_tokenizer(location: BaseLocation) -> PreTrainedTokenizerBase:
     """The base's tokenizer. Raises `ModelError` where it cannot be loaded without running code of its own."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(location.folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # tokenizers raises Exception itself, transformers what its files lead to
         raise ModelError(
             expected=f"a tokenizer in {location.folder}",
-            found=first_line(error),
+            found=f"{first_line(error):.300}",
             fix="give a folder with tokenizer.json and tokenizer_config.json",
         ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)

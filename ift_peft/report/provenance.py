@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
-import yaml
-
 from ift_peft.recipe import Recipe
 from ift_peft.run_dir import RunDir
+from ift_peft.yaml_source import dump_yaml
 
 # Folders before a file's name, but not those of a URL or after another word.
 _FOLDERS = re.compile(r"(?<![\w.:/\\<])(?:[A-Za-z]:[/\\]|~?/)(?:[^\s/\\'\"<>|]+[/\\])+(?=[^\s/\\'\"<>|])")
@@ -57,7 +56,7 @@ def place_free(value: Any) -> Any:
 
 def recipe_text(recipe: Recipe) -> str:
     """The resolved recipe as YAML, without the places of its files."""
-    return yaml.safe_dump(place_free(recipe.model_dump(mode="json")), allow_unicode=True, sort_keys=False, width=100)
+    return dump_yaml(place_free(recipe.model_dump(mode="json")))
 
 
 def seeds(recipe: Recipe) -> list[tuple[str, str]]:

@@ -26,7 +26,13 @@ from ift_peft.evaluate.probes import Probe, make_probes
 from ift_peft.model.adapter import check_adapter
 from ift_peft.model.base import positions, skeleton
 from ift_peft.model.reach import reach
-from ift_peft.model.tokenizer import BaseLocation, ensure_pad_token, load_tokenizer, locate_base
+from ift_peft.model.tokenizer import (
+    BaseLocation,
+    ensure_pad_token,
+    load_tokenizer,
+    locate_base,
+    require_known_tokens,
+)
 from ift_peft.recipe import Recipe
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir
@@ -89,6 +95,7 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
     if renderer.origin.startswith("fallback"):
         notes.append("the tokenizer has no chat template; 'User: …\\nAssistant: …' is used, and saved with the adapter")
     bare = skeleton(location, recipe.base.head)
+    more_tokens = len(tokenizer) > len(bare.get_input_embeddings().weight)
     check_adapter(recipe.adapter, bare, quantization=recipe.base.quantization)
     max_length = choose_max_length(recipe, positions(bare.config))
     notes += reach(bare, recipe.adapter, head=recipe.base.head)
@@ -120,7 +127,11 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
         progress=reporter.advance,
     )
     reporter.finish()
+    for ids in train.dataset["input_ids"] if more_tokens else ():
+        require_known_tokens(ids, location, tokenizer, where="a training row")
     test = fit_rows(test_rows, renderer, max_length=max_length, overlong=data.overlong)
+    for held_out in test.rendered if more_tokens else ():
+        require_known_tokens(held_out.input_ids, location, tokenizer, where="a held-out row")
     validation = None
     if validation_rows:
         asked = ask_held_out(validation_rows, by_source)
