@@ -26,7 +26,7 @@ from ift_peft.serve.jobs.records import ACTIVE, change, job_record, now, tell
 from ift_peft.serve.jobs.results import tidy
 from ift_peft.serve.objects import FINAL
 from ift_peft.serve.settings import Settings
-from ift_peft.serve.store import Record, Store
+from ift_peft.serve.store import Record, Store, StoreUnavailable
 from ift_peft.serve.store.tables import files, jobs, metadata_pairs, models
 
 log = logging.getLogger("ift_peft.serve")
@@ -63,12 +63,7 @@ class Jobs:
             connection.execute(update(jobs).where(at_work).values(status="queued", estimated_finish=None))
         self.queue.start()
         for record in sorted(active, key=lambda record: record["status"] == "queued"):
-            if not self._put(record):
-                with self.store.begin() as connection:
-                    connection.execute(
-                        update(jobs).where(jobs.c.id == record["id"]).values(attempt=record["attempt"] + 1)
-                    )
-                self._put(job_record(self.store, record["id"]))
+            self._put_anew(record)
         ended = self.store.every(select(jobs.c.id).where(jobs.c.status.in_(("succeeded", "cancelled"))))
         for record in ended:
             JobFolder(self.settings.jobs / record["id"]).clear()
@@ -78,13 +73,15 @@ class Jobs:
         while not self._stopped.wait(LOOK_SECONDS):
             try:
                 self.queue_again()
+            except StoreUnavailable as error:
+                log.warning("could not look for jobs that wait", extra={"code": error.code})
             except Exception as error:  # tried again at the next look
                 log.error("could not queue the jobs that wait", exc_info=error)
 
     def queue_again(self) -> None:
         """Queue every job that is to be done: one that the queue could not take when it was made; others are there."""
         for record in self.store.every(select(jobs).where(jobs.c.status.in_(ACTIVE)).order_by(jobs.c.number)):
-            self._put(record)
+            self._put_anew(record)
 
     def _remove_unknown(self) -> None:
         """Folders of jobs that a crash kept from having a record: they hold rows, which no deletion would reach."""
@@ -291,6 +288,15 @@ class Jobs:
         if record["status"] not in ACTIVE:
             return True
         return self.queue.put(record["id"], record["attempt"], priority=record["priority"])
+
+    def _put_anew(self, record: Record) -> None:
+        """Queue what there is to do; where the attempt broke off and the queue holds it for ended, as another one."""
+        if self._put(record):
+            return
+        with self.store.begin() as connection:
+            same = (jobs.c.id == record["id"], jobs.c.attempt == record["attempt"], jobs.c.status.in_(ACTIVE))
+            connection.execute(update(jobs).where(*same).values(attempt=record["attempt"] + 1))
+        self._put(job_record(self.store, record["id"]))
 
     def _attempt(self, job: str, number: int) -> None:
         Attempt(self.settings, self.store, self.queue.stopping, job, number).run()

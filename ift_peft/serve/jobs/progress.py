@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from ift_peft.serve.ids import new_id
 from ift_peft.serve.jobs.folder import JobFolder, newest_run
 from ift_peft.serve.jobs.records import change, now, tell
 from ift_peft.serve.settings import Settings
-from ift_peft.serve.store import Record, Store
+from ift_peft.serve.store import Record, Store, StoreUnavailable
 from ift_peft.serve.store.tables import events, jobs, models
 from ift_peft.train.checkpoints import REQUIRED
 
@@ -48,7 +49,18 @@ class Progress:
         }
 
     def update(self) -> None:
-        """Read what is new, and write it to the store in one transaction."""
+        """Read what is new, and write it to the store in one transaction.
+
+        What a store that is away did not take is told at the next call.
+        """
+        before = {name: copy.copy(value) for name, value in vars(self).items() if name not in ("settings", "store")}
+        try:
+            self._update()
+        except StoreUnavailable:
+            vars(self).update(before)
+            raise
+
+    def _update(self) -> None:
         lines, self._offset = self.folder.reported(self._offset)
         run = newest_run(self.settings.runs, self.job) if self.total else None
         metrics = metrics_of(run) if run is not None else []
