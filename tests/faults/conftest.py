@@ -1,7 +1,8 @@
 """Rows of the table of faults.
 
-`@pytest.mark.fault(group, fault, expected=...)` names one, with the test's parameters in braces; `observed(...)` says
-what was seen. With --fault-table PAGE all are printed at the end, and written there where every one is as expected.
+`@pytest.mark.fault(group, fault, expected=...)` names one, with the test's parameters in braces; with `rare=True` it is
+run under --all-faults only. `observed(...)` says what was seen. With --fault-table PAGE all are printed at the end, and
+written there where every one is as expected.
 """
 
 from __future__ import annotations
@@ -30,6 +31,15 @@ def observed(request: pytest.FixtureRequest) -> Observed:
         _seen[request.node.nodeid] = text
 
     return say
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the rows with `rare=True`, unless all are asked for."""
+    if config.getoption("--all-faults"):
+        return
+    rare = [item for item in items if (mark := item.get_closest_marker("fault")) and mark.kwargs.get("rare")]
+    config.hook.pytest_deselected(items=rare)
+    items[:] = [item for item in items if item not in rare]
 
 
 @pytest.hookimpl(wrapper=True)

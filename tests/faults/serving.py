@@ -26,17 +26,18 @@ SECONDS = 240.0  # in which what must come has come, on a machine that does othe
 SHORT: dict[str, Any] = {"training": {"max_steps": 3}, **jobs.QUICK}
 LONG: dict[str, Any] = {"training": {"max_steps": 40}, **jobs.QUICK}
 UNTEACHABLE = b'{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "%s"}]}\n'
-TOO_FAST: dict[str, Any] = {
-    "training": {"max_steps": 8, "learning_rate": 1e30, "warmup_ratio": 0.0, "max_grad_norm": 1e30},
-    **jobs.QUICK,
-}
+NOISE: dict[str, Any] = {**jobs.QUICK, "training": {"max_steps": 8, "neftune_noise_alpha": 1e38}}
 GOOD = {"short": SHORT, "long": LONG}
 POISON: dict[str, tuple[dict[str, Any], frozenset[str]]] = {
     "rows that teach nothing": (SHORT, frozenset({"invalid_training_file"})),
-    "a learning rate that diverges": (TOO_FAST, frozenset({"training_failed", "non_finite_loss", "diverged"})),
+    "noise that leaves no number": (NOISE, frozenset({"training_failed", "non_finite_loss", "diverged"})),
     "an adapter that cannot be built": (
         {**SHORT, "adapter": {"r": 4, "target_modules": ["no_such_module"]}},
         frozenset({"invalid_recipe"}),
+    ),
+    "more rows held out than there are": (
+        {**SHORT, "data": {"test_size": 100_000}},
+        frozenset({"invalid_training_file"}),
     ),
     "a rank that no memory holds": ({**SHORT, "adapter": {"r": 1 << 22}}, frozenset({"insufficient_memory"})),
 }
@@ -59,14 +60,14 @@ def content_of(kind: str, number: int) -> bytes:
     return content + UNTEACHABLE % ("很长".encode() * 4000) if kind == "rows that teach nothing" else content
 
 
-def at_work(data_dir: Path) -> dict[str, int]:
-    """The jobs whose trainer holds a run, and its process: those that train, not those that wait for the device."""
-    found = {}
-    for job, process in jobs.trainers(data_dir).items():
+def at_work(data_dir: Path) -> list[int]:
+    """The trainer processes that hold a run: those that train, not those that wait for the device."""
+    found = []
+    for _, process in jobs.trainer_processes(data_dir):
         with suppress(OSError):
             held = [os.readlink(handle) for handle in Path(f"/proc/{process}/fd").iterdir()]
             if any(name.startswith(str(data_dir / "runs")) and name.endswith("/.lock") for name in held):
-                found[job] = process
+                found.append(process)
     return found
 
 
@@ -181,13 +182,12 @@ class Watched:
 
     def kill_trainers(self) -> list[str]:
         """SIGKILL to what trains or waits; whose they were."""
-        killed = jobs.trainers(self.server.data_dir)
-        for process in killed.values():
+        killed = jobs.trainer_processes(self.server.data_dir)
+        for job, process in killed:
+            self.jobs[job].deaths += 1
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
-        for job in killed:
-            self.jobs[job].deaths += 1
-        return list(killed)
+        return [job for job, _ in killed]
 
     def settle(self) -> None:
         """Let what is paused go on, until every job has ended; nothing is left of what only jobs at work have."""
@@ -202,12 +202,16 @@ class Watched:
 
         eventually(all_ended, "jobs have not ended", seconds=SECONDS + 60 * len(self.jobs))
         self.check()
-        for file in set(self.files) - self.deleted:
-            assert self.client.files.content(file).content == self.files[file], "content"
+        self.settle_files()
         for path in self.server.data_dir.glob("runs/*/2*/metrics.jsonl"):
             lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
             steps = [line["step"] for line in lines if "loss" in line]
             assert steps == sorted(set(steps)), "steps twice"
+
+    def settle_files(self) -> None:
+        """Every file that was acknowledged has its content."""
+        for file in set(self.files) - self.deleted:
+            assert self.client.files.content(file).content == self.files[file], "content"
 
 
 def refusal(call: Callable[[], object]) -> APIStatusError | None:
