@@ -50,6 +50,11 @@ def _no_network() -> Iterator[None]:
     pytest_socket.socket_allow_hosts(["127.0.0.1", "::1"])
     yield
     pytest_socket._remove_restrictions()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _clients_are_closed() -> Iterator[None]:
+    yield
     while OPEN:
         OPEN.pop().close()
 

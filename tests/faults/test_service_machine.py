@@ -27,7 +27,16 @@ from hypothesis.stateful import (
 from openai import OpenAI
 
 from tests.faults.conftest import Observed
-from tests.faults.serving import FINAL, GOOD, POISON, SHORT, Known, Watched, _no_network, eventually, refusal  # noqa: F401
+from tests.faults.serving import (
+    FINAL,
+    GOOD,
+    POISON,
+    SHORT,
+    Known,
+    Watched,
+    eventually,
+    refusal,
+)
 from tests.serve import jobs
 from tests.serve.conftest import OPEN, Server
 from tests.serve.walk import rows
