@@ -79,6 +79,7 @@ def errors_to_exit_codes(command: Callable[P, None]) -> Callable[P, None]:
     @wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         from ift_peft.console import err, print_error
+        from ift_peft.run_dir import disk_full
 
         try:
             command(*args, **kwargs)
@@ -88,12 +89,11 @@ def errors_to_exit_codes(command: Callable[P, None]) -> Callable[P, None]:
         except BrokenPipeError:  # the reader of our output went away, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except OSError as error:
-            print_error(
-                RunError(
-                    expected="files that can be read and written", found=str(error), fix="check path, rights and space"
-                )
+            told = disk_full(error, Path()) or RunError(
+                expected="files that can be read and written", found=str(error), fix="check path, rights and space"
             )
-            raise typer.Exit(RunError.exit_code) from None
+            print_error(told)
+            raise typer.Exit(told.exit_code) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
         finally:

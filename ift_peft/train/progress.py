@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,6 +24,10 @@ class Progress:
     recent_losses: list[float] = field(default_factory=list)
     unlogged: dict[str, Any] = field(default_factory=dict)
     """Sums that the trainer has not logged yet."""
+
+    def add_rows(self, ids: bytes) -> None:
+        """Note the token ids of one more batch."""
+        self.order = hashlib.sha256(bytes.fromhex(self.order) + ids).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
