@@ -104,7 +104,7 @@ class Watched:
 
     @property
     def client(self) -> OpenAI:
-        return self.server.client(max_retries=0, timeout=120)
+        return self.server.client(max_retries=0, timeout=600)  # beside others on few cores
 
     @property
     def is_up(self) -> bool:

@@ -417,6 +417,7 @@ HOSTILE: dict[str, str] = {
     "seed 2^63": '{"seed": 9223372036854775808}',
     "seed -1": '{"seed": -1}',
     "seed true": '{"seed": true}',
+    "n_epochs true": '{"hyperparameters": {"n_epochs": true}}',
     "a suffix of 1 MB": '{"suffix": "%s"}' % ("x" * 1_000_000),
     "a suffix with NUL": '{"suffix": "a\\u0000b"}',
     "a suffix with a lone surrogate": '{"suffix": "a\\ud800b"}',
@@ -425,7 +426,6 @@ HOSTILE: dict[str, str] = {
     "a file that is a path": '{"training_file": "../store.sqlite"}',
     "steps 10^30": '{"recipe": {"training": {"max_steps": 1000000000000000000000000000000}}}',
     "a rank of 0": '{"recipe": {"adapter": {"r": 0}}}',
-    "keys twice": '{"model": "tiny", "model": "tiny"}',
 }
 
 

@@ -17,7 +17,7 @@ from ift_peft.serve.jobs.records import change, now, tell
 from ift_peft.serve.settings import Settings
 from ift_peft.serve.store import Record, Store, StoreUnavailable
 from ift_peft.serve.store.tables import events, jobs, models
-from ift_peft.train.checkpoints import REQUIRED
+from ift_peft.train.checkpoints import MANIFEST
 
 TRAINING = "training"  # the stage of that name
 CREATED = "fine_tuned_model_checkpoint"  # of the data of an event
@@ -140,8 +140,8 @@ class Progress:
                 self._add_checkpoint(connection, run, found[step], step, metrics)
 
     def _is_listed(self, checkpoint: Path) -> bool:
-        """Whether a checkpoint is whole and one of those that the recipe makes, not one of a pause."""
-        if not all((checkpoint / name).is_file() for name in REQUIRED):
+        """Whether a checkpoint, which gets its name when it is whole, is one of the recipe's, not one of a pause."""
+        if not (checkpoint / MANIFEST).is_file():
             return False
         try:
             state = json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
