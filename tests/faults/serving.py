@@ -26,11 +26,11 @@ SECONDS = 240.0  # in which what must come has come, on a machine that does othe
 SHORT: dict[str, Any] = {"training": {"max_steps": 3}, **jobs.QUICK}
 LONG: dict[str, Any] = {"training": {"max_steps": 40}, **jobs.QUICK}
 UNTEACHABLE = b'{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "%s"}]}\n'
-NOISE: dict[str, Any] = {**jobs.QUICK, "training": {"max_steps": 8, "neftune_noise_alpha": 1e38}}
+DECAY: dict[str, Any] = {**jobs.QUICK, "training": {"max_steps": 8, "weight_decay": 1e38}}
 GOOD = {"short": SHORT, "long": LONG}
 POISON: dict[str, tuple[dict[str, Any], frozenset[str]]] = {
     "rows that teach nothing": (SHORT, frozenset({"invalid_training_file"})),
-    "noise that leaves no number": (NOISE, frozenset({"training_failed", "non_finite_loss", "diverged"})),
+    "a weight decay that leaves no number": (DECAY, frozenset({"training_failed", "non_finite_loss", "diverged"})),
     "an adapter that cannot be built": (
         {**SHORT, "adapter": {"r": 4, "target_modules": ["no_such_module"]}},
         frozenset({"invalid_recipe"}),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from sqlalchemy import select
 
 from ift_peft.errors import DiskFull, Diverged, Faults, Hung, IftPeftError, NonFiniteLoss, OutOfMemory, TrainingError
@@ -78,6 +79,16 @@ def test_another_end_of_training_is_none_of_those(
     error = TrainingError(expected="a recipe", found="another", fix="change it")
     assert _main(folder, monkeypatch, error) == TrainingError.exit_code
     assert (folder.error() or {})["code"] == "training_failed"
+
+
+def test_memory_that_torch_does_not_get_is_told_as_that(
+    handed: tuple[JobFolder, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = handed
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 55)
+    assert _main(folder, monkeypatch, raised.value) == 1
+    assert (folder.error() or {})["code"] == "insufficient_memory"
 
 
 def test_a_full_disk_is_told_by_the_exit_code_alone(

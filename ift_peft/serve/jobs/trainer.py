@@ -90,11 +90,15 @@ def main(folder: JobFolder, parent: int) -> int:
             _leave(folder, error_of(*UNTOLD[DiskFull.exit_code]))
             return DiskFull.exit_code
         traceback.print_exc()
-        memory = "OutOfMemoryError" in type(error).__name__
-        code = "insufficient_memory" if memory else "internal_error"
+        code = "insufficient_memory" if _is_of_memory(error) else "internal_error"
         _leave(folder, error_of(code, _public(first_line(error), folder, task)))
         return 1
     return 0
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Of a GPU's memory torch has an error of its own, of this machine's a text."""
+    return "OutOfMemoryError" in type(error).__name__ or "DefaultCPUAllocator: " in str(error)
 
 
 def _leave(folder: JobFolder, error: dict[str, Any]) -> None:
