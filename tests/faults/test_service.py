@@ -23,11 +23,12 @@ from openai.types.fine_tuning import FineTuningJob
 from ift_peft.errors import RunError
 from tests.conftest import Ift
 from tests.faults.conftest import Observed
-from tests.faults.serving import POISON, Watched, _clients_are_closed, _no_network, at_work, eventually, refusal  # noqa: F401
+from tests.faults.serving import POISON, Watched, _clients_are_closed, _no_network, at_work, eventually, refusal
 from tests.serve import jobs
 from tests.serve.conftest import Server
 from tests.serve.walk import rows
 
+__all__ = ["_clients_are_closed", "_no_network"]
 pytestmark = pytest.mark.slow
 KILLED = "its trainer is killed three times"
 FEW_POISONS = ["rows that teach nothing"]

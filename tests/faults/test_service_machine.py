@@ -34,6 +34,8 @@ from tests.faults.serving import (
     SHORT,
     Known,
     Watched,
+    _clients_are_closed,
+    _no_network,
     eventually,
     refusal,
 )
@@ -41,6 +43,7 @@ from tests.serve import jobs
 from tests.serve.conftest import OPEN, Server
 from tests.serve.walk import rows
 
+__all__ = ["_clients_are_closed", "_no_network"]
 pytestmark = pytest.mark.slow
 NUMBERS = st.integers(0, 1_000)
 DELAYS = st.floats(0, 0.5)

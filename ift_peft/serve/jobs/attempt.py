@@ -186,7 +186,7 @@ class Attempt:
         code, message, param = str(error["code"]), str(error["message"]), error["param"]
         if self._patiently(lambda: fail(self.store, self.job, self.number, code=code, message=message, param=param)):
             log.warning("a job failed", extra={"job": self.job, "code": code})
-        self.folder.clear(keep_log=code in ("internal_error", "trainer_died"))
+        self.folder.clear(keep_log=code in ("internal_error", "trainer_died", "hung"))
 
 
 def withdraw(store: Store, job: str, *, to_cancelled: bool) -> bool:
