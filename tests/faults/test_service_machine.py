@@ -54,7 +54,7 @@ class ServiceMachine(RuleBasedStateMachine):
     """A client, a server, a trainer, and somebody who kills."""
 
     done: ClassVar[Counter[str]] = Counter()
-    most_jobs: ClassVar[int] = 2  # of one example: each takes a trainer seconds
+    most_jobs: ClassVar[int] = 1  # of one example: each takes a trainer seconds
 
     def __init__(self) -> None:
         super().__init__()
@@ -287,11 +287,11 @@ class ServiceMachine(RuleBasedStateMachine):
 def test_whatever_is_killed_nothing_is_lost(observed: Observed, request: pytest.FixtureRequest) -> None:
     many = request.config.getoption("--all-faults")
     ServiceMachine.done.clear()
-    ServiceMachine.most_jobs = 6 if many else 2
+    ServiceMachine.most_jobs = 4 if many else 1
     run_state_machine_as_test(
         ServiceMachine,
         settings=settings(
-            max_examples=12 if many else 1,
+            max_examples=6 if many else 1,
             stateful_step_count=25 if many else 10,
             deadline=None,
             database=None,
