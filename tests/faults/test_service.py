@@ -31,16 +31,8 @@ from tests.serve.walk import rows
 __all__ = ["_clients_are_closed", "_no_network"]
 pytestmark = pytest.mark.slow
 KILLED = "its trainer is killed three times"
-FEW_POISONS = ["rows that teach nothing"]
 RATE = ("--requests-per-minute", "1000000")
 HELD_SECONDS = 36  # longer than SQLite waits for another writer, 30 s
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Without --all-faults the rows that take long are not there, rather than skipped."""
-    every = metafunc.config.getoption("--all-faults")
-    if "poison" in metafunc.fixturenames:
-        metafunc.parametrize("poison", [*POISON, KILLED] if every else FEW_POISONS)
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +54,12 @@ def client(server: Server) -> OpenAI:
 
 
 @pytest.fixture(scope="module")
-def line(server: Server, request: pytest.FixtureRequest) -> dict[str, FineTuningJob]:
+def line(server: Server) -> dict[str, FineTuningJob]:
     """Each poison job, one whose trainer is killed thrice, and a good one behind them, made at once; how they ended."""
     watched = Watched(server)
-    every = request.config.getoption("--all-faults")
-    made = {kind: watched.create(kind) for kind in [*(POISON if every else FEW_POISONS), "short"]}
-    if every:
-        made[KILLED] = watched.create("long", priority=-100)
-        _kill_thrice(server, made[KILLED])
+    made = {kind: watched.create(kind) for kind in [*POISON, "short"]}
+    made[KILLED] = watched.create("long", priority=-100)
+    _kill_thrice(server, made[KILLED])
     return {kind: jobs.wait(watched.client, job, ended, seconds=400) for kind, job in made.items()}
 
 
@@ -90,7 +80,10 @@ def ended(job: FineTuningJob) -> bool:
     return str(job.status) in ("succeeded", "failed", "cancelled")
 
 
-@pytest.mark.fault("service", "a job: {poison}", expected="failed with a code of its own; the next job succeeds")
+@pytest.mark.fault(
+    "service", "a job: {poison}", expected="failed with a code of its own; the next job succeeds", rare=True
+)
+@pytest.mark.parametrize("poison", [*POISON, KILLED])
 def test_a_poison_job_fails_and_the_queue_goes_on(
     line: dict[str, FineTuningJob], observed: Observed, poison: str
 ) -> None:
@@ -105,6 +98,7 @@ def test_a_poison_job_fails_and_the_queue_goes_on(
     "service",
     "lock files of processes that are gone: of the data folder, of the device",
     expected="they hold nothing up",
+    rare=True,
 )
 def test_stale_locks_hold_nothing_up(line: dict[str, FineTuningJob], server: Server, observed: Observed) -> None:
     assert line["short"].status == "succeeded"

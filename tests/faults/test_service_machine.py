@@ -64,10 +64,14 @@ class ServiceMachine(RuleBasedStateMachine):
         self.watched = Watched(self.server)
         self.server.start()
 
-    @initialize(kind=KINDS)
-    def a_job_is_made(self, kind: str) -> None:
+    @initialize(kind=KINDS, delay=DELAYS, both=st.booleans())
+    def the_first_job_is_killed(self, kind: str, delay: float, both: bool) -> None:
+        """Each example has a kill at work: most orders of so few steps would have none."""
         self.watched.upload(rows(10))
         self._create(kind)
+        self.wait_for_a_trainer(0)
+        self.end_server(signal.SIGKILL, both, delay)
+        self.start()
 
     def _create(self, kind: str, **options: Any) -> str:
         self.done["jobs"] += 1
@@ -292,7 +296,7 @@ def test_whatever_is_killed_nothing_is_lost(observed: Observed, request: pytest.
         ServiceMachine,
         settings=settings(
             max_examples=6 if many else 1,
-            stateful_step_count=25 if many else 10,
+            stateful_step_count=25 if many else 8,
             deadline=None,
             database=None,
             derandomize=not many,
