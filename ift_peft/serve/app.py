@@ -31,6 +31,8 @@ FAULTS: dict[int | str, dict[str, Any]] = {
         421: "A host name that is not this service's",
         429: "Too many requests, or no room now; Retry-After says when to come back",
         500: "An error of the service",
+        503: "The service cannot do it at the moment; Retry-After says when to come back",
+        507: "No room on the service's disk",
     }.items()
 }
 """What any route under /v1 may answer with, in the one form of errors."""

@@ -10,7 +10,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from ift_peft.errors import BusyError, IftPeftError
+from ift_peft.errors import BusyError, DiskFull, IftPeftError
+from ift_peft.serve.full import is_full
 
 CODES = {404: "unknown_url", 405: "method_not_allowed", 408: "request_timeout", 413: "request_too_large"}
 UNSUPPORTED = "unsupported_parameter"  # the type of pydantic's error, and the code of ours
@@ -43,6 +44,11 @@ def not_found(what: str, name: str, *, param: str, code: str = "not_found") -> A
     return ApiError(404, f"No such {what}: {name!r}.", code=code, param=param)
 
 
+def no_room() -> ApiError:
+    """507, of a disk that is full. What was written before stays."""
+    return ApiError(507, "There is no room for it on the server's disk.", code="insufficient_storage")
+
+
 def body_of(status: int, message: str, *, code: str | None = None, param: str | None = None) -> dict[str, Any]:
     """The JSON of an error; also of one inside a stream that has begun."""
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
@@ -60,9 +66,11 @@ def told(error: IftPeftError) -> str:
 
 
 def as_api_error(error: IftPeftError, *, param: str | None = None) -> ApiError:
-    """A fault of what was asked for: 400, or 429 where it is only the moment that is wrong."""
+    """A fault of what was asked for: 400; 429 where it is only the moment that is wrong, 507 where it is the disk."""
     if isinstance(error, BusyError):
         return ApiError(429, told(error), code="engine_overloaded", headers={"Retry-After": "1"})
+    if isinstance(error, DiskFull):
+        return no_room()
     return ApiError(400, str(error), code="invalid_request", param=param)
 
 
@@ -88,6 +96,12 @@ def install_handlers(app: FastAPI) -> None:
     @app.exception_handler(IftPeftError)
     async def _library(request: Request, error: IftPeftError) -> JSONResponse:
         return response_of(as_api_error(error))
+
+    @app.exception_handler(OSError)
+    async def _disk(request: Request, error: OSError) -> JSONResponse:
+        if not is_full(error):
+            raise error
+        return response_of(no_room())
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -95,8 +95,8 @@ class ModelDeleted(Object):
 
 
 class Hyperparameters(Object):
-    n_epochs: Auto | Annotated[int, Field(ge=1, le=50)] = "auto"
-    batch_size: Auto | Annotated[int, Field(ge=1, le=256)] = "auto"
+    n_epochs: Auto | Annotated[int, Field(ge=1, le=50, strict=True)] = "auto"
+    batch_size: Auto | Annotated[int, Field(ge=1, le=256, strict=True)] = "auto"
     learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=MOST_MULTIPLIER)] = "auto"
 
 

@@ -10,7 +10,7 @@ from typing import IO, Annotated, cast
 from fastapi import Depends, Request
 
 from ift_peft.errors import RunError
-from ift_peft.serve.files.identity import check_place, tie
+from ift_peft.serve.files.identity import check_databases, check_place, tie
 from ift_peft.serve.inference.loaded import LoadedModels
 from ift_peft.serve.inference.models import finish_removals
 from ift_peft.serve.jobs.jobs import Jobs
@@ -34,6 +34,7 @@ class Service:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # one that is there stays as it is
         self._lock = _lock(settings)
         try:
+            check_databases(settings)
             self.store = Store(settings.database_url)
             tie(settings, self.store)
         except BaseException:

@@ -108,7 +108,12 @@ def records(data_dir: Path, query: str, *values: Any) -> list[dict[str, Any]]:
 
 def trainers(data_dir: Path) -> dict[str, int]:
     """The jobs that have a trainer process, and its id."""
-    found = {}
+    return dict(trainer_processes(data_dir))
+
+
+def trainer_processes(data_dir: Path) -> list[tuple[str, int]]:
+    """The job and the id of each trainer process: a job has two where one of them lost its service."""
+    found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_bytes().decode(errors="replace").split("\0")
@@ -117,5 +122,5 @@ def trainers(data_dir: Path) -> dict[str, int]:
         if "ift_peft.serve.jobs.trainer" in words:
             folder = Path(words[words.index("ift_peft.serve.jobs.trainer") + 1])
             if folder.parent.parent == data_dir:
-                found[folder.name] = int(path.parent.name)
+                found.append((folder.name, int(path.parent.name)))
     return found

@@ -101,10 +101,10 @@ def test_a_backup_beside_a_training_holds_what_is_whole(tmp_path: Path, monkeypa
     with serving(tmp_path / "data") as running:
         add_job(running, "file-none", status="running", run="runs/ftjob-1/one")
         checkpoints = running.data_dir / "runs" / "ftjob-1" / "one" / "checkpoints"
-        for step, names in ((2, REQUIRED), (4, REQUIRED[:2])):
-            (checkpoints / f"checkpoint-{step}").mkdir(parents=True)
+        for place, names in (("checkpoint-2", REQUIRED), (".partial/checkpoint-4", REQUIRED[:2])):
+            (checkpoints / place).mkdir(parents=True)
             for name in names:
-                (checkpoints / f"checkpoint-{step}" / name).write_bytes(b"{}")
+                (checkpoints / place / name).write_bytes(b"{}")
         log = running.data_dir / "jobs" / "ftjob-1" / "log"
         log.parent.mkdir()
         log.write_bytes(b"x" * 3_000_000)
@@ -119,8 +119,8 @@ def test_a_backup_beside_a_training_holds_what_is_whole(tmp_path: Path, monkeypa
         monkeypatch.setattr(os, "fstat", shrinking)
         made = write_backup(running.data_dir, tmp_path / "copy.tar")
         monkeypatch.undo()
-    (unfinished,) = (note for note in made.notes if "checkpoint" in note)
-    assert "checkpoint-4" in unfinished
+    (unfinished,) = (note for note in made.notes if "being written" in note)
+    assert ".partial" in unfinished
     restore_backup(tmp_path / "copy.tar", tmp_path / "new")
     assert (tmp_path / "new" / "jobs" / "ftjob-1" / "log").stat().st_size == 1_000_000
     kept = [path.name for path in (tmp_path / "new" / "runs" / "ftjob-1" / "one" / "checkpoints").iterdir()]

@@ -40,6 +40,7 @@ class Line:
     def __init__(self) -> None:
         self.put_in: list[str] = []
         self.broken = False
+        self.ended: set[tuple[str, int]] = set()
 
     def start(self) -> None: ...
 
@@ -48,6 +49,8 @@ class Line:
     def put(self, job: str, attempt: int, *, priority: int) -> bool:
         if self.broken:
             raise OSError("no space left")
+        if (job, attempt) in self.ended:
+            return False
         if job not in self.put_in:
             self.put_in.append(job)
         return True

@@ -14,6 +14,7 @@ from ift_peft.run_dir import write_atomically
 from ift_peft.serve.files.records import is_temporary
 from ift_peft.serve.settings import Settings
 from ift_peft.serve.store import Store
+from ift_peft.serve.store.check import check_sqlite
 from ift_peft.serve.store.tables import files, service
 
 MARKER = ".store"
@@ -26,6 +27,18 @@ def check_place(settings: Settings) -> None:
     if (settings.data_dir / MARKER).exists():
         raise _another(settings, "none, as store.sqlite is not there")
     _check_names(settings, frozenset())
+
+
+def check_databases(settings: Settings) -> None:
+    """Raises `RunError` where one of them is damaged: what it holds would be taken for all that was ever told."""
+    if settings.store_url is None:
+        store = settings.data_dir / "store.sqlite"
+        if store.exists() and not store.stat().st_size and (settings.data_dir / MARKER).exists():
+            raise _another(settings, "an empty one")
+        restore = "put a copy of ift backup in its place: ift restore, into another --data-dir"
+        check_sqlite(store, fix=restore)
+        again = "move it away; the jobs are queued again from the records"
+        check_sqlite(settings.data_dir / "queue.sqlite", fix=again)
 
 
 def tie(settings: Settings, store: Store) -> None:

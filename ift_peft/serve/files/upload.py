@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
@@ -16,9 +15,10 @@ from typing import TYPE_CHECKING
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from ift_peft.serve.errors import ApiError
+from ift_peft.serve.errors import ApiError, no_room
 from ift_peft.serve.files.lines import LineChecker, shown
 from ift_peft.serve.files.records import TEMPORARY
+from ift_peft.serve.full import is_full
 from ift_peft.serve.settings import Limits
 
 if TYPE_CHECKING:
@@ -219,6 +219,4 @@ def display_name(name: str) -> str:
 
 
 def _disk(error: OSError) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return ApiError(507, "There is no room for the file on the server's disk.", code="insufficient_storage")
-    return error
+    return no_room() if is_full(error) else error

@@ -9,11 +9,15 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from sqlalchemy import select
 
+from ift_peft.errors import DiskFull
 from ift_peft.serve.files.records import forget_deleted
+from ift_peft.serve.full import is_full
+from ift_peft.serve.jobs.endings import UNTOLD, error_of, untold
 from ift_peft.serve.jobs.folder import JobFolder
 from ift_peft.serve.jobs.progress import Progress
 from ift_peft.serve.jobs.queue import Stopping
@@ -21,7 +25,7 @@ from ift_peft.serve.jobs.records import ACTIVE, change, fail, tell
 from ift_peft.serve.jobs.results import succeed, tidy
 from ift_peft.serve.objects import FINAL
 from ift_peft.serve.settings import Settings
-from ift_peft.serve.store import Record, Store
+from ift_peft.serve.store import Record, Store, StoreUnavailable
 from ift_peft.serve.store.tables import jobs
 from ift_peft.yaml_source import laid_over
 
@@ -30,6 +34,9 @@ FOLLOW_SECONDS = 0.3
 GRACE_SECONDS = 30.0  # from SIGTERM, after which a trainer writes a checkpoint and ends, to SIGKILL
 MOST_DEATHS = 3  # of trainers, one after another and without a further step between
 STOPPED = (130, -signal.SIGTERM)
+PATIENCE_SECONDS = 2.0  # between two tries at a store that is locked, full or away
+
+T = TypeVar("T")
 
 
 class Attempt:
@@ -45,48 +52,60 @@ class Attempt:
         try:
             self._run()
         except Exception as error:
-            if self._record() is None:  # it was withdrawn, and its files are gone
-                self._leave()
+            if self._patiently(self._record) is None:  # it was withdrawn, and its files are gone
+                self._patiently(self._leave)
+                return
+            if is_full(error):
+                self._fail(error_of(*UNTOLD[DiskFull.exit_code]))
                 return
             log.exception("an attempt at a job broke off", extra={"job": self.job})
-            fail(
-                self.store,
-                self.job,
-                self.number,
-                code="internal_error",
-                message=f"{type(error).__name__} in the service",
-            )
-            self.folder.clear(keep_log=True)
+            self._fail(error_of("internal_error", f"{type(error).__name__} in the service"))
+
+    def _patiently(self, call: Callable[[], T]) -> T:
+        """What `call` gives once the store can be reached: an attempt that gave up would leave its job without an end.
+
+        Raises `Stopping` where the service stops before that.
+        """
+        while True:
+            try:
+                return call()
+            except StoreUnavailable as error:
+                log.warning("a job waits for the store", extra={"job": self.job, "code": error.code})
+                if self.stopping.wait(PATIENCE_SECONDS):
+                    raise Stopping from None
 
     def _run(self) -> None:
         deaths, steps = 0, 0
+        self._patiently(self._begin)
+        while record := self._patiently(self._record):
+            folder = self.folder.handed(self._task(record))
+            progress = self._patiently(lambda: Progress(self.settings, self.store, record, folder))  # noqa: B023
+            code = self._train(progress)
+            if code == 0 and self._patiently(lambda: self._succeed(progress)):  # noqa: B023
+                return
+            if self.stopping.is_set():
+                raise Stopping
+            if self._patiently(self._record) is None:
+                break
+            if code > 0 and code not in STOPPED:
+                self._fail(folder.error() or untold(code))
+                return
+            deaths, steps = (1 if progress.steps > steps else deaths + 1), max(steps, progress.steps)
+            if deaths >= MOST_DEATHS:
+                self._fail(error_of("trainer_died", f"the trainer was killed {deaths} times"))
+                return
+            self._patiently(self._tell_started_again)
+        self._patiently(self._leave)
+
+    def _begin(self) -> None:
         with self.store.begin() as connection:
             is_new = select(jobs.c.id).where(jobs.c.id == self.job, jobs.c.checked_at.is_(None))
             if connection.execute(is_new).first() is not None:
                 change(connection, self.job, to="validating_files", of=("queued",), attempt=self.number)
-        while record := self._record():
-            folder = self.folder.handed(self._task(record))
-            progress = Progress(self.settings, self.store, record, folder)
-            code = self._train(progress)
-            if code == 0 and self._succeed(progress):
-                return
-            if self.stopping.is_set():
-                raise Stopping
-            if self._record() is None:
-                break
-            error = folder.error()
-            if code > 0 and code not in STOPPED:
-                self._fail(
-                    error or {"code": "internal_error", "message": f"the trainer ended with {code}", "param": None}
-                )
-                return
-            deaths, steps = (1 if progress.steps > steps else deaths + 1), max(steps, progress.steps)
-            if deaths >= MOST_DEATHS:
-                self._fail({"code": "trainer_died", "message": f"the trainer was killed {deaths} times", "param": None})
-                return
-            with self.store.begin() as connection:
-                tell(connection, self.job, "The trainer was stopped from outside; it is started again", level="warn")
-        self._leave()
+
+    def _tell_started_again(self) -> None:
+        with self.store.begin() as connection:
+            tell(connection, self.job, "The trainer was stopped from outside; it is started again", level="warn")
 
     def _leave(self) -> None:
         """What is to be removed of a job that was withdrawn can be, now that its trainer writes no more."""
@@ -137,15 +156,25 @@ class Attempt:
         while True:
             try:
                 code = trainer.wait(FOLLOW_SECONDS)
-                progress.update()
-                return code
             except subprocess.TimeoutExpired:
-                progress.update()
-            if killed_at is None and (self.stopping.is_set() or self._record() is None):
+                wanted = self._is_wanted(progress)
+            else:
+                self._patiently(progress.update)
+                return code
+            if killed_at is None and (self.stopping.is_set() or not wanted):
                 trainer.terminate()
                 killed_at = time.monotonic() + GRACE_SECONDS
             elif killed_at is not None and time.monotonic() > killed_at:
                 os.killpg(trainer.pid, signal.SIGKILL)
+
+    def _is_wanted(self, progress: Progress) -> bool:
+        """Tell how far the trainer is; whether its job goes on. A trainer does not wait for a store that is away."""
+        try:
+            progress.update()
+            return self._record() is not None
+        except StoreUnavailable as error:
+            log.warning("a job's progress cannot be told", extra={"job": self.job, "code": error.code})
+            return True
 
     def _succeed(self, progress: Progress) -> bool:
         succeeded = succeed(self.settings, self.store, progress)
@@ -154,10 +183,10 @@ class Attempt:
         return succeeded
 
     def _fail(self, error: dict[str, str | None]) -> None:
-        code, message = str(error["code"]), str(error["message"])
-        if fail(self.store, self.job, self.number, code=code, message=message, param=error["param"]):
+        code, message, param = str(error["code"]), str(error["message"]), error["param"]
+        if self._patiently(lambda: fail(self.store, self.job, self.number, code=code, message=message, param=param)):
             log.warning("a job failed", extra={"job": self.job, "code": code})
-        self.folder.clear(keep_log=code in ("internal_error", "trainer_died"))
+        self.folder.clear(keep_log=code in ("internal_error", "trainer_died", "hung"))
 
 
 def withdraw(store: Store, job: str, *, to_cancelled: bool) -> bool:

@@ -32,10 +32,10 @@ class CreateJob(Object):
     """As `method.supervised.hyperparameters`; OpenAI's older form."""
     method: MethodBody | None = None
     suffix: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
-    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1, strict=True)] | None = None
     metadata: Annotated[Pairs | None, BeforeValidator(few_pairs)] = None
     integrations: list[Any] | None = None
-    priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    priority: Annotated[int, Field(ge=-100, le=100, strict=True)] = 0
     """Ours, through `extra_body`: of the jobs that wait, the one with the smallest begins first."""
     recipe: dict[str, Any] | None = None
     """Ours, through `extra_body`: sections of a recipe, laid over the one that the job makes."""

@@ -7,8 +7,10 @@ import json
 import logging
 import secrets
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from sqlalchemy import Connection, null, select, update
@@ -26,11 +28,12 @@ from ift_peft.serve.jobs.records import ACTIVE, change, job_record, now, tell
 from ift_peft.serve.jobs.results import tidy
 from ift_peft.serve.objects import FINAL
 from ift_peft.serve.settings import Settings
-from ift_peft.serve.store import Record, Store
+from ift_peft.serve.store import Record, Store, StoreUnavailable
 from ift_peft.serve.store.tables import files, jobs, metadata_pairs, models
 
 log = logging.getLogger("ift_peft.serve")
 LOOK_SECONDS = 60.0  # between two looks for jobs that the queue has not
+STOP_SECONDS = 10.0
 RETRIED_SECONDS = 30 * 60  # after which an equal request is a new one, also where it says that it is repeated
 
 
@@ -52,6 +55,7 @@ class Jobs:
         self.queue = Queue(settings.queue_url, self._attempt)
         self._creating = threading.Lock()  # a repeated request waits for the one that it repeats
         self._stopped = threading.Event()
+        self._due: SimpleQueue[Record | None] = SimpleQueue()
         self._looking = threading.Thread(target=self._look, name="jobs", daemon=True)
 
     def start(self) -> None:
@@ -63,28 +67,36 @@ class Jobs:
             connection.execute(update(jobs).where(at_work).values(status="queued", estimated_finish=None))
         self.queue.start()
         for record in sorted(active, key=lambda record: record["status"] == "queued"):
-            if not self._put(record):
-                with self.store.begin() as connection:
-                    connection.execute(
-                        update(jobs).where(jobs.c.id == record["id"]).values(attempt=record["attempt"] + 1)
-                    )
-                self._put(job_record(self.store, record["id"]))
+            self._put_anew(record)
         ended = self.store.every(select(jobs.c.id).where(jobs.c.status.in_(("succeeded", "cancelled"))))
         for record in ended:
             JobFolder(self.settings.jobs / record["id"]).clear()
         self._looking.start()
 
     def _look(self) -> None:
-        while not self._stopped.wait(LOOK_SECONDS):
+        look_at = time.monotonic() + LOOK_SECONDS
+        while not self._stopped.is_set():
             try:
-                self.queue_again()
-            except Exception as error:  # tried again at the next look
-                log.error("could not queue the jobs that wait", exc_info=error)
+                record = self._due.get(timeout=max(0.0, look_at - time.monotonic()))
+            except Empty:
+                look_at = time.monotonic() + LOOK_SECONDS
+                self._look_again()
+            else:
+                if record is not None:
+                    self._put_now(record)
+
+    def _look_again(self) -> None:
+        try:
+            self.queue_again()
+        except StoreUnavailable as error:
+            log.warning("could not look for jobs that wait", extra={"code": error.code})
+        except Exception as error:  # tried again at the next look
+            log.error("could not queue the jobs that wait", exc_info=error)
 
     def queue_again(self) -> None:
         """Queue every job that is to be done: one that the queue could not take when it was made; others are there."""
         for record in self.store.every(select(jobs).where(jobs.c.status.in_(ACTIVE)).order_by(jobs.c.number)):
-            self._put(record)
+            self._put_anew(record)
 
     def _remove_unknown(self) -> None:
         """Folders of jobs that a crash kept from having a record: they hold rows, which no deletion would reach."""
@@ -96,8 +108,9 @@ class Jobs:
     def stop(self) -> None:
         """Let the trainer write its checkpoint and end; its job goes on at the next start."""
         self._stopped.set()
+        self._due.put(None)
         if self._looking.is_alive():
-            self._looking.join()
+            self._looking.join(STOP_SECONDS)  # it may be waiting for a queue that another process has locked
         self.queue.stop()
 
     def create(self, body: CreateJob, caller: Caller) -> Record:
@@ -280,7 +293,14 @@ class Jobs:
         )
 
     def _put_soon(self, record: Record) -> None:
-        """Queue a job that is in the store, and so will be done: at once, or where that fails at the next look."""
+        """Queue a job that is in the store, and so will be done; no request waits for a queue that is locked."""
+        if self._looking.is_alive():
+            self._due.put(record)
+        else:
+            self._put_now(record)
+
+    def _put_now(self, record: Record) -> None:
+        """Where it fails, at the next look."""
         try:
             self._put(record)
         except Exception as error:
@@ -291,6 +311,15 @@ class Jobs:
         if record["status"] not in ACTIVE:
             return True
         return self.queue.put(record["id"], record["attempt"], priority=record["priority"])
+
+    def _put_anew(self, record: Record) -> None:
+        """Queue what there is to do; where the attempt broke off and the queue holds it for ended, as another one."""
+        if self._put(record):
+            return
+        with self.store.begin() as connection:
+            same = (jobs.c.id == record["id"], jobs.c.attempt == record["attempt"], jobs.c.status.in_(ACTIVE))
+            connection.execute(update(jobs).where(*same).values(attempt=record["attempt"] + 1))
+        self._put(job_record(self.store, record["id"]))
 
     def _attempt(self, job: str, number: int) -> None:
         Attempt(self.settings, self.store, self.queue.stopping, job, number).run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from pathlib import Path
@@ -14,9 +15,9 @@ from ift_peft.serve.ids import new_id
 from ift_peft.serve.jobs.folder import JobFolder, newest_run
 from ift_peft.serve.jobs.records import change, now, tell
 from ift_peft.serve.settings import Settings
-from ift_peft.serve.store import Record, Store
+from ift_peft.serve.store import Record, Store, StoreUnavailable
 from ift_peft.serve.store.tables import events, jobs, models
-from ift_peft.train.checkpoints import REQUIRED
+from ift_peft.train.checkpoints import MANIFEST
 
 TRAINING = "training"  # the stage of that name
 CREATED = "fine_tuned_model_checkpoint"  # of the data of an event
@@ -48,7 +49,18 @@ class Progress:
         }
 
     def update(self) -> None:
-        """Read what is new, and write it to the store in one transaction."""
+        """Read what is new, and write it to the store in one transaction.
+
+        What a store that is away did not take is told at the next call.
+        """
+        before = {name: copy.copy(value) for name, value in vars(self).items() if name not in ("settings", "store")}
+        try:
+            self._update()
+        except StoreUnavailable:
+            vars(self).update(before)
+            raise
+
+    def _update(self) -> None:
         lines, self._offset = self.folder.reported(self._offset)
         run = newest_run(self.settings.runs, self.job) if self.total else None
         metrics = metrics_of(run) if run is not None else []
@@ -128,8 +140,8 @@ class Progress:
                 self._add_checkpoint(connection, run, found[step], step, metrics)
 
     def _is_listed(self, checkpoint: Path) -> bool:
-        """Whether a checkpoint is whole and one of those that the recipe makes, not one of a pause."""
-        if not all((checkpoint / name).is_file() for name in REQUIRED):
+        """Whether a checkpoint, which gets its name when it is whole, is one of the recipe's, not one of a pause."""
+        if not (checkpoint / MANIFEST).is_file():
             return False
         try:
             state = json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))

@@ -19,6 +19,7 @@ from ift_peft.yaml_source import YamlSource, laid_over
 
 HELD_OUT = 0.1  # of the rows, where there is no validation file; at least one
 MOST_LOGGED = 1000  # lines of metrics of a job, about
+MOST_STEPS = 100_000_000  # more than a machine takes
 CHECKPOINTS = 3  # that stay, as OpenAI keeps them
 
 _TRAINING = {
@@ -114,6 +115,10 @@ def plan(
         validate(YamlSource("recipe", {**values, **{key: own for key, own in above.items() if not _is_section(key)}}))
     except IftPeftError as error:
         faults += error.faults if isinstance(error, Faults) else [error]
+    steps = values["training"].get("max_steps", -1)
+    if isinstance(steps, int) and steps > MOST_STEPS:
+        expected = f"recipe.training.max_steps of at most {MOST_STEPS:,}"
+        faults.append(RecipeError(expected=expected, found=f"{steps!r:.100}", fix="change it, or leave it out"))
     shown: dict[str, Any] = {}
     if "learning_rate" in kept.get("training", {}):
         shown["learning_rate_multiplier"] = _multiplier(values["training"]["learning_rate"], defaults, faults)

@@ -16,9 +16,12 @@ from ift_peft.serve.jobs.records import change, derived_id, now, tell
 from ift_peft.serve.settings import Settings
 from ift_peft.serve.store import Store
 from ift_peft.serve.store.tables import files, models
+from ift_peft.train.checkpoints import MANIFEST, PROGRESS
+from ift_peft.train.checkpoints import tidy as put_right
 
 COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
-ONLY_TO_RESUME = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")
+# The manifest goes first: without it, nothing takes what is left for a checkpoint to go on from.
+ONLY_TO_RESUME = (MANIFEST, PROGRESS, "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")
 SHOWN_SCORES = ("rows", "base", "adapter", "change", "intervals", "forgetting", "safety", "gates")
 
 
@@ -133,6 +136,7 @@ def tidy(settings: Settings, job: str) -> None:
 
 def slim(run: RunDir) -> None:
     """Remove from the checkpoints of a run that has ended what only going on with it would need."""
+    put_right(run.checkpoints)
     for checkpoint in run.checkpoints.glob("checkpoint-*"):
         for name in ONLY_TO_RESUME:
             (checkpoint / name).unlink(missing_ok=True)

@@ -23,9 +23,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from ift_peft.errors import DataError, Faults, IftPeftError, ModelError, RecipeError, RunError, first_line
+from ift_peft.errors import DataError, DiskFull, Faults, IftPeftError, ModelError, RecipeError, RunError, first_line
 from ift_peft.reporter import Silent
 from ift_peft.run_dir import write_atomically
+from ift_peft.serve.full import is_full
+from ift_peft.serve.jobs.endings import UNTOLD, code_of, error_of
 from ift_peft.serve.jobs.folder import JobFolder, newest_run
 
 if TYPE_CHECKING:
@@ -76,20 +78,36 @@ def main(folder: JobFolder, parent: int) -> int:
         with _holding(lock_of(_device(task), Path(task["devices"]))):
             _work(folder, task)
     except IftPeftError as error:
-        folder.write_error(_described(error, folder, task))
+        _leave(folder, _described(error, folder, task))
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
     except MemoryError as error:
-        folder.write_error(_error("insufficient_memory", _public(first_line(error), folder, task), None))
+        _leave(folder, error_of("insufficient_memory", _public(first_line(error), folder, task)))
         return 1
     except Exception as error:
+        if is_full(error):
+            _leave(folder, error_of(*UNTOLD[DiskFull.exit_code]))
+            return DiskFull.exit_code
         traceback.print_exc()
-        memory = "OutOfMemoryError" in type(error).__name__
-        code = "insufficient_memory" if memory else "internal_error"
-        folder.write_error(_error(code, _public(first_line(error), folder, task), None))
+        code = "insufficient_memory" if _is_of_memory(error) else "internal_error"
+        _leave(folder, error_of(code, _public(first_line(error), folder, task)))
         return 1
     return 0
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Of a GPU's memory torch has an error of its own, of this machine's a text."""
+    return "OutOfMemoryError" in type(error).__name__ or "DefaultCPUAllocator: " in str(error)
+
+
+def _leave(folder: JobFolder, error: dict[str, Any]) -> None:
+    """Tell how it ended. On a full disk the exit code alone says it."""
+    try:
+        folder.write_error(error)
+    except OSError as full:
+        if not is_full(full):
+            raise
 
 
 def _work(folder: JobFolder, task: dict[str, Any]) -> None:
@@ -168,16 +186,19 @@ def _described(error: IftPeftError, folder: JobFolder, task: dict[str, Any]) -> 
     first = error.faults[0] if isinstance(error, Faults) else error
     message = _public(str(error), folder, task)
     if isinstance(first, TooLarge):
-        return _error("insufficient_memory", message, None)
+        return error_of("insufficient_memory", message)
+    ended = code_of(first)
+    if ended is not None:
+        return error_of(ended, message)
     if isinstance(first, DataError):
         param = "validation_file" if folder.validation.stem in message else "training_file"
         said = message.replace("a file as data.test", "a file as validation_file")  # as the parameters of a job say it
-        return _error(f"invalid_{param}", said, param)
+        return error_of(f"invalid_{param}", said, param)
     if isinstance(first, RecipeError) or (isinstance(first, ModelError) and _is_about_adapter(first)):
-        return _error("invalid_recipe", message, "recipe")
+        return error_of("invalid_recipe", message, "recipe")
     if isinstance(first, ModelError):
-        return _error("model_unavailable", message, "model")
-    return _error("training_failed", message, None)
+        return error_of("model_unavailable", message, "model")
+    return error_of("training_failed", message)
 
 
 def _is_about_adapter(error: ModelError) -> bool:
@@ -195,10 +216,6 @@ def _public(message: str, folder: JobFolder, task: dict[str, Any]) -> str:
     for path in sorted(names, key=lambda path: -len(str(path))):
         message = message.replace(str(path), names[path])
     return message
-
-
-def _error(code: str, message: str, param: str | None) -> dict[str, Any]:
-    return {"code": code, "message": message[:4000], "param": param}
 
 
 def _device(task: dict[str, Any]) -> str:

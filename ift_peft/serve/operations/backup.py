@@ -4,8 +4,8 @@ The databases are copied first, each as of one moment, and then the content that
 the records, as a job that is queued and has ended is passed over, and one that is not queued is queued again. What was
 deleted in between has its record taken out of the copy: every record there has its content. A job that ends in between
 takes the rows of its folder along; they are copied from the files that they came from. `manifest.json` comes last, with
-the sha256 of all. Of a run that is being trained the checkpoints are copied that were whole when they were looked at;
-it goes on from the newest of them.
+the sha256 of all. Of a run that is being trained the checkpoints are copied that have
+got their name, which those get that are whole; it goes on from the newest whose copy verifies.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _content(store: sqlite3.Connection, data_dir: Path, made: Backup) -> Iterato
         top = data_dir / folder
         for place, folders, names in os.walk(top):  # which passes over what goes away meanwhile
             if top in at_work and Path(place).name == "checkpoints":
-                for part in [one for one in folders if not _is_whole(Path(place, one))]:
+                for part in [one for one in folders if not one.startswith("checkpoint-")]:  # named when it is whole
                     folders.remove(part)
                     made.notes.append(f"without {part} of {folder}, which was being written")
             folders.sort()
@@ -132,14 +132,6 @@ def _rows_of_jobs(store: sqlite3.Connection) -> Iterator[tuple[str, str]]:
         for name, file_id in zip((TRAINING_FILE, VALIDATION_FILE), used, strict=True):
             if file_id is not None and status not in FINAL:
                 yield f"jobs/{job}/{name}", file_id
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether the trainer has ended writing it, which ends with its state. What a job that has just ended leaves is."""
-    try:
-        return all((checkpoint / name).stat().st_size for name in ("adapter_model.safetensors", "trainer_state.json"))
-    except FileNotFoundError:
-        return False
 
 
 def _add(tar: tarfile.TarFile, path: Path, name: str, hashes: dict[str, dict[str, Any]], *, scratch: Path) -> None:

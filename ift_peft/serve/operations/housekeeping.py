@@ -9,7 +9,7 @@ from collections.abc import Callable
 from ift_peft.serve.files.records import clean, sweep
 from ift_peft.serve.security.keys import remove_ended_sessions
 from ift_peft.serve.settings import Settings
-from ift_peft.serve.store import Store
+from ift_peft.serve.store import Store, StoreUnavailable
 
 log = logging.getLogger("ift_peft.serve")
 
@@ -39,6 +39,8 @@ class Housekeeping:
                 remove_ended_sessions(self.store)
                 if deleted:
                     log.info("deleted files that had expired", extra={"files": deleted})
+            except StoreUnavailable as error:
+                log.warning("could not delete what has expired", extra={"code": error.code})
             except Exception as error:  # tried again at the next look; a disk or database that fails is told each time
                 log.error("could not delete what has expired", exc_info=error)
             if self._stop.wait(self.settings.limits.sweep_seconds):

@@ -7,11 +7,23 @@ from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import Connection, Engine, RowMapping, Select, Table, create_engine, event, select
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import TimeoutError as NoConnection
 
-from ift_peft.serve.errors import ApiError
+from ift_peft.serve.errors import ApiError, no_room
 from ift_peft.serve.store.tables import metadata
 
 Record = RowMapping
+SQLITE_FULL = 13
+SQLITE_FOR_NOW = (5, 6, 8, 10, 14)  # busy, locked, read-only, an I/O error, not to be opened: of the place, not of us
+RETRY_AFTER = "5"
+
+
+class StoreUnavailable(ApiError):
+    """The database cannot do what it was asked at the moment: locked by another process, on a full disk, or away.
+
+    What was to be written is not there in part. Told to clients as 503 with Retry-After, or as 507.
+    """
 
 
 class Store:
@@ -28,13 +40,13 @@ class Store:
     @contextmanager
     def begin(self) -> Iterator[Connection]:
         """A transaction that may write, committed at the end of the block and rolled back where that raises."""
-        with self.engine.begin() as connection:
+        with _told(), self.engine.begin() as connection:
             yield connection
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A transaction that only reads, and waits for no writer."""
-        with self._reading.begin() as connection:
+        with _told(), self._reading.begin() as connection:
             yield connection
 
     def one(self, query: Select[Any]) -> Record | None:
@@ -70,7 +82,8 @@ class Store:
     def overwrite_deleted(self) -> None:
         """Leave nothing of deleted records on the disk: SQLite's log still holds them. Other databases do as set up."""
         if self.engine.dialect.name == "sqlite":
-            connection = self.engine.raw_connection()
+            with _told():
+                connection = self.engine.raw_connection()
             try:
                 connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").close()
             finally:
@@ -78,6 +91,33 @@ class Store:
 
     def close(self) -> None:
         self.engine.dispose()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What another process, or the disk, keeps the database from, as `StoreUnavailable`."""
+    try:
+        yield
+    except NoConnection as error:
+        raise _busy() from error
+    except DBAPIError as error:
+        code = getattr(error.orig, "sqlite_errorcode", None)
+        if code is not None and code & 0xFF == SQLITE_FULL:
+            room = no_room()
+            raise StoreUnavailable(room.status, room.message, code=room.code) from error
+        for_now = code & 0xFF in SQLITE_FOR_NOW if code is not None else isinstance(error, OperationalError)
+        if not for_now:
+            raise
+        raise _busy() from error
+
+
+def _busy() -> StoreUnavailable:
+    return StoreUnavailable(
+        503,
+        "The service cannot reach its records at the moment.",
+        code="store_unavailable",
+        headers={"Retry-After": RETRY_AFTER},
+    )
 
 
 def _prepare_sqlite(connection: Any, record: Any) -> None:
