@@ -194,7 +194,8 @@ def ending(
         if isinstance(error, stopped_by):
             run.update_manifest(status="interrupted")
         else:
-            run.update_manifest(status="failed", error=f"{type(error).__name__}: {error}"[:2000])
+            status = getattr(error, "status", "failed")
+            run.update_manifest(status=status, error=f"{type(error).__name__}: {error}"[:2000])
         raise
     finished = datetime.now().astimezone().isoformat(timespec="seconds")
     run.update_manifest(status="succeeded", finished=finished, seconds=round(time.monotonic() - started, 1))

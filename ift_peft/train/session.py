@@ -12,7 +12,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 import transformers
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, TrainerState
 from trl import SFTConfig
@@ -30,8 +29,10 @@ from ift_peft.train.arguments import sft_config, validation_arguments
 from ift_peft.train.checkpoints import newest_complete
 from ift_peft.train.losses import find_teacher
 from ift_peft.train.method import adapter_config, allocation_of, begin
+from ift_peft.train.offending import require_finite
+from ift_peft.train.out_of_memory import memory_for
 from ift_peft.train.prepare import Prepared
-from ift_peft.train.trainer import RunRecorder, SupervisedTrainer, non_finite, to_dataset
+from ift_peft.train.trainer import RunRecorder, SupervisedTrainer, to_dataset
 from ift_peft.train.validation import (
     BestCheckpoint,
     Validator,
@@ -40,6 +41,10 @@ from ift_peft.train.validation import (
     ran_out_of_patience,
     stopped_early,
 )
+
+
+_SMALLER_BASE = "set base.quantization=nf4, or choose a smaller base"
+_LESS_TRAINED = "lower adapter.r or adapter.target_modules"
 
 
 class Interrupted(TrainingError):
@@ -115,9 +120,9 @@ class Session:
 
     def _train(self, checkpoint: Path | None) -> None:
         try:
-            with stopping_on_signals(self.recorder):
+            with stopping_on_signals(self.recorder), memory_for("the optimizer and checkpoints", fix=_LESS_TRAINED):
                 self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except (IftPeftError, torch.OutOfMemoryError):
+        except IftPeftError:
             raise
         except (ValueError, RuntimeError, ImportError, TypeError) as error:  # settings are read as late as in there
             raise TrainingError(
@@ -140,13 +145,9 @@ class Session:
                 f"{early} {state.global_step} steps; the adapter is that of step {best['step']}, "
                 f"validation {best['metric']} {best['value']:.4f}"
             )
-        broken = non_finite(self.model)
-        if broken:
-            raise TrainingError(
-                expected="finite adapter weights",
-                found=f"NaN or infinity in {broken[0]}",
-                fix="lower training.learning_rate",
-            )
+        step = self.trainer.state.global_step
+        require_finite(self.model, step=step, checkpoints=self.run.checkpoints)
+        self.trainer.guard.require_learned(self.trainer.progress, step=step)
         # The trainer wrapped the forward in autocast; before and after must be measured in the same arithmetic.
         self.trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
@@ -190,14 +191,16 @@ def open_session(
     checkpoint that will be gone on from, so that nothing is computed that is loaded from there. `go_on` is the
     command to tell after a signal, by default the one that resumes `run`.
     """
-    base = load_section(prepared.location, recipe.base, head=class_head(recipe, prepared.tokenizer))
+    with memory_for("the base", fix=_SMALLER_BASE):
+        base = load_section(prepared.location, recipe.base, head=class_head(recipe, prepared.tokenizer))
     for note in (*prepared.notes, *base.notes):
         reporter.note(note)
     recorder = RunRecorder(run, reporter)
     validator = None if prepared.validation is None else _validator(recipe, prepared, prepared.validation)
     begun = resumed or start_from
-    trainer = _build_trainer(recipe, prepared, base, run, recorder, validator=validator, begun=begun)
-    frozen = begin(trainer.model, recipe, prepared, begun=begun is not None)
+    with memory_for("base, teacher and adapter", fix=f"{_LESS_TRAINED}, or {_SMALLER_BASE}"):
+        trainer = _build_trainer(recipe, prepared, base, run, recorder, validator=validator, begun=begun)
+        frozen = begin(trainer.model, recipe, prepared, begun=begun is not None)
     allocation = allocation_of(trainer.model, recipe)
     if allocation is not None:
         trainer.add_callback(allocation)
@@ -284,6 +287,8 @@ def _trainer(
         validate=validator,
         loraplus_lr_ratio=recipe.adapter.loraplus_lr_ratio,
         head=recipe.base.head,
+        where=prepared.train.where,
+        halved=recorder.halved,
     )
 
 
