@@ -13,7 +13,7 @@ from typing import Annotated, ParamSpec
 
 import typer
 
-from ift_peft.errors import IftPeftError, RunError
+from ift_peft.errors import IftPeftError, OutOfMemory, RunError, first_line, is_out_of_memory
 
 P = ParamSpec("P")
 RUNS = Path("runs")
@@ -87,6 +87,17 @@ def errors_to_exit_codes(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(error.exit_code) from None
         except BrokenPipeError:  # the reader of our output went away, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            print_error(
+                OutOfMemory(
+                    expected="memory for what was asked",
+                    found=first_line(error),
+                    fix="lower evaluation.per_device_eval_batch_size, set base.quantization=nf4, or choose a smaller base",
+                )
+            )
+            raise typer.Exit(OutOfMemory.exit_code) from None
         except OSError as error:
             print_error(
                 RunError(

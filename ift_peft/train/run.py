@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,11 @@ from ift_peft.train.arguments import sft_config, validation_arguments
 from ift_peft.train.checkpoints import newest_complete
 from ift_peft.train.losses import find_teacher
 from ift_peft.train.memory import foresee_memory
+from ift_peft.train.out_of_memory import memory_for
 from ift_peft.train.prepare import Prepared, inputs, prepare, record_inputs
 from ift_peft.train.session import Interrupted, Session, open_session, resume_command
+
+_LESS_MEASURED = "lower evaluation.per_device_eval_batch_size, or evaluation.max_new_tokens where answers are generated"
 
 
 def train(
@@ -35,10 +39,12 @@ def train(
     reporter: Reporter,
     prepared: Prepared | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    step_timeout: float | None = None,
 ) -> RunDir:
     """Run `recipe` and return its folder below `root`; `prepared` is what `prepare` made of it, where it was called.
 
-    `callbacks` are called by the trainer, after our own.
+    `callbacks` are called by the trainer, after our own. Where nothing is heard of training for `step_timeout` seconds,
+    the process is ended (`Watchdog`).
 
     Raises `RecipeError`, `DataError` or `ModelError` before a run folder exists, `TrainingError` for a run that could
     not finish, and `Interrupted` after a signal.
@@ -60,7 +66,7 @@ def train(
     given = all_inputs(recipe, prepared)
     run = create_run(recipe, root)
     record_inputs(run, prepared, given)
-    return _run(recipe, prepared, run, reporter, checkpoint=None, callbacks=callbacks)
+    return _run(recipe, prepared, run, reporter, checkpoint=None, callbacks=callbacks, step_timeout=step_timeout)
 
 
 def finish(
@@ -90,7 +96,13 @@ def finish(
     return _run(recipe, prepared, run, reporter, checkpoint=run.checkpoints / checkpoint.name)
 
 
-def resume(run: RunDir, *, reporter: Reporter, callbacks: Sequence[TrainerCallback] = ()) -> RunDir:
+def resume(
+    run: RunDir,
+    *,
+    reporter: Reporter,
+    callbacks: Sequence[TrainerCallback] = (),
+    step_timeout: float | None = None,
+) -> RunDir:
     """Go on with an unfinished run from its newest complete checkpoint, or from its start if it has none.
 
     Raises `RunError` for a run that succeeded, and where rows, base, template or teacher are no longer those it began
@@ -128,7 +140,7 @@ def resume(run: RunDir, *, reporter: Reporter, callbacks: Sequence[TrainerCallba
     )
     forget_steps_after(run, int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
     run.update_manifest(status="running", error=None, resumed_from=checkpoint.name if checkpoint else None)
-    return _run(recipe, prepared, run, reporter, checkpoint=checkpoint, callbacks=callbacks)
+    return _run(recipe, prepared, run, reporter, checkpoint=checkpoint, callbacks=callbacks, step_timeout=step_timeout)
 
 
 def all_inputs(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
@@ -152,10 +164,12 @@ def _run(
     *,
     checkpoint: Path | None,
     callbacks: Sequence[TrainerCallback] = (),
+    step_timeout: float | None = None,
 ) -> RunDir:
     try:
         with ending(run, stopped_by=(Interrupted, KeyboardInterrupt)), quiet(), run.locked():
-            _train_and_measure(recipe, prepared, run, reporter, checkpoint, callbacks)
+            session = partial(open_session, callbacks=callbacks, resumed=checkpoint, step_timeout=step_timeout)
+            _train_and_measure(recipe, prepared, run, reporter, checkpoint, session)
     except KeyboardInterrupt:
         raise Interrupted(
             expected="a run that ends by itself", found="it was interrupted", fix=f"go on with: {resume_command(run)}"
@@ -170,12 +184,13 @@ def _train_and_measure(
     run: RunDir,
     reporter: Reporter,
     checkpoint: Path | None,
-    callbacks: Sequence[TrainerCallback],
+    opened: Callable[..., Session],
 ) -> None:
     foreseen = foresee_memory(recipe, prepared, reporter)
-    session = open_session(recipe, prepared, run, reporter, callbacks=callbacks, resumed=checkpoint)
+    session = opened(recipe, prepared, run, reporter)
     measuring = Measuring(session.model, prepared.renderer, recipe, prepared.test.rows, prepared.probes, reporter)
-    before = measuring.of(adapter=False)
+    with memory_for("measuring the base", fix=_LESS_MEASURED):
+        before = measuring.of(adapter=False)
     meter = Meter(session.base.device)
     if checkpoint is not None and run.read("manifest.json").get("training_ended"):
         session.take(checkpoint)
@@ -183,7 +198,8 @@ def _train_and_measure(
         session.fit(checkpoint)
         session.stop_before_measuring()
     memory = foreseen | meter.read()
-    scores = measuring.scores(before, measuring.of(adapter=True), run=run)
+    with memory_for("measuring the adapter", fix=_LESS_MEASURED):
+        scores = measuring.scores(before, measuring.of(adapter=True), run=run)
     run.write("scores.json", scores)
     _save_adapter(session, scores)
     trained, every = session.parameters

@@ -41,6 +41,7 @@ from ift_peft.train.validation import (
     ran_out_of_patience,
     stopped_early,
 )
+from ift_peft.train.watchdog import Watchdog
 
 
 _SMALLER_BASE = "set base.quantization=nf4, or choose a smaller base"
@@ -67,6 +68,7 @@ class Session:
     validator: Validator | None
     go_on: str
     """The command that goes on with it after a signal."""
+    watchdog: Watchdog
     allocation: RankAllocation | None = None
     frozen: int = 0
     """Weights of the adapter that stay as they began."""
@@ -120,7 +122,11 @@ class Session:
 
     def _train(self, checkpoint: Path | None) -> None:
         try:
-            with stopping_on_signals(self.recorder), memory_for("the optimizer and checkpoints", fix=_LESS_TRAINED):
+            with (
+                stopping_on_signals(self.recorder),
+                self.watchdog.watching(),
+                memory_for("the optimizer and checkpoints", fix=_LESS_TRAINED),
+            ):
                 self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except IftPeftError:
             raise
@@ -184,18 +190,21 @@ def open_session(
     start_from: Path | None = None,
     resumed: Path | None = None,
     go_on: str | None = None,
+    step_timeout: float | None = None,
 ) -> Session:
     """Load the base and lay a new adapter over it, ready to train in the folder of `run`.
 
     The adapter begins with the weights of the one in the folder `start_from`, where that is given; `resumed` is the
     checkpoint that will be gone on from, so that nothing is computed that is loaded from there. `go_on` is the
-    command to tell after a signal, by default the one that resumes `run`.
+    command to tell after a signal, by default the one that resumes `run`. `step_timeout`: see `Watchdog`.
     """
     with memory_for("the base", fix=_SMALLER_BASE):
         base = load_section(prepared.location, recipe.base, head=class_head(recipe, prepared.tokenizer))
     for note in (*prepared.notes, *base.notes):
         reporter.note(note)
     recorder = RunRecorder(run, reporter)
+    command = go_on or resume_command(run)
+    watchdog = Watchdog(run, reporter, limit=step_timeout, go_on=command)
     validator = None if prepared.validation is None else _validator(recipe, prepared, prepared.validation)
     begun = resumed or start_from
     with memory_for("base, teacher and adapter", fix=f"{_LESS_TRAINED}, or {_SMALLER_BASE}"):
@@ -204,12 +213,14 @@ def open_session(
     allocation = allocation_of(trainer.model, recipe)
     if allocation is not None:
         trainer.add_callback(allocation)
-    for callback in callbacks:
+    trainer.unwatched = watchdog.paused
+    for callback in (*callbacks, watchdog):
         trainer.add_callback(callback)
     if start_from is not None:
         trainer.model.load_adapter(str(start_from), "default", is_trainable=True)
-    command = go_on or resume_command(run)
-    session = Session(recipe, prepared, run, reporter, base, recorder, trainer, validator, command, allocation, frozen)
+    session = Session(
+        recipe, prepared, run, reporter, base, recorder, trainer, validator, command, watchdog, allocation, frozen
+    )
     trained, every = session.parameters
     reporter.note(f"{trained:,} of {every:,} parameters are trained ({100 * trained / every:.2f} %)")
     return session

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -107,6 +107,7 @@ class SupervisedTrainer(SFTTrainer):
         self.padded_tokens_seen = 0
         self.progress = Progress()
         self.where, self.halved = where, halved
+        self.unwatched: Callable[[], AbstractContextManager[None]] = nullcontext  # entered for what is no step
         self._batches: list[Batch] = []  # of the step that is being taken
         self._micro_batches: list[MicroBatch] = []
         self._sums: list[tuple[Sums, Tensor | None]] = []  # of the parts of the micro-batch that is being run
@@ -114,7 +115,7 @@ class SupervisedTrainer(SFTTrainer):
     @property
     def rows_at_once(self) -> int:
         """Rows that go through the model together."""
-        return max(1, -(-self.args.train_batch_size // 2**self.progress.halvings))
+        return max(1, -(-int(self.args.train_batch_size) // (1 << self.progress.halvings)))
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Forward and backward of one micro-batch, in as many parts as its memory asks for.
@@ -200,8 +201,8 @@ class SupervisedTrainer(SFTTrainer):
         return norm
 
     def _end_step(self, model: Any, norm: Any) -> None:
-        batches, done = [*self._batches], [*self._micro_batches]
-        self._batches.clear(), self._micro_batches.clear()
+        batches, done = self._batches, self._micro_batches
+        self._batches, self._micro_batches = [], []
         numbers = [torch.as_tensor(norm), *(number for one in done for number in one.numbers)]
         found = torch.stack([number.detach().to(self.args.device, torch.float64) for number in numbers]).tolist()
         size = found.pop(0)
@@ -278,7 +279,8 @@ class SupervisedTrainer(SFTTrainer):
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **_: Any) -> dict[str, float]:
         """What `validate` finds, under the names that transformers looks for: `eval_loss`, …"""
         assert self.validate is not None  # nothing else asks for an evaluation
-        with memory_for("measuring on the validation rows", fix="lower evaluation.per_device_eval_batch_size"):
+        less = "lower evaluation.per_device_eval_batch_size"
+        with self.unwatched(), memory_for("measuring on the validation rows", fix=less):
             return log_evaluation(self, self.validate, prefix=metric_key_prefix)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
