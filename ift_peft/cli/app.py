@@ -94,7 +94,7 @@ def errors_to_exit_codes(command: Callable[P, None]) -> Callable[P, None]:
                 OutOfMemory(
                     expected="memory for what was asked",
                     found=first_line(error),
-                    fix="lower evaluation.per_device_eval_batch_size, set base.quantization=nf4, or choose a smaller base",
+                    fix="set base.quantization=nf4, choose a smaller base, or lower evaluation.per_device_eval_batch_size",
                 )
             )
             raise typer.Exit(OutOfMemory.exit_code) from None

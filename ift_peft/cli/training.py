@@ -88,9 +88,7 @@ def train(
     raise_all(missed(scores))
 
 
-def _train_parts(
-    recipe: Recipe, into: RunDir | None, *, seeds: int, root: Path, step_timeout: float | None
-) -> None:
+def _train_parts(recipe: Recipe, into: RunDir | None, *, seeds: int, root: Path, step_timeout: float | None) -> None:
     """Train a recipe of several adapters, or go on with `into`."""
     from ift_peft.cli.merging import print_merging
     from ift_peft.cli.pipeline import print_pipeline

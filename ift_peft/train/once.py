@@ -85,7 +85,9 @@ def found_or_trained(
     for run in earlier_runs(part, root):
         called = f"{run.path.parent.name}/{run.path.name}"
         if run.status != "succeeded":
-            finished = resume(run, reporter=reporter, step_timeout=step_timeout)  # raises where another process is at it
+            finished = resume(
+                run, reporter=reporter, step_timeout=step_timeout
+            )  # raises where another process is at it
             reporter.note(f"{told}: went on with {called}")
             return finished
         if run.is_whole:

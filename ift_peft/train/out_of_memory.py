@@ -25,7 +25,7 @@ def parts_of(batch: Batch, rows: int) -> list[Batch]:
 
 @contextmanager
 def whole_or_undone(parameters: Sequence[Any], device: torch.device) -> Iterator[None]:
-    """Gradients of what is done inside are added to those before; after an error they, and random numbers, are as before.
+    """Add the gradients of what is done inside to those before; after an error they, and random numbers, are as before.
 
     A backward pass that breaks off has added some of its gradients already. They are therefore collected apart, which
     costs memory only from the second micro-batch of a step on.

@@ -26,14 +26,22 @@ def checkpoint_bytes(trained: int, *, optim: str) -> int:
     return trained * (_WEIGHT + moments)
 
 
-def room_needed(trained: int, location: BaseLocation, *, optim: str, keep: int | None, saves: bool) -> int:
+def room_needed(
+    trained: int, location: BaseLocation, *, optim: str, keep: int | None, saves: bool, embeddings: bool
+) -> int:
     """Bytes of the adapter and of the checkpoints that lie beside each other, each with a tokenizer.
 
-    `keep` is `save_total_limit`: one more is written before the oldest goes. With None, all are kept, and one is counted.
+    `keep` is `save_total_limit`: one more is written before the oldest goes. None: all are kept, and one is counted.
+    PEFT writes `embeddings` that are adapted into each checkpoint, whole.
     """
-    tokenizer = sum((location.folder / name).stat().st_size for name in _TOKENIZER if (location.folder / name).is_file())
+    tokenizer = sum(
+        (location.folder / name).stat().st_size for name in _TOKENIZER if (location.folder / name).is_file()
+    )
     checkpoints = (1 if keep is None else keep + 1) if saves else 0
-    return trained * _WEIGHT + tokenizer + checkpoints * (checkpoint_bytes(trained, optim=optim) + tokenizer)
+    config = location.config()
+    whole = int(config.get("vocab_size", 0)) * int(config.get("hidden_size", 0)) * _WEIGHT if embeddings else 0
+    each = checkpoint_bytes(trained, optim=optim) + tokenizer + whole
+    return trained * _WEIGHT + tokenizer + checkpoints * each
 
 
 def free_room(folder: Path) -> int:

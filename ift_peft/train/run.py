@@ -15,7 +15,7 @@ from ift_peft.evaluate.forgetting import general_texts
 from ift_peft.evaluate.run import Measuring
 from ift_peft.evaluate.safety import safety_prompts
 from ift_peft.model.base import choose_device, choose_dtype, quiet
-from ift_peft.model.memory import Meter
+from ift_peft.model.memory import TRAINED_BYTES, Meter
 from ift_peft.recipe import Recipe, require_one_task
 from ift_peft.report.card import adapter_card
 from ift_peft.report.write import write_report
@@ -27,6 +27,7 @@ from ift_peft.train.losses import find_teacher
 from ift_peft.train.memory import foresee_memory
 from ift_peft.train.out_of_memory import memory_for
 from ift_peft.train.prepare import Prepared, inputs, prepare, record_inputs
+from ift_peft.train.room import require_room, room_needed
 from ift_peft.train.session import Interrupted, Session, open_session, resume_command
 
 _LESS_MEASURED = "lower evaluation.per_device_eval_batch_size, or evaluation.max_new_tokens where answers are generated"
@@ -64,9 +65,11 @@ def train(
     general_texts(recipe.evaluation)  # read again when they are measured; what is wrong with them is told now
     safety_prompts(recipe.evaluation)
     given = all_inputs(recipe, prepared)
+    foreseen = _foresee(recipe, prepared, root, reporter)
     run = create_run(recipe, root)
     record_inputs(run, prepared, given)
-    return _run(recipe, prepared, run, reporter, checkpoint=None, callbacks=callbacks, step_timeout=step_timeout)
+    opened = partial(open_session, callbacks=callbacks, step_timeout=step_timeout)
+    return _run(recipe, prepared, run, reporter, checkpoint=None, foreseen=foreseen, opened=opened)
 
 
 def finish(
@@ -87,13 +90,14 @@ def finish(
     checkpoint, _ = newest_complete(trained.checkpoints)
     if checkpoint is None:
         raise RunError(expected="a checkpoint", found=f"none in {trained.checkpoints}", fix="train again")
+    foreseen = _foresee(recipe, prepared, root, reporter)
     run = create_run(recipe, root)
     created(run)
     record_inputs(run, prepared, all_inputs(recipe, prepared))
     shutil.copytree(trained.checkpoints, run.checkpoints)
     shutil.copy(trained.path / "metrics.jsonl", run.path)
     run.update_manifest(**entries, training_ended=True)
-    return _run(recipe, prepared, run, reporter, checkpoint=run.checkpoints / checkpoint.name)
+    return _run(recipe, prepared, run, reporter, checkpoint=run.checkpoints / checkpoint.name, foreseen=foreseen)
 
 
 def resume(
@@ -138,15 +142,37 @@ def resume(
     reporter.note(
         f"resuming from {checkpoint.name}" if checkpoint else "no complete checkpoint; starting from the first step"
     )
+    foreseen = _foresee(recipe, prepared, run.path, reporter)
     forget_steps_after(run, int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
     run.update_manifest(status="running", error=None, resumed_from=checkpoint.name if checkpoint else None)
-    return _run(recipe, prepared, run, reporter, checkpoint=checkpoint, callbacks=callbacks, step_timeout=step_timeout)
+    opened = partial(open_session, callbacks=callbacks, step_timeout=step_timeout)
+    return _run(recipe, prepared, run, reporter, checkpoint=checkpoint, foreseen=foreseen, opened=opened)
 
 
 def all_inputs(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     """The inputs of a run by hash, its teacher's among them. Raises `ModelError` for a teacher that cannot be used."""
     teacher = find_teacher(recipe.loss, prepared.tokenizer, max_length=prepared.max_length)
     return inputs(prepared) | ({"teacher_fingerprint": teacher.fingerprint()} if teacher else {})
+
+
+def _foresee(recipe: Recipe, prepared: Prepared, folder: Path, reporter: Reporter) -> dict[str, Any]:
+    """The entries `memory` and `disk` of the manifest. Raises `DiskFull` where `folder` has no room for the run."""
+    with memory_for("the adapter", fix="lower adapter.r"):
+        memory = foresee_memory(recipe, prepared, reporter)
+    if not memory:
+        reporter.note("nor was the room on disk")
+        return {"memory": memory}
+    arguments = recipe.training
+    keep = arguments.get("save_total_limit", 2 if recipe.validation else 1)
+    needed = room_needed(
+        memory["foreseen"]["adapter"] // TRAINED_BYTES,
+        prepared.location,
+        optim=str(arguments.get("optim", "adamw_torch")).lower(),
+        keep=keep,
+        saves=str(arguments.get("save_strategy", "epoch")) != "no",
+        embeddings=bool(recipe.adapter.embeddings),
+    )
+    return {"memory": memory, "disk": require_room(needed, folder, reporter, all_kept=keep is None)}
 
 
 def forget_steps_after(run: RunDir, step: int) -> None:
@@ -163,13 +189,14 @@ def _run(
     reporter: Reporter,
     *,
     checkpoint: Path | None,
-    callbacks: Sequence[TrainerCallback] = (),
-    step_timeout: float | None = None,
+    foreseen: dict[str, Any],
+    opened: Callable[..., Session] = open_session,
 ) -> RunDir:
     try:
         with ending(run, stopped_by=(Interrupted, KeyboardInterrupt)), quiet(), run.locked():
-            session = partial(open_session, callbacks=callbacks, resumed=checkpoint, step_timeout=step_timeout)
-            _train_and_measure(recipe, prepared, run, reporter, checkpoint, session)
+            run.update_manifest(**foreseen)
+            session = opened(recipe, prepared, run, reporter, resumed=checkpoint)
+            _train_and_measure(session, checkpoint)
     except KeyboardInterrupt:
         raise Interrupted(
             expected="a run that ends by itself", found="it was interrupted", fix=f"go on with: {resume_command(run)}"
@@ -178,16 +205,8 @@ def _run(
     return run
 
 
-def _train_and_measure(
-    recipe: Recipe,
-    prepared: Prepared,
-    run: RunDir,
-    reporter: Reporter,
-    checkpoint: Path | None,
-    opened: Callable[..., Session],
-) -> None:
-    foreseen = foresee_memory(recipe, prepared, reporter)
-    session = opened(recipe, prepared, run, reporter)
+def _train_and_measure(session: Session, checkpoint: Path | None) -> None:
+    recipe, prepared, run, reporter = session.recipe, session.prepared, session.run, session.reporter
     measuring = Measuring(session.model, prepared.renderer, recipe, prepared.test.rows, prepared.probes, reporter)
     with memory_for("measuring the base", fix=_LESS_MEASURED):
         before = measuring.of(adapter=False)
@@ -197,7 +216,7 @@ def _train_and_measure(
     else:
         session.fit(checkpoint)
         session.stop_before_measuring()
-    memory = foreseen | meter.read()
+    memory = run.read("manifest.json").get("memory", {}) | meter.read()
     with memory_for("measuring the adapter", fix=_LESS_MEASURED):
         scores = measuring.scores(before, measuring.of(adapter=True), run=run)
     run.write("scores.json", scores)

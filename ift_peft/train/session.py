@@ -43,7 +43,6 @@ from ift_peft.train.validation import (
 )
 from ift_peft.train.watchdog import Watchdog
 
-
 _SMALLER_BASE = "set base.quantization=nf4, or choose a smaller base"
 _LESS_TRAINED = "lower adapter.r or adapter.target_modules"
 

@@ -239,7 +239,9 @@ class SupervisedTrainer(SFTTrainer):
         config = self.model.config
         classes = isinstance(self.objective, ClassObjective)
         choices = config.num_labels if classes else config.get_text_config().vocab_size
-        shuffled = self.args.train_sampling_strategy != "sequential" and getattr(self.objective, "teacher", None) is None
+        shuffled = (
+            self.args.train_sampling_strategy != "sequential" and getattr(self.objective, "teacher", None) is None
+        )
         return Guard(int(choices), self.state.max_steps, shuffled=shuffled)
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -393,4 +395,3 @@ def to_dataset(rendered: Sequence[Rendered]) -> Dataset:
             "labels": [row.labels for row in rendered],
         }
     )
-

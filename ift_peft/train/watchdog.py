@@ -87,7 +87,7 @@ class Watchdog(TrainerCallback):
     def _tell(self) -> None:
         error = Hung(
             expected=f"a step within {self.allowed:.0f} s",
-            found=f"none after {self.silent:.0f} s, in step {self.step + 1}; {self.run.path / STACKS} says where it stands",
+            found=f"none after {self.silent:.0f} s, in step {self.step + 1}; where it stands: {self.run.path / STACKS}",
             fix=f"go on with: {self.go_on}, with --step-timeout 0 or more seconds if steps take so long",
         )
         with (self.run.path / STACKS).open("w", encoding="utf-8") as file:
