@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -13,20 +14,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from ift_peft.errors import RunError
+from ift_peft.errors import DiskFull, IftPeftError, RunError, first_line
 from ift_peft.recipe import Recipe, dump_recipe, validate
 from ift_peft.yaml_source import read_yaml
 
 PACKAGES = ("ift_peft", "torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "tokenizers")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-UNFINISHED = ("running", "interrupted", "failed")
+GOES_ON = ("running", "interrupted", "disk_full", "hung")  # statuses of runs that lack nothing but to be gone on with
+UNFINISHED = (*GOES_ON, "out_of_memory", "failed")
+RESERVE = ".reserve"
+RESERVED_BYTES = 64 * 1024
+PROBED_BYTES = 1024 * 1024
 Kind = Literal["adapter", "pipeline", "merging"]
 MADE: dict[Kind, str] = {"adapter": "one adapter", "pipeline": "a pipeline", "merging": "several adapters compared"}
 ADAPTER: tuple[Kind, ...] = ("adapter",)
@@ -44,9 +49,31 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
+        sync_folder(path.parent)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def sync_file(path: Path) -> None:
+    """Have what was written to `path` reach the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_folder(path: Path) -> None:
+    """Have the names in `path` reach the disk: after a rename, the new one would be lost by a power cut."""
+    with suppress(PermissionError):  # a folder that may be written to but not read
+        sync_file(path)
+
+
+def sync_tree(path: Path) -> None:
+    """`path`, and all files and folders in it."""
+    for found in (*path.rglob("*"), path):
+        sync_file(found)
 
 
 def json_lines(lines: Sequence[dict[str, Any]]) -> str:
@@ -177,36 +204,91 @@ def create_run(recipe: Recipe, root: Path) -> RunDir:
 
 
 @contextmanager
-def ending(
-    run: RunDir, *, stopped_by: tuple[type[BaseException], ...] = (), since: float | None = None
-) -> Iterator[None]:
-    """Record in the manifest how what is done to `run` ends: as succeeded, as failed and why, or as interrupted.
+def ending(run: RunDir, *, since: float | None = None) -> Iterator[None]:
+    """Record in the manifest how what is done to `run` ends: as succeeded, or as the error says that ended it.
 
-    `stopped_by` are the errors after which it can be gone on with. Its seconds are counted from `since`, a time of
-    `time.monotonic`, or from now. `RunIsBusy` is about another process, and leaves the manifest to that.
+    Its seconds are counted from `since`, a time of `time.monotonic`, or from now. A full disk, by whichever error it
+    shows, is raised as `DiskFull`.
     """
     started = time.monotonic() if since is None else since
+    _reserve(run)
     try:
         yield
-    except RunIsBusy:
-        raise
+        finished = datetime.now().astimezone().isoformat(timespec="seconds")
+        run.update_manifest(status="succeeded", finished=finished, seconds=round(time.monotonic() - started, 1))
+        (run.path / RESERVE).unlink(missing_ok=True)
     except BaseException as error:
-        if isinstance(error, stopped_by):
-            run.update_manifest(status="interrupted")
-        else:
-            status = getattr(error, "status", "failed")
-            run.update_manifest(status=status, error=f"{type(error).__name__}: {error}"[:2000])
+        full = None if isinstance(error, IftPeftError) else disk_full(error, run.path)
+        _record_end(run, full or error)
+        if full is not None:
+            raise full from error
         raise
-    finished = datetime.now().astimezone().isoformat(timespec="seconds")
-    run.update_manifest(status="succeeded", finished=finished, seconds=round(time.monotonic() - started, 1))
+
+
+def _record_end(run: RunDir, error: BaseException) -> None:
+    interrupted = isinstance(error, KeyboardInterrupt)
+    status = "interrupted" if interrupted else getattr(error, "status", "failed")
+    told = {} if status == "interrupted" else {"error": f"{type(error).__name__}: {error}"[:2000]}
+    try:
+        run.update_manifest(status=status, **told)
+    except (OSError, RunError):  # of a full disk
+        (run.path / RESERVE).unlink(missing_ok=True)
+        with suppress(OSError, RunError):  # it stays `running`, which can be gone on with just as well
+            run.update_manifest(status=status, **told)
+
+
+def _reserve(run: RunDir) -> None:
+    """Take up room that the last word about a run can have when the disk is full."""
+    (run.path / RESERVE).write_bytes(os.urandom(RESERVED_BYTES))
+
+
+def disk_full(error: BaseException, folder: Path) -> DiskFull | None:
+    """What a library's error about a full disk is for us; None for any other error.
+
+    torch does not say why it could not write: it is tried whether `folder` takes any more.
+    """
+    told = f"{type(error).__name__}: {error}"
+    by_number = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    is_full = by_number or "No space left on device" in told
+    if not is_full and isinstance(error, RuntimeError) and "PytorchStreamWriter" in told:
+        is_full = not _takes_more(folder)
+    if not is_full:
+        return None
+    return DiskFull(
+        expected=f"room on the disk of {folder}",
+        found=first_line(error),
+        fix="make room; what was written before is whole, and an unfinished run goes on with: ift train --resume RUN",
+    )
+
+
+def _takes_more(folder: Path) -> bool:
+    probe = folder / f".probe-{secrets.token_hex(4)}"
+    try:
+        with probe.open("wb") as file:
+            file.write(os.urandom(PROBED_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        return False
+    finally:
+        probe.unlink(missing_ok=True)
+    return True
 
 
 def point_latest(run: RunDir) -> None:
-    """Make the sibling link `latest` point at `run`, in one rename."""
-    link = run.path.parent / "latest"
-    temporary = run.path.parent / f".latest-{secrets.token_hex(4)}"
-    temporary.symlink_to(run.path.name, target_is_directory=True)
-    os.replace(temporary, link)
+    """Make the sibling link `latest` point at `run`."""
+    point(run.path.parent / "latest", run.path.name)
+
+
+def point(link: Path, name: str) -> None:
+    """Make `link` a link to the folder `name` beside it, in one rename."""
+    temporary = link.parent / f".{link.name}-{secrets.token_hex(4)}"
+    temporary.symlink_to(name, target_is_directory=True)
+    try:
+        os.replace(temporary, link)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def open_run(path: str | Path, *, finished: bool = True, kinds: Collection[Kind] = ADAPTER) -> RunDir:

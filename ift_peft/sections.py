@@ -104,7 +104,7 @@ class Adapter(Section):
     method: Method = "lora"
     r: Count = 16
     """The rank; with adalora the average that is left in the end, with eva the average over modules."""
-    lora_alpha: Annotated[float, Field(gt=0)] = 32
+    lora_alpha: Annotated[int | float, Field(gt=0)] = 32
     lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
     """`all-linear`, a list of module name endings, or a regular expression on full module names."""

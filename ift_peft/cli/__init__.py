@@ -17,6 +17,7 @@ from ift_peft.cli import (
     serve,
     training,
     tune,
+    verify_resume,
 )
 from ift_peft.cli.app import app
 
@@ -38,4 +39,5 @@ __all__ = [
     "serve",
     "training",
     "tune",
+    "verify_resume",
 ]

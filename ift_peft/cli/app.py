@@ -79,6 +79,7 @@ def errors_to_exit_codes(command: Callable[P, None]) -> Callable[P, None]:
     @wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         from ift_peft.console import err, print_error
+        from ift_peft.run_dir import disk_full
 
         try:
             command(*args, **kwargs)
@@ -94,17 +95,16 @@ def errors_to_exit_codes(command: Callable[P, None]) -> Callable[P, None]:
                 OutOfMemory(
                     expected="memory for what was asked",
                     found=first_line(error),
-                    fix="set base.quantization=nf4, choose a smaller base, or lower evaluation.per_device_eval_batch_size",
+                    fix="lower evaluation.per_device_eval_batch_size, or choose a smaller base",
                 )
             )
             raise typer.Exit(OutOfMemory.exit_code) from None
         except OSError as error:
-            print_error(
-                RunError(
-                    expected="files that can be read and written", found=str(error), fix="check path, rights and space"
-                )
+            told = disk_full(error, Path()) or RunError(
+                expected="files that can be read and written", found=str(error), fix="check path, rights and space"
             )
-            raise typer.Exit(RunError.exit_code) from None
+            print_error(told)
+            raise typer.Exit(told.exit_code) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
         finally:

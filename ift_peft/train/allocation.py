@@ -47,13 +47,12 @@ class RankAllocation(TrainerCallback):
         self.model.base_model.update_and_allocate(state.global_step + 1)  # the step that is being taken, from 1
         self.pattern, config.rank_pattern = config.rank_pattern, None
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def save(self, checkpoint: Path) -> None:
+        """Write the importances into `checkpoint`."""
         allocator = self.model.base_model.rankallocator
         tensors = {f"{mean}/{name}": tensor for mean in _MEANS for name, tensor in getattr(allocator, mean).items()}
         tensors |= {f"pattern/{name}": torch.tensor(kept) for name, kept in (self.pattern or {}).items()}
-        tensors["step"] = torch.tensor(state.global_step)
-        assert args.output_dir is not None
-        save_file(tensors, Path(args.output_dir) / f"checkpoint-{state.global_step}" / ALLOCATION)
+        save_file(tensors, checkpoint / ALLOCATION)
 
     def restore(self, checkpoint: Path) -> None:
         """Go on from the importances in `checkpoint`."""

@@ -88,7 +88,7 @@ def sft_config(
     arguments: dict[str, Any] = {
         "report_to": "none",
         "save_strategy": "epoch",
-        "save_total_limit": 2 if validation else 1,
+        "save_total_limit": 3 if validation else 2,  # the newest, one to fall back on, and the best
         "logging_steps": 10,
         "train_sampling_strategy": "group_by_length",
         "bf16": on_gpu and compute_dtype == torch.bfloat16,

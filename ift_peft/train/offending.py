@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ift_peft.data.render import IGNORE
 from ift_peft.errors import NonFiniteLoss
-from ift_peft.train.checkpoints import newest_complete
+from ift_peft.train.checkpoints import newest_verified
 from ift_peft.train.out_of_memory import Batch, parts_of
 
 _NAMED = 5  # rows in a message
@@ -40,7 +40,7 @@ def non_finite(model: Any) -> list[str]:
 
 def left_over(checkpoints: Path) -> str:
     """What is left of a training that ended so."""
-    newest, _ = newest_complete(checkpoints)
+    newest, _ = newest_verified(checkpoints)
     return f"no adapter was written; {f'the last good checkpoint is {newest.name}' if newest else 'no checkpoint yet'}"
 
 

@@ -14,10 +14,10 @@ from ift_peft.errors import IftPeftError, RunError, faults_of
 from ift_peft.recipe import Recipe
 from ift_peft.report.write import write_report
 from ift_peft.reporter import Reporter
-from ift_peft.run_dir import Kind, RunDir, create_run, ending, runs_called, versions
+from ift_peft.run_dir import GOES_ON, Kind, RunDir, create_run, ending, runs_called, versions
 from ift_peft.train.prepare import Prepared, prepare
 from ift_peft.train.run import all_inputs, resume, train
-from ift_peft.train.session import Interrupted
+from ift_peft.train.session import Interrupted, ending_on_signals
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def made_of_parts(recipe: Recipe, kind: Kind, root: Path, *, into: RunDir | None
     """
     run = create_run(recipe, root) if into is None else into
     try:
-        with ending(run, stopped_by=(Interrupted, KeyboardInterrupt)), run.locked():
+        with run.locked(), ending(run), ending_on_signals():
             run.update_manifest(kind=kind, parts={}, status="running", error=None)
             yield run
     except (Interrupted, KeyboardInterrupt) as error:
@@ -107,7 +107,7 @@ def earlier_runs(part: Part, root: Path) -> list[RunDir]:
     for run in runs_called(root, part.recipe.name):
         entries = run.read("manifest.json")
         same = entries.get("inputs") == part.inputs and entries.get("versions") == versions()
-        if same and entries.get("status") in ("succeeded", "interrupted", "running"):
+        if same and entries.get("status") in ("succeeded", *GOES_ON):
             found += [run] if _settings(run.recipe()) == _settings(part.recipe) else []
     return sorted(found, key=lambda run: run.status != "succeeded")
 

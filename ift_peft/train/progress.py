@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,8 +13,8 @@ class Progress:
 
     `order` is the sha256, in hex, of the token ids of every batch so far, each hashed over the one before it: equal
     values mean equal rows in an equal order. `halvings`: how often the micro-batch was halved for lack of memory.
-    `first_losses` are those of the first steps, each over so many `first_tokens`, and `recent_losses` of the newest, the oldest
-    first: cross-entropies in nats per supervised token.
+    `first_losses` are those of the first steps, each over so many `first_tokens`, and `recent_losses` of the newest, the
+    oldest first: cross-entropies in nats per supervised token.
     """
 
     tokens_seen: int = 0
@@ -25,6 +26,10 @@ class Progress:
     recent_losses: list[float] = field(default_factory=list)
     unlogged: dict[str, Any] = field(default_factory=dict)
     """Sums that the trainer has not logged yet."""
+
+    def add_rows(self, ids: bytes) -> None:
+        """Note the token ids of one more batch."""
+        self.order = hashlib.sha256(bytes.fromhex(self.order) + ids).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from ift_peft.errors import RunError
+from ift_peft.errors import RunError, TrainingError
 from ift_peft.evaluate.forgetting import general_texts
 from ift_peft.evaluate.run import Measuring
 from ift_peft.evaluate.safety import safety_prompts
@@ -20,15 +21,16 @@ from ift_peft.recipe import Recipe, require_one_task
 from ift_peft.report.card import adapter_card
 from ift_peft.report.write import write_report
 from ift_peft.reporter import Reporter
-from ift_peft.run_dir import RunDir, create_run, ending
+from ift_peft.run_dir import RunDir, create_run, ending, sync_tree
 from ift_peft.train.arguments import sft_config, validation_arguments
-from ift_peft.train.checkpoints import newest_complete
+from ift_peft.train.checkpoints import errors_of_writing, newest_verified
 from ift_peft.train.losses import find_teacher
 from ift_peft.train.memory import foresee_memory
 from ift_peft.train.out_of_memory import memory_for
 from ift_peft.train.prepare import Prepared, inputs, prepare, record_inputs
+from ift_peft.train.resuming import take_up
 from ift_peft.train.room import require_room, room_needed
-from ift_peft.train.session import Interrupted, Session, open_session, resume_command
+from ift_peft.train.session import Interrupted, Session, ending_on_signals, open_session, resume_command
 
 _LESS_MEASURED = "lower evaluation.per_device_eval_batch_size, or evaluation.max_new_tokens where answers are generated"
 
@@ -67,9 +69,14 @@ def train(
     given = all_inputs(recipe, prepared)
     foreseen = _foresee(recipe, prepared, root, reporter)
     run = create_run(recipe, root)
-    record_inputs(run, prepared, given)
     opened = partial(open_session, callbacks=callbacks, step_timeout=step_timeout)
-    return _run(recipe, prepared, run, reporter, checkpoint=None, foreseen=foreseen, opened=opened)
+    with run.locked():
+        with _at_work(run):
+            record_inputs(run, prepared, given)
+            run.update_manifest(**foreseen)
+            _train_and_measure(opened(recipe, prepared, run, reporter), None)
+        write_report(run)
+    return run
 
 
 def finish(
@@ -87,17 +94,23 @@ def finish(
     is called with the new folder at once; when it is set up, the manifest has `training_ended`.
     """
     prepared = prepare(recipe, reporter)
-    checkpoint, _ = newest_complete(trained.checkpoints)
+    checkpoint, _ = newest_verified(trained.checkpoints)
     if checkpoint is None:
         raise RunError(expected="a checkpoint", found=f"none in {trained.checkpoints}", fix="train again")
     foreseen = _foresee(recipe, prepared, root, reporter)
     run = create_run(recipe, root)
     created(run)
-    record_inputs(run, prepared, all_inputs(recipe, prepared))
-    shutil.copytree(trained.checkpoints, run.checkpoints)
-    shutil.copy(trained.path / "metrics.jsonl", run.path)
-    run.update_manifest(**entries, training_ended=True)
-    return _run(recipe, prepared, run, reporter, checkpoint=run.checkpoints / checkpoint.name, foreseen=foreseen)
+    with run.locked():
+        with _at_work(run):
+            record_inputs(run, prepared, all_inputs(recipe, prepared))
+            shutil.copytree(trained.checkpoints, run.checkpoints, symlinks=True)
+            shutil.copy(trained.path / "metrics.jsonl", run.path)
+            run.update_manifest(**entries, training_ended=True)
+            run.update_manifest(**foreseen)
+            kept = run.checkpoints / checkpoint.name
+            _train_and_measure(open_session(recipe, prepared, run, reporter, resumed=kept), kept)
+        write_report(run)
+    return run
 
 
 def resume(
@@ -107,13 +120,49 @@ def resume(
     callbacks: Sequence[TrainerCallback] = (),
     step_timeout: float | None = None,
 ) -> RunDir:
-    """Go on with an unfinished run from its newest complete checkpoint, or from its start if it has none.
+    """Go on with an unfinished run from its newest checkpoint that verifies, or from its start if none does.
 
+    What was passed over, and what is no longer as when the checkpoint was written, is told and kept in the manifest.
     Raises `RunError` for a run that succeeded, and where rows, base, template or teacher are no longer those it began
-    with.
+    with; `RunIsBusy` where another process is at it.
     """
     with run.locked():
-        pass  # refused at once where another process is at it
+        recipe, prepared = _as_it_began(run, reporter)
+        foreseen = _foresee(recipe, prepared, run.path, reporter)
+        found = take_up(run, device=choose_device(recipe.base.device))
+        manifest = run.read("manifest.json")
+        if found.checkpoint is None and manifest.get("training_ended"):
+            raise RunError(
+                expected=f"the checkpoint in which training ended, in {run.checkpoints}",
+                found="; ".join(found.passed_over) or "none",
+                fix="search again: ift tune --fresh",
+            )
+        for note in found.notes:
+            reporter.note(note)
+        reporter.note(
+            f"resuming from {found.checkpoint.name}"
+            if found.checkpoint
+            else "no checkpoint to resume from; starting from the first step"
+        )
+        run.update_manifest(status="running", error=None, resumed=[*manifest.get("resumed", []), found.to_json()])
+        with _at_work(run):
+            run.update_manifest(**foreseen)
+            session = open_session(
+                recipe,
+                prepared,
+                run,
+                reporter,
+                callbacks=callbacks,
+                resumed=found.checkpoint,
+                step_timeout=step_timeout,
+            )
+            _train_and_measure(session, found.checkpoint)
+        write_report(run)
+    return run
+
+
+def _as_it_began(run: RunDir, reporter: Reporter) -> tuple[Recipe, Prepared]:
+    """Recipe and inputs of a run. Raises `RunError` where it succeeded, and for inputs it did not begin with."""
     if run.status == "succeeded":
         raise RunError(expected="an unfinished run", found=f"{run.path} has succeeded", fix="train again: ift train")
     recipe = run.recipe()
@@ -130,23 +179,19 @@ def resume(
             found=f"other values of {', '.join(changed)}",
             fix="restore them, or start a new run",
         )
-    checkpoint, skipped = newest_complete(run.checkpoints)
-    for line in skipped:
-        reporter.note(line)
-    if checkpoint is None and run.read("manifest.json").get("training_ended"):
-        raise RunError(
-            expected=f"the checkpoint in which training ended, in {run.checkpoints}",
-            found="none that is complete",
-            fix="search again: ift tune --fresh",
-        )
-    reporter.note(
-        f"resuming from {checkpoint.name}" if checkpoint else "no complete checkpoint; starting from the first step"
-    )
-    foreseen = _foresee(recipe, prepared, run.path, reporter)
-    forget_steps_after(run, int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
-    run.update_manifest(status="running", error=None, resumed_from=checkpoint.name if checkpoint else None)
-    opened = partial(open_session, callbacks=callbacks, step_timeout=step_timeout)
-    return _run(recipe, prepared, run, reporter, checkpoint=checkpoint, foreseen=foreseen, opened=opened)
+    return recipe, prepared
+
+
+@contextmanager
+def _at_work(run: RunDir) -> Iterator[None]:
+    """Record how it ends, also by a signal. Raises `Interrupted` after one, with the command that goes on."""
+    try:
+        with ending(run), quiet(), ending_on_signals():
+            yield
+    except KeyboardInterrupt:
+        raise Interrupted(
+            expected="a run that ends by itself", found="it was interrupted", fix=f"go on with: {resume_command(run)}"
+        ) from None
 
 
 def all_inputs(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
@@ -175,36 +220,6 @@ def _foresee(recipe: Recipe, prepared: Prepared, folder: Path, reporter: Reporte
     return {"memory": memory, "disk": require_room(needed, folder, reporter, all_kept=keep is None)}
 
 
-def forget_steps_after(run: RunDir, step: int) -> None:
-    """Take the lines of later steps out of metrics.jsonl: they are taken again, and logged again."""
-    path = run.path / "metrics.jsonl"
-    if path.is_file():
-        run.write_lines(path.name, [line for line in run.read_lines(path.name) if line["step"] <= step])
-
-
-def _run(
-    recipe: Recipe,
-    prepared: Prepared,
-    run: RunDir,
-    reporter: Reporter,
-    *,
-    checkpoint: Path | None,
-    foreseen: dict[str, Any],
-    opened: Callable[..., Session] = open_session,
-) -> RunDir:
-    try:
-        with ending(run, stopped_by=(Interrupted, KeyboardInterrupt)), quiet(), run.locked():
-            run.update_manifest(**foreseen)
-            session = opened(recipe, prepared, run, reporter, resumed=checkpoint)
-            _train_and_measure(session, checkpoint)
-    except KeyboardInterrupt:
-        raise Interrupted(
-            expected="a run that ends by itself", found="it was interrupted", fix=f"go on with: {resume_command(run)}"
-        ) from None
-    write_report(run)
-    return run
-
-
 def _train_and_measure(session: Session, checkpoint: Path | None) -> None:
     recipe, prepared, run, reporter = session.recipe, session.prepared, session.run, session.reporter
     measuring = Measuring(session.model, prepared.renderer, recipe, prepared.test.rows, prepared.probes, reporter)
@@ -216,6 +231,7 @@ def _train_and_measure(session: Session, checkpoint: Path | None) -> None:
     else:
         session.fit(checkpoint)
         session.stop_before_measuring()
+        _require_the_last_step(session)
     memory = run.read("manifest.json").get("memory", {}) | meter.read()
     with memory_for("measuring the adapter", fix=_LESS_MEASURED):
         scores = measuring.scores(before, measuring.of(adapter=True), run=run)
@@ -225,18 +241,31 @@ def _train_and_measure(session: Session, checkpoint: Path | None) -> None:
     run.update_manifest(
         notes=session.notes, parameters={"trained": trained, "all": every}, memory=memory, **session.outcome()
     )
-    trainer = session.trainer
-    if trainer.tokens_seen:  # nothing is trained when a run resumes after its last step
-        run.update_manifest(
-            tokens_per_second=round(session.recorder.tokens_per_second, 1),
-            padding_share=round(1 - trainer.tokens_seen / trainer.padded_tokens_seen, 4),
+    progress = session.trainer.progress
+    run.update_manifest(
+        padding_share=round(1 - progress.tokens_seen / max(1, progress.padded_tokens_seen), 4),
+        order_sha256=progress.order,
+    )
+    if session.recorder.tokens_per_second:  # nothing is trained when a run resumes after its last step
+        run.update_manifest(tokens_per_second=round(session.recorder.tokens_per_second, 1))
+
+
+def _require_the_last_step(session: Session) -> None:
+    state = session.trainer.state
+    if state.global_step < state.max_steps and not session.stopped_early:
+        raise TrainingError(
+            expected=f"{state.max_steps} steps", found=f"training ended after {state.global_step}", fix="train again"
         )
 
 
 def _save_adapter(session: Session, scores: dict[str, Any]) -> None:
     recipe, prepared, run = session.recipe, session.prepared, session.run
-    session.model.peft_config["default"].base_model_name_or_path = prepared.location.public_name
-    session.model.save_pretrained(run.adapter, save_embedding_layers=False)
+    config = session.model.peft_config["default"]
+    config.base_model_name_or_path = prepared.location.public_name
+    if isinstance(config.target_modules, set):  # whose order differs from process to process, and with it the file
+        config.target_modules = sorted(config.target_modules)
+    with errors_of_writing(run.adapter):
+        session.model.save_pretrained(run.adapter, save_embedding_layers=False)
     if not prepared.tokenizer.chat_template and prepared.renderer.template:
         prepared.tokenizer.chat_template = prepared.renderer.template
     prepared.tokenizer.save_pretrained(run.adapter)
@@ -245,4 +274,5 @@ def _save_adapter(session: Session, scores: dict[str, Any]) -> None:
     )
     for path in run.adapter.iterdir():
         path.chmod(0o644)  # safetensors writes 0600, which a server under another user could not read
+    sync_tree(run.adapter)
     run.update_manifest(adapter_sha256=run.adapter_hashes())

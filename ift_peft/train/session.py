@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from types import FrameType
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback
 from trl import SFTConfig
 
 from ift_peft.data.fit import Fitted
-from ift_peft.errors import IftPeftError, RecipeError, TrainingError, first_line
+from ift_peft.errors import IftPeftError, RecipeError, RunError, TrainingError, first_line
 from ift_peft.evaluate.measure import resampling
 from ift_peft.infer.load import class_head
 from ift_peft.model.base import LoadedBase, load_section
@@ -26,12 +27,13 @@ from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir
 from ift_peft.train.allocation import RankAllocation
 from ift_peft.train.arguments import sft_config, validation_arguments
-from ift_peft.train.checkpoints import newest_complete
+from ift_peft.train.checkpoints import newest_verified, step_of
 from ift_peft.train.losses import find_teacher
 from ift_peft.train.method import adapter_config, allocation_of, begin
 from ift_peft.train.offending import require_finite
 from ift_peft.train.out_of_memory import memory_for
 from ift_peft.train.prepare import Prepared
+from ift_peft.train.resuming import read_progress
 from ift_peft.train.trainer import RunRecorder, SupervisedTrainer, to_dataset
 from ift_peft.train.validation import (
     BestCheckpoint,
@@ -51,6 +53,7 @@ class Interrupted(TrainingError):
     """Training stopped by Ctrl-C or SIGTERM, with a checkpoint to go on from."""
 
     exit_code = 130
+    status = "interrupted"
 
 
 @dataclass
@@ -98,6 +101,8 @@ class Session:
             return
         if checkpoint is not None and self.allocation is not None:
             self.allocation.restore(checkpoint)
+        if checkpoint is not None:
+            self.recorder.resumed = read_progress(checkpoint)
         self._train(checkpoint)
         state = self.trainer.state
         if self.recorder.stop_requested and state.global_step < state.max_steps and not stopped_early(self.trainer):
@@ -111,8 +116,8 @@ class Session:
     def stop_before_measuring(self) -> None:
         """Raises `Interrupted` where a signal came too late to end training early, and its end is in a checkpoint."""
         step = self.trainer.state.global_step
-        newest, _ = newest_complete(self.run.checkpoints)
-        if self.recorder.stop_requested and newest is not None and newest.name == f"checkpoint-{step}":
+        newest, _ = newest_verified(self.run.checkpoints)
+        if self.recorder.stop_requested and newest is not None and step_of(newest) == step:
             raise Interrupted(
                 expected="base and adapter to be measured",
                 found=f"a signal after the last step, {step}; a checkpoint was saved",
@@ -129,6 +134,10 @@ class Session:
                 self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except IftPeftError:
             raise
+        except UnpicklingError as error:
+            raise RunError(
+                expected="tensors and numbers in the checkpoint", found=first_line(error), fix="train again"
+            ) from error
         except (ValueError, RuntimeError, ImportError, TypeError) as error:  # settings are read as late as in there
             raise TrainingError(
                 expected="a recipe that can be trained", found=first_line(error), fix="change the setting named there"
@@ -136,6 +145,8 @@ class Session:
 
     def take(self, checkpoint: Path) -> None:
         """Leave the model with the weights that training which ended in `checkpoint` kept, without a further step."""
+        self.trainer.progress = read_progress(checkpoint)
+        self.recorder.seen_before = self.trainer.progress.tokens_seen
         self.trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         point_to_best(self.trainer.state, checkpoint.parent)
         self.trainer.state.best_model_checkpoint = self.trainer.state.best_model_checkpoint or str(checkpoint)
@@ -212,6 +223,7 @@ def open_session(
     allocation = allocation_of(trainer.model, recipe)
     if allocation is not None:
         trainer.add_callback(allocation)
+        trainer.also_saved.append(allocation.save)
     trainer.unwatched = watchdog.paused
     for callback in (*callbacks, watchdog):
         trainer.add_callback(callback)
@@ -302,12 +314,12 @@ def _trainer(
     )
 
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 @contextmanager
 def stopping_on_signals(recorder: RunRecorder) -> Iterator[None]:
-    """Let the first Ctrl-C or SIGTERM end training after the current step with a checkpoint, the second at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """Let the first Ctrl-C, SIGTERM or SIGHUP end training after its step with a checkpoint, the second at once."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         if recorder.stop_requested:
@@ -315,9 +327,33 @@ def stopping_on_signals(recorder: RunRecorder) -> Iterator[None]:
         recorder.stop_requested = True
         recorder.reporter.note("stopping after this step with a checkpoint; once more stops at once")
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    with _handling(stop):
+        yield
+
+
+@contextmanager
+def ending_on_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end what is done as Ctrl-C does, so that a run is left in order."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    with _handling(end):
+        yield
+
+
+@contextmanager
+def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle the signals that ask to stop; those that are ignored stay so, as SIGHUP under nohup."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    for number in STOPPING:
+        if before[number] is not signal.SIG_IGN:
+            signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, previous in before.items():
+            signal.signal(number, previous)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,21 +18,23 @@ from datasets import Dataset
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor
 from transformers import GenerationConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_optimizer import is_optimizer_factory
 from trl import SFTTrainer
 
 from ift_peft.data.render import Rendered
-from ift_peft.errors import OutOfMemory, RecipeError, first_line, is_out_of_memory
+from ift_peft.errors import OutOfMemory, RecipeError, RunError, first_line, is_out_of_memory
 from ift_peft.model.initialise import NAME
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir
 from ift_peft.sections import Head, Loss
 from ift_peft.train.allocation import orthogonality
 from ift_peft.train.batching import Epochs, EpochSampler
+from ift_peft.train.checkpoints import PROGRESS, faults_of, rotate, writing
 from ift_peft.train.divergence import Guard
 from ift_peft.train.losses import ClassObjective, Objective, Sums
-from ift_peft.train.offending import left_over, not_finite
+from ift_peft.train.offending import left_over, not_finite, require_finite
 from ift_peft.train.out_of_memory import Batch, give_memory_back, memory_for, parts_of, whole_or_undone
 from ift_peft.train.progress import Progress
 
@@ -103,9 +107,9 @@ class SupervisedTrainer(SFTTrainer):
         self.epochs = Epochs(rows=len(self.train_dataset)) if epochs is None else epochs
         self.lengths = lengths if len(lengths) else [len(ids) for ids in self.train_dataset["input_ids"]]
         self.remove_callback(PrinterCallback)
-        self.tokens_seen = 0
-        self.padded_tokens_seen = 0
         self.progress = Progress()
+        self.also_saved: list[Callable[[Path], None]] = []
+        self._saved_to: Path | None = None
         self.where, self.halved = where, halved
         self.unwatched: Callable[[], AbstractContextManager[None]] = nullcontext  # entered for what is no step
         self._batches: list[Batch] = []  # of the step that is being taken
@@ -212,8 +216,8 @@ class SupervisedTrainer(SFTTrainer):
             mine, found = found[: len(one.numbers)], found[len(one.numbers) :]
             loss += mine[0]
             entropy += mine[3]  # the first part of a loss is its cross-entropy
-            self.tokens_seen += int(mine[1])
-            self.padded_tokens_seen += one.padded
+            self.progress.tokens_seen += int(mine[1])
+            self.progress.padded_tokens_seen += one.padded
             tokens = max(1, one.tokens)
             metrics["mean_token_accuracy"].append(mine[2] / tokens)
             for name, part in zip(one.parts, mine[3:], strict=False) if len(one.parts) > 1 else ():
@@ -285,6 +289,64 @@ class SupervisedTrainer(SFTTrainer):
         with self.unwatched(), memory_for("measuring on the validation rows", fix=less):
             return log_evaluation(self, self.validate, prefix=metric_key_prefix)
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """The micro-batches of the next step, noted in `progress.order`."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        for batch in batches:
+            self.progress.add_rows(batch["input_ids"].cpu().numpy().tobytes())
+        return batches, items
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return str(self._saved_to or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """A checkpoint that verifies, with `progress` in it and without the pickled arguments; older ones make room.
+
+        Raises `NonFiniteLoss` where weights are not numbers, so that every checkpoint can be gone on from.
+        """
+        folder, state = Path(str(self.args.output_dir)), self.state
+        require_finite(self.model, step=state.global_step, checkpoints=folder)
+        with writing(folder, state.global_step, made_on=made_on(self.args.device)) as partial:
+            self._saved_to = partial.parent
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._saved_to = None
+            (partial / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            if state.best_global_step == state.global_step:  # where it will be
+                state.best_model_checkpoint = str(folder / partial.name)
+                state.save_to_json(str(partial / "trainer_state.json"))
+            for save in self.also_saved:
+                save(partial)
+            self._take_unlogged()
+            (partial / PROGRESS).write_text(json.dumps(self.progress.to_json()), "utf-8")
+        rotate(folder, self.args.save_total_limit, best=state.best_global_step)
+
+    def _take_unlogged(self) -> None:
+        """Note the sums since the last log: the next line tells of all steps since, also in a process that resumed."""
+        self.progress.unlogged = {
+            "loss": float(self._tr_loss),
+            "total_loss": self._total_loss_scalar,
+            "since": self._globalstep_last_logged,
+            "metrics": dict(self._metrics["train"]),
+        }
+
+    def restore(self, progress: Progress) -> None:
+        """Go on counting from `progress`; to be called when training has begun: transformers sets its sums to 0."""
+        self.progress = progress
+        found = progress.unlogged
+        self._tr_loss = torch.tensor(found["loss"], device=self.args.device)
+        self._total_loss_scalar, self._globalstep_last_logged = found["total_loss"], found["since"]
+        self._metrics["train"].update(found["metrics"])
+
+    def _load_best_model(self) -> None:
+        """Raises `RunError` where the best checkpoint is not as it was written."""
+        best = Path(str(self.state.best_model_checkpoint))
+        fault = faults_of(best)
+        if fault is not None:
+            raise RunError(expected=f"the best checkpoint as it was written, {best}", found=fault, fix="train again")
+        super()._load_best_model()
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: the run writes one card, into the adapter's folder, when there are scores to put in it."""
 
@@ -323,15 +385,23 @@ class RunRecorder(TrainerCallback):
         self.loss: float | None = None
         self.started = time.monotonic()
         self.ended: float | None = None
+        self.resumed: Progress | None = None
+        self.seen_before = 0
+        """Tokens, in the processes before this one."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        assert self.trainer is not None
+        if self.resumed is not None:
+            self.trainer.restore(self.resumed)
+            self.seen_before = self.resumed.tokens_seen
         self.started = time.monotonic()
         self.reporter.stage("training", state.max_steps)
 
     @property
     def tokens_per_second(self) -> float:
         assert self.trainer is not None
-        return self.trainer.tokens_seen / max(1e-9, (self.ended or time.monotonic()) - self.started)
+        seen = self.trainer.progress.tokens_seen - self.seen_before
+        return seen / max(1e-9, (self.ended or time.monotonic()) - self.started)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         loss = "" if self.loss is None else f"loss {self.loss:.4f}  "
@@ -395,3 +465,13 @@ def to_dataset(rendered: Sequence[Rendered]) -> Dataset:
             "labels": [row.labels for row in rendered],
         }
     )
+
+
+def made_on(device: torch.device) -> dict[str, Any]:
+    """What, beside versions, decides the last bits of a result: the device and the threads that share its sums."""
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device)}
+    return {
+        "device": f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+    }

@@ -18,7 +18,7 @@ from ift_peft.evaluate.compare import Predictions, predict_rows
 from ift_peft.evaluate.intervals import bootstrap_mean_ratio, percentile
 from ift_peft.evaluate.metrics import Metrics, Resampling, classification_metrics, confusion, language_metrics
 from ift_peft.evaluate.rowwise import with_ones
-from ift_peft.train.checkpoints import REQUIRED
+from ift_peft.train.checkpoints import faults_of
 
 
 @dataclass
@@ -86,15 +86,14 @@ class BestCheckpoint(TrainerCallback):
 def point_to_best(state: TrainerState, checkpoints: Path) -> None:
     """Make a state that was read from a checkpoint name the best one by where it is now.
 
-    transformers stores its path, and goes on without it where it has moved. Raises `RunError` where it is gone.
+    transformers stores its path, and goes on without it where it has moved. Raises `RunError` where it does not verify.
     """
     if not state.best_global_step:
         return
     best = checkpoints / f"checkpoint-{state.best_global_step}"
-    if not (best / REQUIRED[0]).is_file():
-        raise RunError(
-            expected=f"the best checkpoint so far, {best}", found=f"no {REQUIRED[0]} in it", fix="train again"
-        )
+    fault = faults_of(best)
+    if fault is not None:
+        raise RunError(expected=f"the best checkpoint as it was written, {best}", found=fault, fix="train again")
     state.best_model_checkpoint = str(best)
 
 

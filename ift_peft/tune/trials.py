@@ -10,11 +10,11 @@ import torch
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from ift_peft.errors import Diverged, IftPeftError, RunError, TrainingError, first_line
+from ift_peft.model.base import choose_device
 from ift_peft.recipe import Recipe, dump_recipe
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir, write_atomically
-from ift_peft.train.checkpoints import newest_complete
-from ift_peft.train.run import forget_steps_after
+from ift_peft.train.resuming import take_up
 from ift_peft.train.session import Interrupted, Session, open_session
 from ift_peft.tune.asking import OVER, Asker
 from ift_peft.tune.rows import TrialRows
@@ -90,13 +90,12 @@ class Trials:
     def _train(self, trial: Trial) -> tuple[Session, TrialWatcher]:
         run, recipe, previous = self.folder_of(trial.number), self.recipe_of(trial), self.asker.ancestors(trial)[:1]
         prepared = self.rows.prepared(recipe, trial.number)
-        checkpoint, skipped = newest_complete(run.checkpoints)
-        for line in skipped:
+        found = take_up(run, device=choose_device(recipe.base.device))
+        for line in found.notes:
             self.reporter.note(f"trial {trial.number}: {line}")
+        checkpoint, step = found.checkpoint, found.step
         if checkpoint is not None:
             self.reporter.note(f"trial {trial.number} goes on from {checkpoint.name}")
-        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-        forget_steps_after(run, step)
         write_atomically(run.path / "recipe.yaml", dump_recipe(recipe))
         watcher = TrialWatcher(
             trial,

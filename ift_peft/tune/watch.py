@@ -27,9 +27,13 @@ class TrialWatcher(TrainerCallback):
         self.ended: str | None = None
         self.counted = 0
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        assert self.session is not None
+        self.counted = self.session.trainer.progress.tokens_seen  # those before were counted when they were taken
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         assert self.session is not None
-        seen = self.session.trainer.tokens_seen
+        seen = self.session.trainer.progress.tokens_seen
         self.budget.spend(seen - self.counted)
         self.counted = seen
         limit = self.budget.exceeded(0)

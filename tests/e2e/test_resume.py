@@ -1,96 +1,73 @@
-"""Stopping and going on: the result is that of a run that was never stopped."""
+"""`ift verify-resume`: killed and gone on with, against never stopped; and that it would see a difference."""
 
 from __future__ import annotations
 
+import json
 import os
-import signal
-import subprocess
-import sys
-import time
+import shutil
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from ift_peft.errors import RunError
+from ift_peft.cli.verify_resume import _require_equal
+from ift_peft.errors import RecipeError, TrainingError
 from ift_peft.reporter import Silent
-from ift_peft.run_dir import RunDir, open_run
-from ift_peft.train.checkpoints import REQUIRED, newest_complete
-from ift_peft.train.run import resume
+from ift_peft.run_dir import RunDir
+from ift_peft.train.run import train
+from ift_peft.train.verify_resume import compare, shortened
 from tests.conftest import OFFLINE, ROOT, Ift
-
-SETTINGS = (
-    "base.device=cpu",
-    "data.max_train_rows=96",
-    "data.max_test_rows=8",
-    "evaluation.forgetting=false",
-    "evaluation.unseen_instructions=null",
-    "evaluation.perturbation=null",
-    "training.num_train_epochs=3",
-    "training.logging_steps=1",
-    "training.per_device_train_batch_size=4",
-)
-
-
-def start(folder: Path) -> subprocess.Popen[str]:
-    with (folder / "stderr").open("w") as errors:
-        return subprocess.Popen(
-            [sys.executable, "-m", "ift_peft", "train", "sentiment", *SETTINGS],
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": f"{OFFLINE}{os.pathsep}{ROOT}"},
-            stderr=errors,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-
-
-def wait_for_steps(process: subprocess.Popen[str], folder: Path, steps: int) -> RunDir:
-    while process.poll() is None:
-        for path in folder.glob("runs/sentiment/latest/metrics.jsonl"):
-            if len(path.read_text("utf-8").splitlines()) >= steps:
-                return RunDir(path.parent.resolve())
-        time.sleep(0.05)
-    raise AssertionError(f"training ended before step {steps}")
+from tests.train.small import small, write_small
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path: Path, ift: Ift) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    whole.mkdir()
-    cut.mkdir()
-    uninterrupted = start(whole)
-    interrupted = start(cut)
-    run = wait_for_steps(interrupted, cut, 28)
-    interrupted.send_signal(signal.SIGINT)
-    interrupted.wait(timeout=300)
-    message = (cut / "stderr").read_text("utf-8")
-    assert interrupted.returncode == 130, message
-    assert "ift train --resume" in message
-    assert run.status == "interrupted"
-    assert not run.adapter.exists()
-    refused = ift("predict", str(run.path), "好", cwd=cut)
-    assert refused.returncode == 5
-    resumed = ift("train", "--resume", str(run.path), cwd=cut)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "resuming from checkpoint-" in resumed.stderr
-    assert uninterrupted.wait(timeout=300) == 0
-    ours = load_file(run.adapter / "adapter_model.safetensors")
-    theirs = load_file(open_run(whole / "runs/sentiment/latest").adapter / "adapter_model.safetensors")
-    assert ours.keys() == theirs.keys()
-    assert all((ours[name] == theirs[name]).all() for name in ours)
-    with pytest.raises(RunError, match="has succeeded"):
-        resume(run, reporter=Silent())
+def test_a_run_that_is_killed_ends_as_one_that_is_not(
+    tmp_path: Path, ift: Ift, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_small(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{OFFLINE}{os.pathsep}{ROOT}")
+    done = ift("verify-resume", "small.yaml", "--kills", "2", "--steps", "10", "--seed", "1")
+    assert done.returncode == 0, done.stderr
+    for what in ("losses of 10 steps", "weights, bit by bit", "rows and their order", "scores"):
+        assert f"{what:<24} equal" in done.stdout
+    result = json.loads((tmp_path / "runs" / "small" / "verify-resume.json").read_text("utf-8"))
+    assert result["equal"]
+    assert len(result["kills"]) == 2
+    assert result["kills"][1]["writing"]  # every second one
+    assert [path.name for path in (tmp_path / "runs" / "small").iterdir()] == ["verify-resume.json"]
 
 
-def test_the_newest_complete_checkpoint_is_taken_and_broken_ones_are_named(tmp_path: Path) -> None:
-    for step in (9, 10, 100):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        for name in REQUIRED:
-            (folder / name).write_text("x", "utf-8")
-    (tmp_path / "checkpoint-100" / "optimizer.pt").unlink()
-    (tmp_path / "tmp-checkpoint-200").mkdir()
-    found, skipped = newest_complete(tmp_path)
-    assert found == tmp_path / "checkpoint-10"
-    assert skipped == ["checkpoint-100 is incomplete (optimizer.pt missing or empty)"]
-    assert newest_complete(tmp_path / "checkpoint-9") == (None, [])
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    folder = tmp_path_factory.mktemp("run")
+    recipe = shortened(small(folder), steps=6, rows=2)
+    assert recipe.training["save_steps"] == 1
+    return train(recipe, root=folder / "runs", reporter=Silent())
+
+
+def test_each_difference_is_seen(run: RunDir, tmp_path: Path) -> None:
+    copy = RunDir(tmp_path / "copy")
+    shutil.copytree(run.path, copy.path)
+    assert compare(run, copy, []).equal
+    lines = copy.read_lines("metrics.jsonl")
+    lines[3]["loss"] += 1e-9
+    copy.write_lines("metrics.jsonl", lines)
+    assert compare(run, copy, []).first_loss == 4
+    weights = load_file(copy.adapter / "adapter_model.safetensors")
+    changed = sorted(weights)[0]
+    weights[changed] = weights[changed].nextafter(weights[changed] + 1)
+    save_file(weights, copy.adapter / "adapter_model.safetensors")
+    copy.update_manifest(order_sha256="0" * 64)
+    verdict = compare(run, copy, [])
+    assert (verdict.tensors, verdict.same_order, verdict.equal) == ([changed], False, False)
+    with pytest.raises(TrainingError, match=r"from step 4 on, 1 other tensors, .*, other rows"):
+        _require_equal(verdict)
+    scores = copy.read("scores.json")
+    scores["adapter"]["accuracy"]["value"] += 0.1
+    copy.write("scores.json", scores)
+    assert not compare(run, copy, []).same_scores
+
+
+def test_a_proof_of_fewer_than_three_steps_is_none(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="at least 3 steps"):
+        shortened(small(tmp_path), steps=2, rows=2)

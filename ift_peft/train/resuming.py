@@ -1,0 +1,75 @@
+"""Going on with a run: which checkpoint is taken, what was passed over, and what is no longer as it was."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ift_peft.errors import first_line
+from ift_peft.run_dir import RunDir
+from ift_peft.train.checkpoints import PROGRESS, differences, newest_verified, set_aside_after, step_of, tidy
+from ift_peft.train.progress import Progress
+from ift_peft.train.trainer import made_on
+
+
+@dataclass(frozen=True)
+class TakenUp:
+    """`checkpoint` is None where none verifies: training begins again. `passed_over` and `differs` are for people."""
+
+    checkpoint: Path | None
+    passed_over: list[str]
+    differs: list[str]
+
+    @property
+    def step(self) -> int:
+        return 0 if self.checkpoint is None else step_of(self.checkpoint)
+
+    @property
+    def notes(self) -> list[str]:
+        """What there is to be said beside where it goes on."""
+        differing = [
+            f"warning: not as when {self.checkpoint.name} was written, so that the rest may differ in its last bits: "
+            f"{'; '.join(self.differs)}"
+            for _ in self.differs[:1]
+            if self.checkpoint is not None
+        ]
+        return [*(f"warning: {line}" for line in self.passed_over), *differing]
+
+    def to_json(self) -> dict[str, Any]:
+        name = None if self.checkpoint is None else self.checkpoint.name
+        return {"from": name, "passed_over": self.passed_over, "differs": self.differs}
+
+
+def take_up(run: RunDir, *, device: torch.device) -> TakenUp:
+    """Find the checkpoint that `run` goes on from, and take out of the run what lies beyond it; for who holds the run.
+
+    What a killed process left half-written is removed, later checkpoints, which do not verify, are renamed to
+    `broken-…`, and lines of steps that will be taken again go out of metrics.jsonl.
+    """
+    tidy(run.checkpoints)
+    checkpoint, passed_over = newest_verified(run.checkpoints)
+    differs = [] if checkpoint is None else differences(checkpoint, made_on=made_on(device))
+    found = TakenUp(checkpoint, passed_over, differs)
+    set_aside_after(run.checkpoints, found.step)
+    _forget_steps_after(run, found.step)
+    return found
+
+
+def _forget_steps_after(run: RunDir, step: int) -> None:
+    path = run.path / "metrics.jsonl"
+    if path.is_file():
+        whole = path.read_bytes().rpartition(b"\n")[0]  # a kill may have cut the last line short
+        lines = [json.loads(line) for line in whole.split(b"\n") if line]
+        run.write_lines(path.name, [line for line in lines if line["step"] <= step])
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """What `checkpoint` holds of it. Raises `ValueError` for what is none, though it verified."""
+    try:
+        return Progress.from_json(json.loads((checkpoint / PROGRESS).read_text("utf-8")))
+    except TypeError as error:
+        raise ValueError(f"{PROGRESS} in {checkpoint}: {first_line(error)}") from None
