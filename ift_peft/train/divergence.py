@@ -17,7 +17,8 @@ from ift_peft.train.progress import Progress
 
 FIRST = 5
 _SPREAD = 2.5  # nats between tokens, one standard deviation: more than bases show on text they can read
-_ERRORS = 3.0  # standard errors that are no noise
+_ERRORS = 3.0  # standard errors that are no noise; twice as many where it is looked for at every step
+_MANY = 1_000  # choices: guessing among so many is far from what any base does with a text that it can read
 
 
 def window(max_steps: int) -> int:
@@ -67,11 +68,11 @@ class Guard:
         mean = statistics.fmean(recent)
         told = ""
         if start < 0.95 * self.guessing and min(losses) >= 0.98 * self.guessing:
-            if mean - start > min(noise, max(2.0, 0.3 * self.guessing)):
+            if mean - start > (min(noise, 0.3 * self.guessing) if self.choices >= _MANY else noise):
                 told = f"no better than guessing among {self.choices:,} ({self.guessing:.2f})"
         elif self.shuffled and not jumped and min(losses) >= max(2 * start, max(progress.first_losses) + 1):
             spread = statistics.stdev(recent) * math.sqrt(1 / len(recent) + 1 / len(progress.first_losses))
-            if mean - start > max(noise, _ERRORS * spread):
+            if mean - start > max(noise, _ERRORS * spread) * (2 if every else 1):
                 told = "far above it"
         if told:
             raise Diverged(
