@@ -66,13 +66,14 @@ class Guard:
         losses = list(recent) if every else [statistics.fmean(recent)]
         start, noise, jumped = self._start(progress, short=step < 2 * FIRST)
         mean = statistics.fmean(recent)
+        certain = 2 if every else 1
         told = ""
         if start < 0.95 * self.guessing and min(losses) >= 0.98 * self.guessing:
-            if mean - start > (min(noise, 0.3 * self.guessing) if self.choices >= _MANY else noise):
+            if mean - start > (min(noise, 0.3 * self.guessing) if self.choices >= _MANY else certain * noise):
                 told = f"no better than guessing among {self.choices:,} ({self.guessing:.2f})"
         elif self.shuffled and not jumped and min(losses) >= max(2 * start, max(progress.first_losses) + 1):
             spread = statistics.stdev(recent) * math.sqrt(1 / len(recent) + 1 / len(progress.first_losses))
-            if mean - start > max(noise, _ERRORS * spread) * (2 if every else 1):
+            if mean - start > certain * max(noise, _ERRORS * spread):
                 told = "far above it"
         if told:
             raise Diverged(
