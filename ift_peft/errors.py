@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
+
+# Of torch on a CPU, of CUDA and its libraries, and of C++, which torch passes on as a RuntimeError.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "_status_alloc_failed")
 
 
 class IftPeftError(Exception):
@@ -43,6 +47,18 @@ def faults_of(what: str, error: IftPeftError) -> list[IftPeftError]:
 def first_line(error: BaseException) -> str:
     """Type and first line of another library's error, to be told inside one of ours."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python, of the system or of torch says that there was no memory. Imports no torch."""
+    if isinstance(error, IftPeftError):
+        return False
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    told = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in told for words in _NO_MEMORY)
+    )
 
 
 class RecipeError(IftPeftError, ValueError):

@@ -28,7 +28,14 @@ BASE = "base"
 Arms = dict[str, dict[str, Predictions]]  # of each arm on each domain
 
 
-def train_merging(recipe: Recipe, *, root: Path, reporter: Reporter, into: RunDir | None = None) -> RunDir:
+def train_merging(
+    recipe: Recipe,
+    *,
+    root: Path,
+    reporter: Reporter,
+    into: RunDir | None = None,
+    step_timeout: float | None = None,
+) -> RunDir:
     """Train the parents in `merging` and one on all their rows, combine the parents, measure all; a run of all that.
 
     Every adapter is a run below `root`; one made before of the same rows, settings and versions is taken. Raises
@@ -40,12 +47,14 @@ def train_merging(recipe: Recipe, *, root: Path, reporter: Reporter, into: RunDi
     with made_of_parts(recipe, "merging", root, into=into) as run:
         for number, (name, own) in enumerate(own_parts.items(), start=1):
             told = f"{name} ({number} of {len(own_parts)})"
-            add_part(run, name.partition(" ")[2], found_or_trained(own, root, told=told, reporter=reporter))
+            made = found_or_trained(own, root, told=told, reporter=reporter, step_timeout=step_timeout)
+            add_part(run, name.partition(" ")[2], made)
         parents = [open_parts(part) for part in run.parts.values()]
         check_parents(parents)
         if merging.together is not None:
             both = prepare_parts({TOGETHER: _recipe_of_all(recipe, parents, merging.together)}, reporter)[TOGETHER]
-            add_part(run, TOGETHER, found_or_trained(both, root, told=TOGETHER, reporter=reporter))
+            made = found_or_trained(both, root, told=TOGETHER, reporter=reporter, step_timeout=step_timeout)
+            add_part(run, TOGETHER, made)
         for one in merging.combine:
             add_part(run, one.called, _combined(recipe, parents, one, root, reporter))
         run.write("scores.json", _measure(recipe, run, merging, reporter))

@@ -13,7 +13,7 @@ from typing import Annotated, ParamSpec
 
 import typer
 
-from ift_peft.errors import IftPeftError, OutOfMemory, RunError
+from ift_peft.errors import IftPeftError, OutOfMemory, RunError, first_line, is_out_of_memory
 
 P = ParamSpec("P")
 RUNS = Path("runs")
@@ -88,21 +88,23 @@ def errors_to_exit_codes(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(error.exit_code) from None
         except BrokenPipeError:  # the reader of our output went away, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            print_error(
+                OutOfMemory(
+                    expected=f"memory for ift {command.__name__}",
+                    found=first_line(error),
+                    fix="give less at once: smaller files or batches, a smaller base, or a machine with more",
+                )
+            )
+            raise typer.Exit(OutOfMemory.exit_code) from None
         except OSError as error:
             told = disk_full(error, Path()) or RunError(
                 expected="files that can be read and written", found=str(error), fix="check path, rights and space"
             )
             print_error(told)
             raise typer.Exit(told.exit_code) from None
-        except MemoryError:
-            print_error(
-                OutOfMemory(
-                    expected=f"memory for ift {command.__name__}",
-                    found="none left",
-                    fix="give smaller files or rows, or a machine with more",
-                )
-            )
-            raise typer.Exit(OutOfMemory.exit_code) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
         finally:

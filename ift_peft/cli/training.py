@@ -23,6 +23,14 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with this unfinished run instead.")] = None,
     seeds: Annotated[int, typer.Option(help="Train this many runs, with one seed after another.", min=1)] = 1,
+    step_timeout: Annotated[
+        float | None,
+        typer.Option(
+            help="End when no step is done for so many seconds; 0: never. By default 600, or 20 times the longest "
+            "step so far.",
+            min=0,
+        ),
+    ] = None,
     runs_dir: RunsDir = RUNS,
 ) -> None:
     """Train a recipe, measure it before and after, and write the run.
@@ -46,7 +54,7 @@ def train(
     whole = loaded if unfinished is None else unfinished.recipe()
     assert whole is not None
     if whole.pipeline is not None or whole.merging is not None:
-        _train_parts(whole, unfinished, seeds=seeds, root=runs_dir)
+        _train_parts(whole, unfinished, seeds=seeds, root=runs_dir, step_timeout=step_timeout)
         return
     err.print("loading torch, transformers, peft, trl …", style="dim")
     from ift_peft.train import run as training
@@ -58,7 +66,7 @@ def train(
             seeded = loaded if step == 0 else loaded.with_seed(step)
             if seeds > 1:
                 reporter.note(f"run {step + 1} of {seeds}")
-            runs.append(training.train(seeded, root=runs_dir, reporter=reporter))
+            runs.append(training.train(seeded, root=runs_dir, reporter=reporter, step_timeout=step_timeout))
             if seeds > 1:
                 out.print(f"run      {os.path.relpath(runs[-1].path)}", markup=False)
         run = runs[-1]
@@ -68,7 +76,7 @@ def train(
             return
     else:
         assert unfinished is not None
-        run = training.resume(unfinished, reporter=reporter)
+        run = training.resume(unfinished, reporter=reporter, step_timeout=step_timeout)
     name, scores = run.recipe().name, run.read("scores.json")
     print_scores(scores, title=f"{name}: {scores['rows']} held-out rows")
     folder = os.path.relpath(run.path.parent / "latest" if resume is None else run.path)
@@ -80,7 +88,7 @@ def train(
     raise_all(missed(scores))
 
 
-def _train_parts(recipe: Recipe, into: RunDir | None, *, seeds: int, root: Path) -> None:
+def _train_parts(recipe: Recipe, into: RunDir | None, *, seeds: int, root: Path, step_timeout: float | None) -> None:
     """Train a recipe of several adapters, or go on with `into`."""
     from ift_peft.cli.merging import print_merging
     from ift_peft.cli.pipeline import print_pipeline
@@ -99,7 +107,7 @@ def _train_parts(recipe: Recipe, into: RunDir | None, *, seeds: int, root: Path)
 
     root = root if into is None else unfinished(into).path.parent.parent
     make, tell = (train_merging, print_merging) if recipe.merging is not None else (train_pipeline, print_pipeline)
-    run = make(recipe, root=root, reporter=ConsoleReporter(), into=into)
+    run = make(recipe, root=root, reporter=ConsoleReporter(), into=into, step_timeout=step_timeout)
     scores = run.read("scores.json")
     tell(scores, title=f"{recipe.name}: {scores['rows']} held-out rows")
     folder = os.path.relpath(run.path.parent / "latest" if into is None else run.path)

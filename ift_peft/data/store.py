@@ -36,6 +36,7 @@ _FEATURES = Features(
         "labels": List(Value("int32")),
         "length": Value("int32"),
         "source": Value("int16"),
+        "where": Value("string"),
     }
 )
 _PACKAGES = (
@@ -69,6 +70,10 @@ class RenderedSet:
         """`length` or `source` of every rendering, shape (rows * variants,)."""
         column = self.dataset.with_format("numpy")[name]
         return np.asarray(column[:] if not isinstance(column, np.ndarray) else column, dtype=np.int32)
+
+    def where(self, rendering: int) -> str:
+        """File and line of a rendering's row, without the folders that it lay in when it was rendered."""
+        return str(self.dataset[rendering]["where"])
 
     @property
     def fit(self) -> Fit:
@@ -259,5 +264,6 @@ def _write_pairs(writer: ArrowWriter, pairs: list[tuple[Row, Rendered]], digest:
             "labels": [rendered.labels for _, rendered in pairs],
             "length": [len(rendered.input_ids) for _, rendered in pairs],
             "source": [row.source for row, _ in pairs],
+            "where": [row.key for row, _ in pairs],
         }
     )

@@ -78,12 +78,16 @@ def unfinished(run: RunDir) -> RunDir:
     return run
 
 
-def found_or_trained(part: Part, root: Path, *, told: str, reporter: Reporter) -> RunDir:
+def found_or_trained(
+    part: Part, root: Path, *, told: str, reporter: Reporter, step_timeout: float | None = None
+) -> RunDir:
     """The run of `part` below `root`: an earlier one of the same inputs, finished if it was not, or a new one."""
     for run in earlier_runs(part, root):
         called = f"{run.path.parent.name}/{run.path.name}"
         if run.status != "succeeded":
-            finished = resume(run, reporter=reporter)  # raises where another process is at it
+            finished = resume(
+                run, reporter=reporter, step_timeout=step_timeout
+            )  # raises where another process is at it
             reporter.note(f"{told}: went on with {called}")
             return finished
         if run.is_whole:
@@ -91,7 +95,7 @@ def found_or_trained(part: Part, root: Path, *, told: str, reporter: Reporter) -
             return run
         reporter.note(f"{told}: {called} is not as training left it, and is not taken")
     reporter.note(told)
-    return train(part.recipe, root=root, reporter=reporter, prepared=part.prepared)
+    return train(part.recipe, root=root, reporter=reporter, prepared=part.prepared, step_timeout=step_timeout)
 
 
 def earlier_runs(part: Part, root: Path) -> list[RunDir]:

@@ -11,7 +11,14 @@ from ift_peft.run_dir import RunDir
 from ift_peft.train.once import add_part, found_or_trained, made_of_parts, prepare_parts
 
 
-def train_pipeline(recipe: Recipe, *, root: Path, reporter: Reporter, into: RunDir | None = None) -> RunDir:
+def train_pipeline(
+    recipe: Recipe,
+    *,
+    root: Path,
+    reporter: Reporter,
+    into: RunDir | None = None,
+    step_timeout: float | None = None,
+) -> RunDir:
     """Train every stage of `recipe`, measure them together, and return the folder of the pipeline below `root`.
 
     Stages have folders of their own, <root>/<recipe>.<stage>; one whose settings, rows, base and versions are those
@@ -24,6 +31,7 @@ def train_pipeline(recipe: Recipe, *, root: Path, reporter: Reporter, into: RunD
     with made_of_parts(recipe, "pipeline", root, into=into) as run:
         for number, (name, own) in enumerate(stages.items(), start=1):
             told = f"{name} ({number} of {len(stages)})"
-            add_part(run, name.partition(" ")[2], found_or_trained(own, root, told=told, reporter=reporter))
+            made = found_or_trained(own, root, told=told, reporter=reporter, step_timeout=step_timeout)
+            add_part(run, name.partition(" ")[2], made)
         run.write("scores.json", evaluate_pipeline(run, reporter=reporter, keep=True))
     return run

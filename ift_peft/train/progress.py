@@ -13,7 +13,8 @@ class Progress:
 
     `order` is the sha256, in hex, of the token ids of every batch so far, each hashed over the one before it: equal
     values mean equal rows in an equal order. `halvings`: how often the micro-batch was halved for lack of memory.
-    `first_losses` are those of the first steps, `recent_losses` of the newest, the oldest first.
+    `first_losses` are those of the first steps, each over so many `first_tokens`, and `recent_losses` of the newest,
+    the oldest first: cross-entropies in nats per supervised token.
     """
 
     tokens_seen: int = 0
@@ -21,6 +22,7 @@ class Progress:
     order: str = ""
     halvings: int = 0
     first_losses: list[float] = field(default_factory=list)
+    first_tokens: list[int] = field(default_factory=list)
     recent_losses: list[float] = field(default_factory=list)
     unlogged: dict[str, Any] = field(default_factory=dict)
     """Sums that the trainer has not logged yet."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ift_peft.evaluate.forgetting import general_texts
 from ift_peft.evaluate.run import Measuring
 from ift_peft.evaluate.safety import safety_prompts
 from ift_peft.model.base import choose_device, choose_dtype, quiet
-from ift_peft.model.memory import Meter
+from ift_peft.model.memory import TRAINED_BYTES, Meter
 from ift_peft.recipe import Recipe, require_one_task
 from ift_peft.report.card import adapter_card
 from ift_peft.report.write import NAME as REPORT
@@ -26,9 +27,13 @@ from ift_peft.train.arguments import sft_config, validation_arguments
 from ift_peft.train.checkpoints import errors_of_writing, newest_verified
 from ift_peft.train.losses import find_teacher
 from ift_peft.train.memory import foresee_memory
+from ift_peft.train.out_of_memory import memory_for
 from ift_peft.train.prepare import Prepared, inputs, prepare, record_inputs
 from ift_peft.train.resuming import changed_settings, take_up
+from ift_peft.train.room import require_room, room_needed
 from ift_peft.train.session import Interrupted, Session, ending_on_signals, open_session, resume_command
+
+_LESS_MEASURED = "lower evaluation.per_device_eval_batch_size, or evaluation.max_new_tokens where answers are generated"
 
 
 def train(
@@ -38,10 +43,12 @@ def train(
     reporter: Reporter,
     prepared: Prepared | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    step_timeout: float | None = None,
 ) -> RunDir:
     """Run `recipe` and return its folder below `root`; `prepared` is what `prepare` made of it, where it was called.
 
-    `callbacks` are called by the trainer, after our own.
+    `callbacks` are called by the trainer, after our own. Where nothing is heard of training for `step_timeout` seconds,
+    the process is ended (`Watchdog`).
 
     Raises `RecipeError`, `DataError` or `ModelError` before a run folder exists, `TrainingError` for a run that could
     not finish, and `Interrupted` after a signal.
@@ -61,11 +68,14 @@ def train(
     general_texts(recipe.evaluation)  # read again when they are measured; what is wrong with them is told now
     safety_prompts(recipe.evaluation)
     given = all_inputs(recipe, prepared)
+    foreseen = _foresee(recipe, prepared, root, reporter)
     run = create_run(recipe, root)
+    opened = partial(open_session, callbacks=callbacks, step_timeout=step_timeout)
     with run.locked():
         with _at_work(run):
             record_inputs(run, prepared, given)
-            _train_and_measure(recipe, prepared, run, reporter, None, callbacks)
+            run.update_manifest(**foreseen)
+            _train_and_measure(opened(recipe, prepared, run, reporter), None)
         write_report(run)
     return run
 
@@ -88,6 +98,7 @@ def finish(
     checkpoint, _ = newest_verified(trained.checkpoints)
     if checkpoint is None:
         raise RunError(expected="a checkpoint", found=f"none in {trained.checkpoints}", fix="train again")
+    foreseen = _foresee(recipe, prepared, root, reporter)
     run = create_run(recipe, root)
     created(run)
     with run.locked():
@@ -96,12 +107,20 @@ def finish(
             shutil.copytree(trained.checkpoints, run.checkpoints, symlinks=True)
             shutil.copy(trained.path / "metrics.jsonl", run.path)
             run.update_manifest(**entries, training_ended=True)
-            _train_and_measure(recipe, prepared, run, reporter, run.checkpoints / checkpoint.name, ())
+            run.update_manifest(**foreseen)
+            kept = run.checkpoints / checkpoint.name
+            _train_and_measure(open_session(recipe, prepared, run, reporter, resumed=kept), kept)
         write_report(run)
     return run
 
 
-def resume(run: RunDir, *, reporter: Reporter, callbacks: Sequence[TrainerCallback] = ()) -> RunDir:
+def resume(
+    run: RunDir,
+    *,
+    reporter: Reporter,
+    callbacks: Sequence[TrainerCallback] = (),
+    step_timeout: float | None = None,
+) -> RunDir:
     """Go on with an unfinished run from its newest checkpoint that verifies, or from its start if none does.
 
     What was passed over, and what is no longer as when the checkpoint was written, is told and kept in the manifest.
@@ -115,6 +134,7 @@ def resume(run: RunDir, *, reporter: Reporter, callbacks: Sequence[TrainerCallba
             write_report(run)
             return run
         recipe, prepared = _as_it_began(run, reporter)
+        foreseen = _foresee(recipe, prepared, run.path, reporter)
         found = take_up(run, device=choose_device(recipe.base.device))
         manifest = run.read("manifest.json")
         if found.checkpoint is None and manifest.get("training_ended"):
@@ -132,7 +152,17 @@ def resume(run: RunDir, *, reporter: Reporter, callbacks: Sequence[TrainerCallba
         )
         run.update_manifest(status="running", error=None, resumed=[*manifest.get("resumed", []), found.to_json()])
         with _at_work(run):
-            _train_and_measure(recipe, prepared, run, reporter, found.checkpoint, callbacks)
+            run.update_manifest(**foreseen)
+            session = open_session(
+                recipe,
+                prepared,
+                run,
+                reporter,
+                callbacks=callbacks,
+                resumed=found.checkpoint,
+                step_timeout=step_timeout,
+            )
+            _train_and_measure(session, found.checkpoint)
         write_report(run)
     return run
 
@@ -183,18 +213,31 @@ def all_inputs(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     return inputs(prepared) | ({"teacher_fingerprint": teacher.fingerprint()} if teacher else {})
 
 
-def _train_and_measure(
-    recipe: Recipe,
-    prepared: Prepared,
-    run: RunDir,
-    reporter: Reporter,
-    checkpoint: Path | None,
-    callbacks: Sequence[TrainerCallback],
-) -> None:
-    foreseen = foresee_memory(recipe, prepared, reporter)
-    session = open_session(recipe, prepared, run, reporter, callbacks=callbacks, resumed=checkpoint)
+def _foresee(recipe: Recipe, prepared: Prepared, folder: Path, reporter: Reporter) -> dict[str, Any]:
+    """The entries `memory` and `disk` of the manifest. Raises `DiskFull` where `folder` has no room for the run."""
+    with memory_for("the adapter", fix="lower adapter.r"):
+        memory = foresee_memory(recipe, prepared, reporter)
+    if not memory:
+        reporter.note("nor was the room on disk")
+        return {"memory": memory}
+    arguments = recipe.training
+    keep = arguments.get("save_total_limit", 2 if recipe.validation else 1)
+    needed = room_needed(
+        memory["foreseen"]["adapter"] // TRAINED_BYTES,
+        prepared.location,
+        optim=str(arguments.get("optim", "adamw_torch")).lower(),
+        keep=keep,
+        saves=str(arguments.get("save_strategy", "epoch")) != "no",
+        embeddings=bool(recipe.adapter.embeddings),
+    )
+    return {"memory": memory, "disk": require_room(needed, folder, reporter, all_kept=keep is None)}
+
+
+def _train_and_measure(session: Session, checkpoint: Path | None) -> None:
+    recipe, prepared, run, reporter = session.recipe, session.prepared, session.run, session.reporter
     measuring = Measuring(session.model, prepared.renderer, recipe, prepared.test.rows, prepared.probes, reporter)
-    before = measuring.of(adapter=False)
+    with memory_for("measuring the base", fix=_LESS_MEASURED):
+        before = measuring.of(adapter=False)
     meter = Meter(session.base.device)
     if checkpoint is not None and run.read("manifest.json").get("training_ended"):
         session.take(checkpoint)
@@ -202,8 +245,9 @@ def _train_and_measure(
         session.fit(checkpoint)
         session.stop_before_measuring()
         _require_the_last_step(session)
-    memory = foreseen | meter.read()
-    scores = measuring.scores(before, measuring.of(adapter=True), run=run)
+    memory = run.read("manifest.json").get("memory", {}) | meter.read()
+    with memory_for("measuring the adapter", fix=_LESS_MEASURED):
+        scores = measuring.scores(before, measuring.of(adapter=True), run=run)
     run.write("scores.json", scores)
     _save_adapter(session, scores)
     trained, every = session.parameters

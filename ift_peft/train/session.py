@@ -13,7 +13,6 @@ from pickle import UnpicklingError
 from types import FrameType
 from typing import Any
 
-import torch
 import transformers
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, TrainerState
 from trl import SFTConfig
@@ -31,9 +30,11 @@ from ift_peft.train.arguments import sft_config, validation_arguments
 from ift_peft.train.checkpoints import newest_verified, step_of
 from ift_peft.train.losses import find_teacher
 from ift_peft.train.method import adapter_config, allocation_of, begin
+from ift_peft.train.offending import require_finite
+from ift_peft.train.out_of_memory import memory_for
 from ift_peft.train.prepare import Prepared
 from ift_peft.train.resuming import read_progress
-from ift_peft.train.trainer import RunRecorder, SupervisedTrainer, require_finite, to_dataset
+from ift_peft.train.trainer import RunRecorder, SupervisedTrainer, to_dataset
 from ift_peft.train.validation import (
     BestCheckpoint,
     Validator,
@@ -42,6 +43,10 @@ from ift_peft.train.validation import (
     ran_out_of_patience,
     stopped_early,
 )
+from ift_peft.train.watchdog import Watchdog
+
+_SMALLER_BASE = "set base.quantization=nf4, or choose a smaller base"
+_LESS_TRAINED = "lower adapter.r or adapter.target_modules"
 
 
 class Interrupted(TrainingError):
@@ -65,6 +70,7 @@ class Session:
     validator: Validator | None
     go_on: str
     """The command that goes on with it after a signal."""
+    watchdog: Watchdog
     allocation: RankAllocation | None = None
     frozen: int = 0
     """Weights of the adapter that stay as they began."""
@@ -120,9 +126,13 @@ class Session:
 
     def _train(self, checkpoint: Path | None) -> None:
         try:
-            with stopping_on_signals(self.recorder):
+            with (
+                stopping_on_signals(self.recorder),
+                self.watchdog.watching(),
+                memory_for("the optimizer and checkpoints", fix=_LESS_TRAINED),
+            ):
                 self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except (IftPeftError, torch.OutOfMemoryError):
+        except IftPeftError:
             raise
         except (UnpicklingError, EOFError) as error:  # what torch says of it is how to run what is in there
             raise RunError(
@@ -153,7 +163,9 @@ class Session:
                 f"{early} {state.global_step} steps; the adapter is that of step {best['step']}, "
                 f"validation {best['metric']} {best['value']:.4f}"
             )
-        require_finite(self.model)
+        step = self.trainer.state.global_step
+        require_finite(self.model, step=step, checkpoints=self.run.checkpoints)
+        self.trainer.guard.require_learned(self.trainer.progress, step=step)
         # The trainer wrapped the forward in autocast; before and after must be measured in the same arithmetic.
         self.trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
@@ -190,31 +202,38 @@ def open_session(
     start_from: Path | None = None,
     resumed: Path | None = None,
     go_on: str | None = None,
+    step_timeout: float | None = None,
 ) -> Session:
     """Load the base and lay a new adapter over it, ready to train in the folder of `run`.
 
     The adapter begins with the weights of the one in the folder `start_from`, where that is given; `resumed` is the
     checkpoint that will be gone on from, so that nothing is computed that is loaded from there. `go_on` is the
-    command to tell after a signal, by default the one that resumes `run`.
+    command to tell after a signal, by default the one that resumes `run`. `step_timeout`: see `Watchdog`.
     """
-    base = load_section(prepared.location, recipe.base, head=class_head(recipe, prepared.tokenizer))
+    with memory_for("the base", fix=_SMALLER_BASE):
+        base = load_section(prepared.location, recipe.base, head=class_head(recipe, prepared.tokenizer))
     for note in (*prepared.notes, *base.notes):
         reporter.note(note)
     recorder = RunRecorder(run, reporter)
+    command = go_on or resume_command(run)
+    watchdog = Watchdog(run, reporter, limit=step_timeout, go_on=command)
     validator = None if prepared.validation is None else _validator(recipe, prepared, prepared.validation)
     begun = resumed or start_from
-    trainer = _build_trainer(recipe, prepared, base, run, recorder, validator=validator, begun=begun)
-    frozen = begin(trainer.model, recipe, prepared, begun=begun is not None)
+    with memory_for("base, teacher and adapter", fix=f"{_LESS_TRAINED}, or {_SMALLER_BASE}"):
+        trainer = _build_trainer(recipe, prepared, base, run, recorder, validator=validator, begun=begun)
+        frozen = begin(trainer.model, recipe, prepared, begun=begun is not None)
     allocation = allocation_of(trainer.model, recipe)
     if allocation is not None:
         trainer.add_callback(allocation)
         trainer.also_saved.append(allocation.save)
-    for callback in callbacks:
+    trainer.unwatched = watchdog.paused
+    for callback in (*callbacks, watchdog):
         trainer.add_callback(callback)
     if start_from is not None:
         trainer.model.load_adapter(str(start_from), "default", is_trainable=True)
-    command = go_on or resume_command(run)
-    session = Session(recipe, prepared, run, reporter, base, recorder, trainer, validator, command, allocation, frozen)
+    session = Session(
+        recipe, prepared, run, reporter, base, recorder, trainer, validator, command, watchdog, allocation, frozen
+    )
     trained, every = session.parameters
     reporter.note(f"{trained:,} of {every:,} parameters are trained ({100 * trained / every:.2f} %)")
     return session
@@ -292,6 +311,8 @@ def _trainer(
         validate=validator,
         loraplus_lr_ratio=recipe.adapter.loraplus_lr_ratio,
         head=recipe.base.head,
+        where=prepared.train.where,
+        halved=recorder.halved,
     )
 
 

@@ -7,7 +7,9 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from trl import SFTTrainer
 
 from ift_peft.data.render import Rendered
-from ift_peft.errors import NonFiniteLoss, RecipeError, RunError, TrainingError
+from ift_peft.errors import OutOfMemory, RecipeError, RunError, first_line, is_out_of_memory
 from ift_peft.model.initialise import NAME
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir
@@ -30,10 +32,36 @@ from ift_peft.sections import Head, Loss
 from ift_peft.train.allocation import orthogonality
 from ift_peft.train.batching import Epochs, EpochSampler
 from ift_peft.train.checkpoints import PROGRESS, faults_of, rotate, writing
-from ift_peft.train.losses import ClassObjective, Objective
+from ift_peft.train.divergence import Guard
+from ift_peft.train.losses import ClassObjective, Objective, Sums
+from ift_peft.train.offending import left_over, not_finite, require_finite
+from ift_peft.train.out_of_memory import Batch, give_memory_back, memory_for, parts_of, whole_or_undone
 from ift_peft.train.progress import Progress
 
+Halved = Callable[[int, int, int], None]  # rows at a time before, from now on, and the step in which that was found out
+_LEAST_SCALE = 2.0**-14  # of float16's loss: 30 halvings below where it begins
 Validate = Callable[[Any], dict[str, float]]  # from a PEFT model to its scores on validation rows
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward of a step came to, in one part or several; tensors are single numbers.
+
+    Nothing of it is read before the step ends, and then all at once: reading waits for the device.
+    """
+
+    loss: Tensor
+    read: Tensor
+    correct: Tensor
+    penalty: Tensor | None
+    parts: dict[str, Tensor]
+    tokens: int
+    padded: int
+
+    @property
+    def numbers(self) -> list[Tensor]:
+        own = [self.loss, self.read, self.correct, *self.parts.values()]
+        return own if self.penalty is None else [*own, self.penalty]
 
 
 class SupervisedTrainer(SFTTrainer):
@@ -43,7 +71,11 @@ class SupervisedTrainer(SFTTrainer):
     accumulation steps) unless `loss` says otherwise; only the positions that predict a supervised token go through the
     language-model head. `teacher` is a model in evaluation mode on the same device; `validate` measures the model on
     validation rows. With a classifier's `head`, rows take the place of supervised tokens. AdaLoRA's penalty is added to
-    the loss in training.
+    the loss in training. Where memory runs out in a micro-batch, it is run in parts from then on, and `halved` is
+    told; `where` says where a row of the data set stands.
+
+    Training raises `NonFiniteLoss` and `Diverged` before the step is taken that would do it, and `OutOfMemory` where
+    one row at a time is too much.
     """
 
     def __init__(
@@ -56,6 +88,8 @@ class SupervisedTrainer(SFTTrainer):
         head: Head = "causal-lm",
         validate: Validate | None = None,
         loraplus_lr_ratio: float | None = None,
+        where: Callable[[int], str] = "row {} of the training rows".format,
+        halved: Halved | None = None,
         **kwargs: Any,
     ) -> None:
         if head != "causal-lm":
@@ -76,6 +110,72 @@ class SupervisedTrainer(SFTTrainer):
         self.progress = Progress()
         self.also_saved: list[Callable[[Path], None]] = []
         self._saved_to: Path | None = None
+        self.where, self.halved = where, halved
+        self.unwatched: Callable[[], AbstractContextManager[None]] = nullcontext  # entered for what is no step
+        self._batches: list[Batch] = []  # of the step that is being taken
+        self._micro_batches: list[MicroBatch] = []
+        self._sums: list[tuple[Sums, Tensor | None]] = []  # of the parts of the micro-batch that is being run
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows that go through the model together."""
+        return max(1, -(-int(self.args.train_batch_size) // (1 << self.progress.halvings)))
+
+    def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Forward and backward of one micro-batch, in as many parts as its memory asks for.
+
+        All parts are divided by the same number of tokens, so that only the order of summation depends on them.
+        """
+        self._batches.append(inputs)
+        while True:
+            try:
+                return self._in_parts(model, inputs, num_items_in_batch)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                told = first_line(error)
+            self._halve(len(inputs["input_ids"]), told)
+
+    def _in_parts(self, model: Any, inputs: Batch, num_items_in_batch: Tensor | int | None) -> Tensor:
+        parts = parts_of(inputs, self.rows_at_once)
+        assert len(parts) == 1 or num_items_in_batch is not None  # else each would be divided by its own
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        losses: list[Tensor] = []
+        self._sums.clear()
+        with whole_or_undone(trained, self.args.device):
+            for part in parts:
+                losses.append(super().training_step(model, dict(part), num_items_in_batch))
+        loss = torch.stack(losses).sum() if len(losses) > 1 else losses[0]
+        sums = [one for one, _ in self._sums]
+        mask = inputs["attention_mask"]
+        micro_batch = MicroBatch(
+            loss,
+            mask.sum(),
+            torch.stack([one.correct for one in sums]).sum(),
+            self._sums[0][1],
+            {name: torch.stack([one.parts[name] for one in sums]).sum() for name in sums[0].parts},
+            sum(one.tokens for one in sums),
+            mask.numel(),
+        )
+        self._sums.clear()
+        self._micro_batches.append(micro_batch)
+        return loss
+
+    def _halve(self, rows: int, told: str) -> None:
+        """Take half as many rows at a time as memory ran out with, from now on."""
+        give_memory_back()
+        step, tried = self.state.global_step + 1, min(rows, self.rows_at_once)
+        if tried == 1:
+            raise OutOfMemory(
+                expected=f"memory for one row at a time at step {step}",
+                found=told,
+                fix="lower training.max_length, set training.gradient_checkpointing=true or loss.chunk=256, or choose "
+                f"a smaller base; {left_over(Path(str(self.args.output_dir)))}",
+            )
+        while self.rows_at_once >= tried:
+            self.progress.halvings += 1
+        if self.halved is not None:
+            self.halved(tried, self.rows_at_once, step)
 
     def compute_loss(
         self,
@@ -89,18 +189,64 @@ class SupervisedTrainer(SFTTrainer):
         loss = sums.loss / torch.as_tensor(count, device=sums.loss.device).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
-        if model.training and self.orth_reg_weight:
+        penalty = None
+        if model.training and self.orth_reg_weight and not self._sums:  # once for a micro-batch, in its first part
             penalty = orthogonality(model)
             loss = loss + self.orth_reg_weight * penalty / self.current_gradient_accumulation_steps
-            self._metrics["train"]["orthogonality"].append(float(penalty.detach()))
+            penalty = penalty.detach()
         if model.training:
-            self.progress.tokens_seen += int(inputs["attention_mask"].sum())
-            self.progress.padded_tokens_seen += inputs["attention_mask"].numel()
-            metrics, tokens = self._metrics["train"], max(1, sums.tokens)
-            metrics["mean_token_accuracy"].append(float(sums.correct) / tokens)
-            for name, part in sums.parts.items() if len(sums.parts) > 1 else ():
-                metrics[name].append(float(part) / tokens)
+            self._sums.append((replace(sums, loss=sums.loss.detach()), penalty))
         return (loss, None) if return_outputs else loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The norm of the whole step's gradient, which is checked with its loss: the weights are still those before."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._end_step(model, norm)
+        return norm
+
+    def _end_step(self, model: Any, norm: Any) -> None:
+        batches, done = self._batches, self._micro_batches
+        self._batches, self._micro_batches = [], []
+        numbers = [torch.as_tensor(norm), *(number for one in done for number in one.numbers)]
+        found = torch.stack([number.detach().to(self.args.device, torch.float64) for number in numbers]).tolist()
+        size = found.pop(0)
+        loss = entropy = 0.0
+        metrics = self._metrics["train"]
+        for one in done:
+            mine, found = found[: len(one.numbers)], found[len(one.numbers) :]
+            loss += mine[0]
+            entropy += mine[3]  # the first part of a loss is its cross-entropy
+            self.progress.tokens_seen += int(mine[1])
+            self.progress.padded_tokens_seen += one.padded
+            tokens = max(1, one.tokens)
+            metrics["mean_token_accuracy"].append(mine[2] / tokens)
+            for name, part in zip(one.parts, mine[3:], strict=False) if len(one.parts) > 1 else ():
+                metrics[name].append(part / tokens)
+            if one.penalty is not None:
+                metrics["orthogonality"].append(mine[-1])
+        if not math.isfinite(loss) or not (math.isfinite(size) or self._skipped_by_scaler()):
+            raise not_finite(self, model, batches, loss=loss, norm=size)
+        tokens = sum(one.tokens for one in done)
+        self.guard.add(self.progress, entropy / max(1, tokens), tokens=tokens, step=self.state.global_step + 1)
+
+    def _skipped_by_scaler(self) -> bool:
+        """Whether a gradient that is not finite is float16's: the scaler of the loss skips the step, and scales less.
+
+        Where that has brought it to next to nothing, the gradient is not finite by itself.
+        """
+        scaler = self.accelerator.scaler
+        return bool(self.args.fp16) and scaler is not None and scaler.get_scale() > _LEAST_SCALE
+
+    @cached_property
+    def guard(self) -> Guard:
+        """What looks whether training diverges."""
+        config = self.model.config
+        classes = isinstance(self.objective, ClassObjective)
+        choices = config.num_labels if classes else config.get_text_config().vocab_size
+        shuffled = (
+            self.args.train_sampling_strategy != "sequential" and getattr(self.objective, "teacher", None) is None
+        )
+        return Guard(int(choices), self.state.max_steps, shuffled=shuffled)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """As the trainer's own, or with two learning rates (LoRA+, Hayou et al. 2024, arXiv:2402.12354).
@@ -139,7 +285,9 @@ class SupervisedTrainer(SFTTrainer):
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **_: Any) -> dict[str, float]:
         """What `validate` finds, under the names that transformers looks for: `eval_loss`, …"""
         assert self.validate is not None  # nothing else asks for an evaluation
-        return log_evaluation(self, self.validate, prefix=metric_key_prefix)
+        less = "lower evaluation.per_device_eval_batch_size"
+        with self.unwatched(), memory_for("measuring on the validation rows", fix=less):
+            return log_evaluation(self, self.validate, prefix=metric_key_prefix)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """The micro-batches of the next step, noted in `progress.order`."""
@@ -156,8 +304,8 @@ class SupervisedTrainer(SFTTrainer):
 
         Raises `NonFiniteLoss` where weights are not numbers, so that every checkpoint can be gone on from.
         """
-        require_finite(self.model)
         folder, state = Path(str(self.args.output_dir)), self.state
+        require_finite(self.model, step=state.global_step, checkpoints=folder)
         with writing(folder, state.global_step, made_on=made_on(self.args.device)) as partial:
             self._saved_to = partial.parent
             try:
@@ -228,7 +376,7 @@ def without_autocast(model: Any) -> Iterator[None]:
 
 
 class RunRecorder(TrainerCallback):
-    """Writes metrics.jsonl, reports progress, and stops on a loss that is not a number or when asked to."""
+    """Writes metrics.jsonl, reports progress, and stops when asked to."""
 
     def __init__(self, run: RunDir, reporter: Reporter) -> None:
         self.run, self.reporter = run, reporter
@@ -285,18 +433,23 @@ class RunRecorder(TrainerCallback):
             "metrics.jsonl",
             {"step": state.global_step, **logs, "tokens_per_second": round(self.tokens_per_second, 1)},
         )
-        norm = float(logs.get("grad_norm", 0.0))
-        # Under float16 the loss scaler skips steps whose gradient overflows, so an infinite norm is no fault there.
-        if not math.isfinite(self.loss) or not (math.isfinite(norm) or args.fp16):
-            raise TrainingError(
-                expected="a finite loss and gradient",
-                found=f"loss {self.loss}, gradient norm {norm} at step {state.global_step}",
-                fix="lower training.learning_rate, or look for odd rows; no adapter was written",
-            )
+
+    def halved(self, rows: int, now: int, step: int) -> None:
+        """Tell that memory ran out with `rows` rows at a time, and that there are `now` from `step` on."""
+        self.reporter.note(
+            f"warning: out of memory with {_rows(rows)} at a time at step {step}; from here on {_rows(now)}, the same "
+            "rows in each step"
+        )
+        if (self.run.path / "manifest.json").is_file():  # a trial of a search has none
+            self.run.update_manifest(micro_batch={"rows_at_once": now, "since_step": step})
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.ended = time.monotonic()
         self.reporter.finish()
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count} rows"
 
 
 def _ends_epoch(state: TrainerState) -> bool:
@@ -312,17 +465,6 @@ def to_dataset(rendered: Sequence[Rendered]) -> Dataset:
             "labels": [row.labels for row in rendered],
         }
     )
-
-
-def require_finite(model: Any) -> None:
-    """Raises `NonFiniteLoss` where a trained weight is NaN or infinite."""
-    broken = [name for name, p in model.named_parameters() if p.requires_grad and not bool(torch.isfinite(p).all())]
-    if broken:
-        raise NonFiniteLoss(
-            expected="finite adapter weights",
-            found=f"NaN or infinity in {broken[0]}" + (f" and {len(broken) - 1} more" if len(broken) > 1 else ""),
-            fix="lower training.learning_rate; no adapter was written",
-        )
 
 
 def made_on(device: torch.device) -> dict[str, Any]:

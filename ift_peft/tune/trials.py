@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from ift_peft.errors import IftPeftError, RunError, TrainingError, first_line
+from ift_peft.errors import Diverged, IftPeftError, RunError, TrainingError, first_line
 from ift_peft.model.base import choose_device
 from ift_peft.recipe import Recipe, dump_recipe
 from ift_peft.reporter import Reporter
@@ -53,7 +53,9 @@ class Trials:
             self.reporter.note(f"trial {trial.number} failed: {first_line(error)}")
             trial.set_user_attr("error", str(error)[:2000])
             self._write_spent(trial)
-            self.study.tell(trial, state=TrialState.FAIL)
+            # The search learns from what was measured before a loss was lost, but from no failure.
+            learnt = isinstance(error, Diverged) and self.study.trials[trial.number].intermediate_values
+            self.study.tell(trial, state=TrialState.PRUNED if learnt else TrialState.FAIL)
         finally:
             self._free()
         if stopped:

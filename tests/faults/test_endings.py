@@ -1,0 +1,294 @@
+"""How training ends where it goes wrong: never as a success, and saying why."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from ift_peft.errors import DiskFull, NonFiniteLoss, OutOfMemory
+from ift_peft.model.tokenizer import TINY
+from ift_peft.reporter import Silent
+from ift_peft.run_dir import RunDir, runs_called
+from ift_peft.train.checkpoints import checkpoints_in
+from ift_peft.train.room import require_room
+from ift_peft.train.run import train
+from tests.conftest import OFFLINE, ROOT, Ift
+from tests.faults.conftest import Observed
+from tests.train.small import small, write_small
+
+ODD = "zebra"  # a text whose tokens no other row has
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    every = bool(metafunc.config.getoption("--all-faults"))
+    if "rate" in metafunc.fixturenames:
+        metafunc.parametrize("rate", ["1e6", "1e2"] if every else ["1e6"])
+    if "value" in metafunc.fixturenames:
+        metafunc.parametrize("value", ["nan", "inf"] if every else ["nan"])
+    if "stopped" in metafunc.fixturenames:
+        moments = [("SIGTERM", "training"), ("SIGINT", "training"), ("SIGINT", "measuring the base")]
+        metafunc.parametrize(("stopped", "moment"), moments if every else moments[:1])
+
+
+class OutOfRows(TrainerCallback):
+    """Makes a model run out of memory with more than `most` rows at a time, in steps `since` and later."""
+
+    def __init__(self, most: int, *, since: int = 0) -> None:
+        self.most, self.since, self.refused = most, since, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        def refuse(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            if state.global_step >= self.since and module.training and len(inputs[0]) > self.most:
+                self.refused += 1
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+
+        model.get_input_embeddings().register_forward_pre_hook(refuse)
+
+
+class Telling(Silent):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def the_run(folder: Path) -> RunDir:
+    return runs_called(folder / "runs", "small")[0]
+
+
+def losses(run: RunDir) -> list[float]:
+    return [line["loss"] for line in run.read_lines("metrics.jsonl") if "loss" in line]
+
+
+def odd_base(folder: Path, value: float) -> Path:
+    """The built-in base with an input embedding full of `value` for the tokens of `ODD`, and a head of its own."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(TINY), AutoTokenizer.from_pretrained(TINY)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    used = set(tokenizer(ODD)["input_ids"]) - set(tokenizer((folder / "rows.jsonl").read_text("utf-8"))["input_ids"])
+    assert used
+    with torch.no_grad():
+        model.get_input_embeddings().weight[sorted(used)] = value
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    return folder / "base"
+
+
+@pytest.mark.fault(
+    "endings",
+    "a row with a token whose embedding is {value}",
+    expected="exit code 10, non_finite_loss, file and line named, no adapter",
+)
+def test_a_row_that_is_not_finite_is_named(value: str, tmp_path: Path, ift: Ift, observed: Observed) -> None:
+    write_small(tmp_path)
+    base = odd_base(tmp_path, float(value))
+    with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as rows:
+        rows.write(json.dumps({"text": f"这{ODD}", "label": "正面"}, ensure_ascii=False) + "\n")
+    steps = ["training.max_steps=40", "training.save_strategy=steps", "training.save_steps=1"]
+    ended = ift("train", "small.yaml", f"base.model={base}", *steps, "adapter.embeddings=false")
+    run = the_run(tmp_path)
+    error = run.read("manifest.json")["error"]
+    assert (ended.returncode, run.status) == (10, "non_finite_loss"), ended.stderr
+    assert "1 of its 4 rows by itself: rows.jsonl:61" in error and "Traceback" not in ended.stderr
+    assert not run.adapter.exists()
+    kept = [path.name for path in checkpoints_in(run.checkpoints)]
+    assert f"the last good checkpoint is {kept[0]}" in error
+    for name in kept:
+        weights = load_file(run.checkpoints / name / "adapter_model.safetensors")
+        assert all(bool(torch.isfinite(one).all()) for one in weights.values())
+    named = error.partition("; ")[2].partition("fix")[0].strip()
+    observed(f"exit code 10, {run.status}, {named}; {kept[0]} is left")
+
+
+class OddGradient(TrainerCallback):
+    """Makes the gradient infinite, and not the loss, of rows that hold the token `odd`."""
+
+    def __init__(self, odd: int) -> None:
+        self.odd = odd
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        def spoil(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            bad = (inputs[0] == self.odd).any(dim=1)[:, None, None]
+            if output.requires_grad:
+                output.register_hook(lambda gradient: torch.where(bad, torch.inf, gradient))
+
+        model.get_input_embeddings().register_forward_hook(spoil)
+
+
+@pytest.mark.fault(
+    "endings", "a row whose loss is finite and its gradient is not", expected="non_finite_loss, the row named"
+)
+def test_a_row_with_an_infinite_gradient_is_named(tmp_path: Path, observed: Observed) -> None:
+    recipe = small(tmp_path, "training.max_steps=40")
+    with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as rows:
+        rows.write(json.dumps({"text": f"这{ODD}", "label": "正面"}, ensure_ascii=False) + "\n")
+    odd = AutoTokenizer.from_pretrained(TINY)(ODD)["input_ids"][-1]
+    with pytest.raises(NonFiniteLoss, match=r"1 of its 4 rows by itself: rows\.jsonl:61") as caught:
+        train(recipe, root=tmp_path / "runs", reporter=Silent(), callbacks=[OddGradient(odd)])
+    assert "loss nan" not in caught.value.found and the_run(tmp_path).status == "non_finite_loss"
+    observed(f"{the_run(tmp_path).status}: {caught.value.found}")
+
+
+@pytest.mark.fault(
+    "endings", "learning rate 1e38: weights beyond float32", expected="exit code 10, the weights blamed and no row"
+)
+def test_weights_that_are_lost_are_not_blamed_on_rows(tmp_path: Path, ift: Ift, observed: Observed) -> None:
+    write_small(tmp_path)
+    ended = ift("train", "small.yaml", "training.learning_rate=1e38")
+    run = the_run(tmp_path)
+    error = run.read("manifest.json")["error"]
+    assert (ended.returncode, run.status) == (10, "non_finite_loss")
+    assert "every one of its 4 rows" in error and "rows.jsonl" not in error and not run.adapter.exists()
+    observed(f"exit code 10, {run.status}: in every one of its 4 rows; lower training.learning_rate")
+
+
+@pytest.mark.fault("endings", "learning rate {rate} in 12 steps", expected="exit code 11, diverged, no adapter")
+def test_a_loss_stuck_at_guessing_is_no_success(rate: str, tmp_path: Path, ift: Ift, observed: Observed) -> None:
+    write_small(tmp_path)
+    ended = ift("train", "small.yaml", f"training.learning_rate={rate}")
+    run = the_run(tmp_path)
+    assert (ended.returncode, run.status) == (11, "diverged"), ended.stderr
+    assert "guessing among 8,192 (9.01)" in run.read("manifest.json")["error"] and not run.adapter.exists()
+    observed(f"exit code 11, {run.status} after {len(losses(run))} logged steps, loss {losses(run)[-1]:.2f}")
+
+
+@pytest.mark.fault(
+    "endings",
+    "no memory for more than 1 of 4 rows at a time, from step 3 on",
+    expected="the same losses and weights as with memory, told, recorded; 10 steps",
+)
+def test_halved_micro_batches_learn_the_same(tmp_path: Path, observed: Observed) -> None:
+    recipe = small(tmp_path, "adapter.lora_dropout=0", "training.max_steps=6", "training.gradient_accumulation_steps=2")
+    whole = train(recipe, root=tmp_path / "whole", reporter=Silent())
+    scarce, told = OutOfRows(1, since=2), Telling()
+    cut = train(recipe, root=tmp_path / "cut", reporter=told, callbacks=[scarce])
+    warned = [note for note in told.notes if "out of memory" in note]
+    assert scarce.refused == 2 and len(warned) == 2
+    assert warned[0].startswith("warning: out of memory with 4 rows at a time at step 3; from here on 2 rows")
+    assert cut.read("manifest.json")["micro_batch"] == {"rows_at_once": 1, "since_step": 3}
+    assert cut.read("manifest.json")["order_sha256"] == whole.read("manifest.json")["order_sha256"]
+    ours, theirs = (run.read_lines("metrics.jsonl") for run in (cut, whole))
+    for name in ("loss", "grad_norm", "mean_token_accuracy"):
+        assert [one[name] for one in ours] == pytest.approx([one[name] for one in theirs], rel=1e-4)
+    weights, others = (load_file(run.adapter / "adapter_model.safetensors") for run in (cut, whole))
+    worst = max(float((weights[name] - others[name]).abs().max()) for name in others)
+    assert worst < 1e-4
+    observed(f"{cut.status}: {warned[0].removeprefix('warning: ')}; weights differ by {worst:.0e} at most")
+
+
+@pytest.mark.fault("endings", "no memory for a single row", expected="out of memory, exit code 13, told what to lower")
+def test_one_row_that_does_not_fit_is_told(tmp_path: Path, observed: Observed) -> None:
+    with pytest.raises(OutOfMemory, match="one row at a time at step 1") as caught:
+        train(small(tmp_path), root=tmp_path / "runs", reporter=Silent(), callbacks=[OutOfRows(0)])
+    run = the_run(tmp_path)
+    assert run.status == "out_of_memory" and caught.value.exit_code == 13 and not run.adapter.exists()
+    assert "training.max_length" in caught.value.fix
+    observed(f"{run.status}, exit code 13: {caught.value.fix}")
+
+
+@pytest.mark.fault("endings", "adapter.r=100000000", expected="exit code 13 before a run folder exists")
+def test_an_adapter_larger_than_memory_is_told(tmp_path: Path, ift: Ift, observed: Observed) -> None:
+    write_small(tmp_path)
+    ended = ift("train", "small.yaml", "adapter.r=100000000")
+    assert ended.returncode == 13 and not (tmp_path / "runs").exists()
+    assert "expected memory for the adapter" in ended.stderr and "Traceback" not in ended.stderr
+    observed("exit code 13, no run folder: expected memory for the adapter, lower adapter.r")
+
+
+HUNG = """
+import sys, time
+from pathlib import Path
+from transformers import TrainerCallback
+from ift_peft.console import ConsoleReporter
+from ift_peft.train.run import train
+from tests.train.small import small
+
+class Sleeper(TrainerCallback):
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 3:
+            time.sleep(600)
+
+folder = Path(sys.argv[1])
+train(small(folder), root=folder / "runs", reporter=ConsoleReporter(), callbacks=[Sleeper()], step_timeout=2)
+"""
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{OFFLINE}{os.pathsep}{ROOT}", "COLUMNS": "120"}
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    "endings", "a step that does not end", expected="exit code 14, hung, the stacks of all threads, an adapter of none"
+)
+def test_a_step_that_hangs_is_ended(tmp_path: Path, observed: Observed) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HUNG, str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=120
+    )
+    run = the_run(tmp_path)
+    assert (done.returncode, run.status) == (14, "hung"), done.stderr
+    assert "on_step_begin" in (run.path / "hung.txt").read_text("utf-8") and not run.adapter.exists()
+    assert "error: expected a step within 2 s" in done.stderr and "in step 4" in run.read("manifest.json")["error"]
+    observed("exit code 14, hung, in step 4; hung.txt names on_step_begin")
+
+
+@pytest.mark.fault("endings", "{stopped} while {moment}", expected="exit code 130, interrupted, the command to go on")
+def test_a_signal_is_no_success(stopped: str, moment: str, tmp_path: Path, observed: Observed) -> None:
+    write_small(tmp_path)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "ift_peft",
+            "train",
+            "small.yaml",
+            "training.max_steps=2000",
+            "training.logging_steps=1",
+        ],
+        env=environment(),
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        for _ in range(2400):
+            if moment == "training" and any(tmp_path.glob("runs/small/2*/metrics.jsonl")):
+                break
+            if moment != "training" and any(
+                "disk" in one.read_text() for one in tmp_path.glob("runs/*/2*/manifest.json")
+            ):
+                break
+            time.sleep(0.05)
+        process.send_signal(getattr(signal, stopped))
+        told = process.communicate(timeout=120)[1]
+    finally:
+        process.kill()
+    run = the_run(tmp_path)
+    assert (process.returncode, run.status) == (130, "interrupted"), told
+    assert "go on with: ift train --resume runs/small/" in told and "Traceback" not in told
+    observed(f"exit code 130, {run.status}, told how to go on")
+
+
+@pytest.mark.fault(
+    "endings", "a disk with less room than the run will take", expected="exit code 12 before a run folder exists"
+)
+def test_too_little_room_is_told_before_the_start(tmp_path: Path, ift: Ift, observed: Observed) -> None:
+    write_small(tmp_path)
+    free = shutil.disk_usage(tmp_path).free
+    with pytest.raises(DiskFull, match="free") as caught:
+        require_room(free * 2, tmp_path / "runs", Silent())
+    assert caught.value.exit_code == 12 and not (tmp_path / "runs").exists()
+    observed(f"{type(caught.value).__name__}, exit code 12, no folder")
