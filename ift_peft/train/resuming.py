@@ -76,13 +76,15 @@ def read_progress(checkpoint: Path) -> Progress:
 
 
 def changed_settings(began: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
-    """Which settings are no longer those that a run `began` with; none where it did not record them."""
+    """Which settings are no longer those that a run `began` with; none where it did not record them.
+
+    A setting that there was not yet is none that was changed; of `training`, which may hold any name, it is one.
+    """
     before, after = (_flat(one) for one in (began or now, now))
-    names = sorted(before.keys() | after.keys())
     return [
         f"{name} was {before.get(name, 'not set')}, is {after.get(name, 'not set')}"
-        for name in names
-        if before.get(name) != after.get(name)
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name) and (name in before or name.startswith("training."))
     ]
 
 

@@ -26,6 +26,7 @@ from ift_peft.train.checkpoints import (
     tidy,
     writing,
 )
+from ift_peft.train.resuming import changed_settings
 from ift_peft.train.run import resume, train
 from ift_peft.train.session import Interrupted
 from tests.train.small import small
@@ -173,6 +174,14 @@ def test_what_is_not_as_when_the_checkpoint_was_written_is_told(tmp_path: Path) 
     (warning,) = (line for line in told if "last bits" in line)
     assert "torch was 1.0, is " in warning
     assert run.read("manifest.json")["resumed"][0]["differs"][0].startswith("torch was 1.0")
+
+
+def test_a_setting_that_came_with_a_newer_version_is_not_one_that_was_edited() -> None:
+    now = {"adapter": {"r": 8, "use_rslora": False}, "training": {"seed": 0, "learning_rate": 1.0}, "validation": None}
+    older = {"adapter": {"r": 8}, "training": {"seed": 0}, "validation": None}
+    assert changed_settings(older, now) == ["training.learning_rate was not set, is 1.0"]
+    assert changed_settings(now, {**now, "adapter": {"r": 16, "use_rslora": False}}) == ["adapter.r was 8, is 16"]
+    assert changed_settings(None, now) == []
 
 
 def test_a_run_that_is_resumed_twice_at_once_is_disturbed_by_neither(tmp_path: Path) -> None:
