@@ -47,9 +47,19 @@ def home_of(name: str) -> Path:
         return Path(name)
 
 
-def is_file(path: Path) -> bool:
-    """Whether there is a file, False too for what can be no name of one."""
+def exists(path: Path) -> bool:
+    """Whether there is anything, False too for what can be no name: too long, or with a NUL."""
     try:
-        return path.is_file()
+        return path.exists()
     except (OSError, ValueError):
         return False
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file, False too for what can be no name of one."""
+    return exists(path) and path.is_file()
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder, False too for what can be no name of one."""
+    return exists(path) and path.is_dir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 import yaml
 
 from ift_peft.errors import IftPeftError, RecipeError, first_line, raise_all
-from ift_peft.plain_files import home_of, read_text
+from ift_peft.plain_files import MiB, exists, home_of, read_text
 from ift_peft.sections import DATA_SUFFIXES
 from ift_peft.stages import AT_ONCE, OF_ALL, TOGETHER
 from ift_peft.yaml_source import LARGEST, YamlSource, parse_value
 
 YAML_SUFFIXES = (".yaml", ".yml")
+MOST_PHRASINGS = 4 * MiB  # characters of all pools together, line ends among them: `run_dir.TIMES` allows for them
 
 
 def anchor_paths(values: dict[str, Any], folder: Path, *, in_file: bool) -> None:
@@ -28,15 +30,8 @@ def anchor_paths(values: dict[str, Any], folder: Path, *, in_file: bool) -> None
         path = folder / home_of(value)
         is_file_name = path.suffix.lower() in (*DATA_SUFFIXES, *YAML_SUFFIXES)
         names_file = in_file and key not in ("model", "teacher") and is_file_name
-        if _exists(path) or names_file:
+        if exists(path) or names_file:
             entries[key] = str(path.resolve())
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # too long for a name, or with a NUL
-        return False
 
 
 def _paths(values: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
@@ -88,15 +83,20 @@ def section_of(values: dict[str, Any], name: str) -> dict[str, Any]:
 def read_pools(values: dict[str, Any], source: YamlSource) -> None:
     """Put the phrasings of a file in the place of its name, so that a run records them.
 
-    Raises `Faults` holding a `RecipeError` for every file that cannot be read.
+    Raises `Faults` holding a `RecipeError` for every file that cannot be read, and with which they get too long for a
+    run to be opened again.
     """
     faults: list[IftPeftError] = []
+    characters = 0
     for entries, key in [pool for part in (values, *_parts(values)) for pool in _pools(part)]:
         name = entries.get(key)
         if not isinstance(name, str):
             continue
         try:
             text = read_text(Path(name), most=LARGEST)
+            characters += len(text)
+            if characters > MOST_PHRASINGS:
+                raise OSError(errno.EFBIG, f"more than {MOST_PHRASINGS // MiB} MiB of phrasings in all", name)
             is_yaml = Path(name).suffix.lower() in YAML_SUFFIXES
             entries[key] = (
                 (parse_value(text) or []) if is_yaml else [line.strip() for line in text.split("\n") if line.strip()]

@@ -28,6 +28,7 @@ from ift_peft.yaml_source import read_yaml
 
 PACKAGES = ("ift_peft", "torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "tokenizers")
 LARGEST_RECORD = 1024 * MiB
+TIMES = 32  # the length of a recipe that a run may hold: the phrasings of its files are in it, each an entry
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 GOES_ON = ("running", "interrupted", "disk_full", "hung")  # statuses of runs that lack nothing but to be gone on with
 UNFINISHED = (*GOES_ON, "out_of_memory", "failed")
@@ -115,7 +116,7 @@ class RunDir:
         return hashes
 
     def recipe(self) -> Recipe:
-        return validate(read_yaml(self.path / "recipe.yaml"))
+        return validate(read_yaml(self.path / "recipe.yaml", times=TIMES))
 
     def read(self, name: str) -> dict[str, Any]:
         """One of the run's JSON files. Raises `RunError` where it is missing or broken."""

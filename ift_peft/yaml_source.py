@@ -18,14 +18,16 @@ Location = tuple[str | int, ...]
 
 LARGEST = MiB
 MOST_ENTRIES = 100_000  # of a document with every alias in the place of which it stands
+MOST_CHARACTERS = 4 * MiB  # of the same; they may be written once and stand there a thousand times
 DEEPEST = 64
 
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader by YAML 1.2's rules where 1.1's surprise.
 
-    1e-4 is a number; yes, no, on, off, 12:30 and 2024-01-31 are words; 010 is ten. What cannot be made a value is a
-    `ConstructorError` that knows its line, whatever PyYAML makes of it.
+    1e-4 is a number; yes, no, on, off, 12:30 and 2024-01-31 are words, and so is what some read as a number and some
+    do not: 08, 010, -.5. What cannot be made a value is a `ConstructorError` that knows its line, whatever PyYAML makes
+    of it.
     """
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
@@ -42,16 +44,19 @@ class _Loader(yaml.SafeLoader):
 
 _PREFIXED = re.compile(r"^[-+]?0[bx]", re.IGNORECASE)
 _BOOL, _INT, _FLOAT, _TIME = (f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp"))
-_EXPONENT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
+# No pattern has two ways to read the same digits: a word of a million of them is read at once.
+_EXPONENT = re.compile(r"^[-+]?(?:\d[\d_]*(?:\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$")
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in rules if tag not in (_BOOL, _INT, _FLOAT, _TIME)]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver(_INT, re.compile(r"^[-+]?(?:\d[\d_]*|0b[01_]+|0x[\da-fA-F_]+)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    _INT, re.compile(r"^[-+]?(?:0|[1-9][\d_]*|0b[01_]+|0x[\da-fA-F_]+)$"), list("-+0123456789")
+)
 _Loader.add_implicit_resolver(
     _FLOAT,
-    re.compile(r"^[-+]?(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"),
+    re.compile(r"^[-+]?(?:\d[\d_]*\.[\d_]*|\.(?:inf|Inf|INF))$|^\.(?:\d[\d_]*|nan|NaN|NAN)$"),
     list("-+0123456789."),
 )
 _Loader.add_implicit_resolver(_FLOAT, _EXPONENT, list("-+0123456789."))
@@ -59,13 +64,15 @@ _Loader.add_constructor(_INT, _Loader.construct_decimal)
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes words that `_Loader` would read as numbers, and repeats values instead of naming them."""
+    """SafeDumper that quotes words of which `_Loader`, or YAML 1.1, would make something else, and names no values."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
-_Dumper.add_implicit_resolver(_FLOAT, _EXPONENT, list("-+0123456789."))
+for _first, _rules in _Loader.yaml_implicit_resolvers.items():
+    for _tag, _pattern in _rules:
+        _Dumper.add_implicit_resolver(_tag, _pattern, [_first])
 
 
 @dataclass
@@ -140,14 +147,14 @@ def dump_yaml(values: Any) -> str:
     return text
 
 
-def _parse(text: str) -> tuple[yaml.Node | None, Any]:
+def _parse(text: str, times: int = 1) -> tuple[yaml.Node | None, Any]:
     """A document's node and value; a few lines of aliases may stand for more than memory holds, and are counted."""
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:
             return None, None
-        _check_size(node)
+        _check_size(node, times)
         return node, loader.construct_document(node)
     except RecursionError:
         raise yaml.YAMLError(f"more than {DEEPEST} lists and mappings inside each other") from None
@@ -155,32 +162,35 @@ def _parse(text: str) -> tuple[yaml.Node | None, Any]:
         loader.dispose()
 
 
-def _check_size(root: yaml.Node) -> None:
+def _check_size(root: yaml.Node, times: int) -> None:
     """Raises `ConstructorError` at the node with which a document gets too deep or, its aliases followed, too long."""
-    entries, left = 0, [(root, 0)]
+    entries, characters, left = 0, 0, [(root, 0)]
     while left:
         node, depth = left.pop()
         entries += 1
-        for most, what in (
-            (entries > MOST_ENTRIES, f"{MOST_ENTRIES:,} entries"),
-            (depth > DEEPEST, f"{DEEPEST} levels"),
+        characters += len(node.value) if isinstance(node, yaml.ScalarNode) else 0
+        for found, most, what in (
+            (entries, times * MOST_ENTRIES, "entries"),
+            (characters, times * MOST_CHARACTERS, "characters"),
+            (depth, DEEPEST, "levels"),
         ):
-            if most:
-                raise ConstructorError(None, None, f"more than {what}, counting what & and * repeat", node.start_mark)
+            if found > most:
+                told = f"more than {most:,} {what}, counting what & and * repeat"
+                raise ConstructorError(None, None, told, node.start_mark)
         if isinstance(node, yaml.SequenceNode):
             left += [(one, depth + 1) for one in node.value]
         elif isinstance(node, yaml.MappingNode):
             left += [(one, depth + 1) for pair in node.value for one in pair]
 
 
-def read_yaml(path: Path) -> YamlSource:
-    """Parse a YAML file whose top level is a mapping.
+def read_yaml(path: Path, *, times: int = 1) -> YamlSource:
+    """Parse a YAML file whose top level is a mapping, and which may be `times` as long as a recipe that somebody wrote.
 
     Raises `RecipeError` for a missing file, one that is no ordinary file or too large, bad UTF-8, bad syntax, a
     non-mapping, and (all at once) repeated keys.
     """
     try:
-        text = read_text(path, most=LARGEST)
+        text = read_text(path, most=times * LARGEST)
     except OSError as error:
         raise RecipeError(
             expected=f"a readable recipe at {path}", found=error.strerror or str(error), fix="check the path"
@@ -192,7 +202,7 @@ def read_yaml(path: Path) -> YamlSource:
             fix="save the file as UTF-8",
         ) from None
     try:
-        node, values = _parse(text)
+        node, values = _parse(text, times)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)

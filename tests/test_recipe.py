@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 
 from ift_peft.errors import Faults, RecipeError
 from ift_peft.recipe import dump_recipe, find_recipe, load_recipe, shipped_recipes, validate
-from ift_peft.yaml_source import YamlSource, parse_value, read_yaml
+from ift_peft.run_dir import RunDir
+from ift_peft.yaml_source import YamlSource, dump_yaml, parse_value, read_yaml
 
 MINIMAL = "data:\n  train: rows.jsonl\n"
 
@@ -158,3 +160,58 @@ def test_a_data_file_named_in_a_recipe_is_never_taken_from_the_working_directory
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(written(tmp_path / "there", MINIMAL))
     assert recipe.data.train == str(tmp_path / "there" / "rows.jsonl")
+
+
+def test_every_short_word_of_signs_and_digits_is_read_as_it_was_dumped() -> None:
+    words = ["".join(word) for length in (1, 2, 3) for word in itertools.product("0189_+-.eExb:", repeat=length)]
+    assert parse_value(dump_yaml(words)) == words
+    values = [8, -0.5, 1e-4, 2e20, True, None, "yes", "2024-01-31", float("inf"), "12:30"]
+    assert parse_value(dump_yaml(values)) == values
+
+
+@pytest.mark.parametrize("word", ["08", "09", "018", "0_8", "-08", "010", "-.5", "+.1", "1_000x"])
+def test_what_only_some_read_as_a_number_is_a_word(word: str) -> None:
+    assert parse_value(f"[{word}]") == [word]  # as runs hold it, which quoted what YAML 1.1 takes for a number
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("0", 0), ("-8", -8), ("1_0", 10), ("0x1f", 31), ("1e-4", 1e-4), ("0.5", 0.5), ("08.5", 8.5)],
+)
+def test_numbers_are_read_as_such(text: str, number: float) -> None:
+    assert parse_value(text) == number and type(parse_value(text)) is type(number)
+
+
+@pytest.mark.parametrize("digits", ["1", "1_", ".1", "1:1"])
+def test_a_word_that_begins_like_a_number_of_300_000_digits_is_read(digits: str) -> None:
+    word = digits * (300_000 // len(digits)) + "x"  # which by a pattern that tries every split would take an hour
+    assert parse_value(word) == word
+    assert dump_yaml([word]).endswith("x\n")
+
+
+LONG = ["a" * 500_000, "b" * 500_000]
+ESCAPED = ["\x01" * 50_000 + letter for letter in "abcdefghij"]  # \x01 is four characters in YAML
+MANY = [f"{number:x}" for number in range(100_000)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lines", [LONG, ESCAPED, MANY], ids=["long", "escaped", "many"])
+def test_a_run_with_the_phrasings_of_a_large_file_is_opened(lines: list[str], tmp_path: Path) -> None:
+    (tmp_path / "pool.txt").write_text("\n".join(lines), "utf-8")
+    recipe = load_recipe(written(tmp_path, f"{MINIMAL}  instructions: pool.txt\n"))
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe), "utf-8")
+    assert RunDir(tmp_path).recipe() == recipe
+
+
+def test_more_phrasings_than_a_run_can_hold_are_refused_as_they_are_read(tmp_path: Path) -> None:
+    for number in range(5):
+        (tmp_path / f"pool{number}.txt").write_text("a" * 1_000_000, "utf-8")
+    sources = "".join(f"    - {{name: s{n}, train: rows{n}.jsonl, instructions: pool{n}.txt}}\n" for n in range(5))
+    with pytest.raises(RecipeError, match=r"more than 4 MiB of phrasings in all[\s\S]*pool4"):
+        load_recipe(written(tmp_path, f"data:\n  sources:\n{sources}"))
+
+
+def test_a_long_text_repeated_by_aliases_is_refused(tmp_path: Path) -> None:
+    repeated = f"x: [&a {'a' * 900_000}{', *a' * 10}]\n"
+    with pytest.raises(RecipeError, match="more than 4,194,304 characters, counting"):
+        load_recipe(written(tmp_path, MINIMAL + repeated))

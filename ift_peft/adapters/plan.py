@@ -21,7 +21,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from ift_peft.adapters.checkpoint import Stored, stored_tensors, tensors_of
 from ift_peft.errors import IftPeftError, MergeError, raise_all
-from ift_peft.infer.adapter_files import told_as_ours
+from ift_peft.infer.adapter_files import told_as_ours, try_patterns
 from ift_peft.model.base import ClassHead, quiet, skeleton
 from ift_peft.model.tokenizer import BaseLocation
 
@@ -132,6 +132,7 @@ def _skeleton(location: BaseLocation, head: ClassHead | None) -> PreTrainedModel
 
 
 def _with_adapter(model: PreTrainedModel, config: PeftConfig, folder: Path) -> Any:
+    try_patterns(model, folder)
     if isinstance(config, LoraConfig):
         config.init_lora_weights = False  # nothing to initialise: there are no weights
     config.base_model_name_or_path = None

@@ -120,7 +120,7 @@ def _from_sharegpt(record: Record, data: Data) -> Row:
         if role is None:
             raise RecordFault(
                 f"from to be one of {', '.join(_SHAREGPT_ROLES)}",
-                f"{turn.get('from')!r:.200}",
+                _cut(repr(turn.get("from"))),
                 "rename or remove the turn",
             )
         messages.append({"role": role, "content": string(turn, "value")})
@@ -228,14 +228,13 @@ def _label(value: Any, data: Data) -> str:
             return labels[int(stored)]
     raise RecordFault(
         f"a label out of {', '.join(labels)}" + (f" or 0 to {len(labels) - 1}" if numbered else ""),
-        _quoted(value),
+        _cut(repr(value)),
         "add it to data.labels, or repair the row",
     )
 
 
-def _quoted(value: Any) -> str:
-    """A stored value as faults show it: its beginning, where it is long."""
-    told = repr(value)
+def _cut(told: str) -> str:
+    """What faults show of a stored value: its beginning, where it is long."""
     return told if len(told) <= 200 else f"{told[:200]}… ({len(told):,} characters)"
 
 
@@ -252,9 +251,7 @@ def _check(messages: Sequence[Message]) -> None:
             raise RecordFault("whole characters", what, "repair the text")
     unknown = [message["role"] for message in messages if message["role"] not in ROLES]
     if unknown:
-        raise RecordFault(
-            f"roles out of {', '.join(ROLES)}", f"{', '.join(sorted(set(unknown))):.200}", "rename the role"
-        )
+        raise RecordFault(f"roles out of {', '.join(ROLES)}", _cut(", ".join(sorted(set(unknown)))), "rename the role")
     if len(messages) < 2 or all(message["role"] != "user" for message in messages):
         raise RecordFault("a user message before the answer", "none", "add the question")
     if any(message["role"] == "assistant" and not message["content"].strip() for message in messages):

@@ -14,8 +14,8 @@ from typing import Any
 
 import psutil
 
-from ift_peft.errors import DataError, IftPeftError, first_line
-from ift_peft.plain_files import MiB, is_file, read_text, require_ordinary
+from ift_peft.errors import DataError, IftPeftError, first_line, raise_all
+from ift_peft.plain_files import MiB, is_file, is_folder, require_ordinary
 from ift_peft.sections import DATA_SUFFIXES
 
 PIECE = 1000  # rows of a Parquet file that are decoded together
@@ -69,14 +69,6 @@ def iter_source(
     )
 
 
-def is_folder(path: Path) -> bool:
-    """Whether there is a folder, False too for what can be no name of one."""
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):
-        return False
-
-
 def _what_is_at(path: Path) -> str:
     try:
         require_ordinary(path)
@@ -87,15 +79,22 @@ def _what_is_at(path: Path) -> str:
 
 
 def text_lines(path: Path, *, setting: str) -> list[str]:
-    """The lines of a text file that are not blank. Raises `DataError` naming the recipe's `setting`."""
+    """The lines of a text file that are not blank.
+
+    Raises `DataError` naming the recipe's `setting`, or `Faults` for lines that are not UTF-8 or too long.
+    """
+    faults: list[IftPeftError] = []
     try:
-        return [line.strip() for line in read_text(path).split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        require_ordinary(path)
+        lines = [line.strip() for _, line in _lines(path, faults) if line.strip()]
+    except (OSError, ValueError) as error:
         raise DataError(
             expected=f"{setting} to be a readable file in UTF-8",
             found=f"{first_line(error)} ({path})",
             fix="check the path; a recipe's is relative to its file, an override's to the working directory",
         ) from None
+    raise_all(faults)
+    return lines
 
 
 def folder_has_split(source: str, split: str) -> bool:
@@ -247,10 +246,11 @@ def _finite(text: str) -> float:
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object, each key of which stands in it once: of two values one would be lost."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)[:60]!a} twice in one object")
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key[:60]!a} twice in one object")
+        found[key] = value
     return found
 
 

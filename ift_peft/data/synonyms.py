@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections import Counter
@@ -12,9 +13,10 @@ from typing import Any, NamedTuple
 
 from ift_peft.data.protection import HAN, NEGATION
 from ift_peft.errors import DataError, first_line
-from ift_peft.plain_files import read_text
+from ift_peft.plain_files import MiB, read_text
 
 BUILTIN = "builtin"
+_LARGEST = 1024 * MiB
 _FOLDER = Path(__file__).resolve().parent / "lexicon"
 _PARTS = ("noun", "verb", "adj", "adv", "phrase")
 _HAN_WORD = re.compile(f"[{HAN}]+")
@@ -97,7 +99,7 @@ def _usable(word: str) -> bool:
 
 def _read(path: Path) -> _Reading:
     try:
-        lines = read_text(path).splitlines()
+        lines = read_text(path, most=_LARGEST).splitlines()
     except UnicodeDecodeError as error:
         raise DataError(
             expected="a lexicon in UTF-8",
@@ -108,7 +110,9 @@ def _read(path: Path) -> _Reading:
         raise DataError(
             expected="lexicons to name files, or builtin",
             found=first_line(error),
-            fix="check the path; a recipe's is relative to its file, an override's to the working directory",
+            fix="check the path; a recipe's is relative to its file, an override's to the working directory"
+            if error.errno != errno.EFBIG
+            else "split the lexicon, and list its parts",
         ) from None
     if next((line for line in lines if line.strip()), "").startswith("{"):
         return _read_wordnet(path, lines)

@@ -21,7 +21,7 @@ from ift_peft.data.render import IGNORE, Rendered, Renderer
 from ift_peft.data.row import Message, language_of
 from ift_peft.data.rows import raise_faults
 from ift_peft.data.sources import Record, read_source, text_lines
-from ift_peft.errors import DataError, IftPeftError
+from ift_peft.errors import DataError, Faults, IftPeftError
 from ift_peft.evaluate.intervals import Floats, paired_change, wilson
 from ift_peft.evaluate.metrics import Resampling
 from ift_peft.evaluate.refusals import Kind, kind_of
@@ -112,6 +112,9 @@ def _read(path: Path, name: PromptSet, faults: list[IftPeftError]) -> list[str]:
         else:
             found = [_prompt(record, name, faults) for record in read_source(str(path), faults)]
             texts = [text for text in found if text is not None]
+    except Faults as several:
+        faults += several.faults
+        return []
     except DataError as error:
         faults.append(error)
         return []

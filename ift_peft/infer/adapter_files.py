@@ -13,17 +13,24 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from ift_peft.errors import IftPeftError, ModelError, first_line, raise_all
 from ift_peft.model.base import quiet
 from ift_peft.plain_files import read_text
 from ift_peft.sections import Adapter
+from ift_peft.trial import SECONDS, TakesMore, tried
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 METHODS = ("LORA", "ADALORA", "IA3", "VERA")
-NEVER_OURS = ("megatron_config", "auto_mapping", "layer_replication")  # PEFT imports what the first two name
+NEVER_OURS = (  # PEFT imports what the first two name
+    *("megatron_config", "auto_mapping", "layer_replication", "exclude_modules", "layers_pattern"),
+    *("layers_to_transform", "alora_invocation_tokens", "trainable_token_indices", "target_parameters"),
+)
 _PLAIN = re.compile(r"[\w.^-]+")  # a name, or the end of one
+_ANY_OF = re.compile(r"\(\.\*\[\.\]\)\?\((?:[\w.|-]|\\[.-])+\)")  # as training writes feedforward_modules
 MOST_RANKS = 100_000
+MOST_ALPHA = 1e9
 FIX = "train again; an adapter from elsewhere is no part of this run"
 OTHER_BASE = "load the adapter on the base it was trained on, or train again"
 
@@ -61,17 +68,39 @@ def _config_faults(file: Path, section: Adapter) -> Iterator[IftPeftError]:
             fix=FIX,
         )
     for pattern in _patterns(config):
-        if pattern not in _patterns(section.model_dump()) and not _PLAIN.fullmatch(pattern):
+        if pattern not in _patterns(section.model_dump()) and not _plain(pattern):
             yield ModelError(  # how long it takes, nobody can tell
                 expected="patterns of modules as in the recipe", found=f"{pattern!r:.200} in {file}", fix=FIX
             )
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(one, str) and _PLAIN.fullmatch(one) for one in saved):
+        yield ModelError(expected="modules_to_save to be a list of names", found=f"{saved!r:.200} in {file}", fix=FIX)
     for name in NEVER_OURS:
         if config.get(name):
             yield ModelError(
                 expected=f"no {name}, which training never sets", found=f"{config[name]!r:.200} in {file}", fix=FIX
             )
-    if not _is_rank(config.get("r", 1)):
-        yield ModelError(expected=f"a rank of 1 to {MOST_RANKS:,}", found=f"{config['r']!r:.80} in {file}", fix=FIX)
+    yield from _number_faults(config, file)
+
+
+def _number_faults(config: dict[str, Any], file: Path) -> Iterator[IftPeftError]:
+    """Ranks that no memory holds, and scales that make no number of any weight."""
+    ranks, alphas = _values(config, "rank_pattern"), _values(config, "alpha_pattern")
+    if ranks is None or alphas is None:
+        yield ModelError(expected="mappings as rank_pattern and alpha_pattern", found=f"others in {file}", fix=FIX)
+        return
+    ranks += [config[name] for name in ("r", "init_r", "target_r") if name in config]
+    alphas += [config["lora_alpha"]] if "lora_alpha" in config else []
+    for wrong in [one for one in ranks if not _is_rank(one)][:1]:
+        yield ModelError(expected=f"a rank of 1 to {MOST_RANKS:,}", found=f"{wrong!r:.80} in {file}", fix=FIX)
+    for wrong in [one for one in alphas if not _is_alpha(one)][:1]:
+        yield ModelError(expected=f"lora_alpha of at most {MOST_ALPHA:.0e}", found=f"{wrong!r:.80} in {file}", fix=FIX)
+
+
+def _values(config: dict[str, Any], name: str) -> list[Any] | None:
+    """The numbers of modules, without AdaLoRA's lists of which ranks are left; None of what is no mapping."""
+    found = config.get(name) or {}
+    return [one for one in found.values() if not isinstance(one, list)] if isinstance(found, dict) else None
 
 
 def _unread(folder: Path) -> Iterator[IftPeftError]:
@@ -85,12 +114,41 @@ def _unread(folder: Path) -> Iterator[IftPeftError]:
 
 def _patterns(settings: dict[str, Any]) -> list[str]:
     """What PEFT would match against names of modules as a regular expression."""
-    single = [settings.get(name) for name in ("target_modules", "exclude_modules", "layers_pattern")]
+    single = [settings.get(name) for name in ("target_modules", "feedforward_modules")]
     several = [settings.get(name) for name in ("rank_pattern", "alpha_pattern")]
     return [
         *(one for one in single if isinstance(one, str)),
         *(key for one in several if isinstance(one, dict) for key in one),
     ]
+
+
+def _plain(pattern: str) -> bool:
+    """Whether a pattern is matched at once: a name, or one of several."""
+    return bool(_PLAIN.fullmatch(pattern) or _ANY_OF.fullmatch(pattern))
+
+
+def try_patterns(model: nn.Module, folder: Path) -> None:
+    """Raises `ModelError` where PEFT would match the patterns of the adapter in `folder` against modules for too long.
+
+    A run's recipe comes with the adapter: that the pattern stands in both says nothing about it.
+    """
+    patterns = [one for one in _patterns(json.loads(read_text(folder / CONFIG))) if not _plain(one)]
+    if not patterns:
+        return
+    names = tuple(name for name, _ in model.named_modules())
+    try:
+        tried("ift_peft.infer.pattern_trial", {"patterns": patterns, "names": names})
+    except TakesMore:
+        raise ModelError(
+            expected=f"patterns of modules that are matched in {SECONDS} s",
+            found=f"{patterns!r:.200} in {folder / CONFIG}",
+            fix=FIX,
+        ) from None
+
+
+def _is_alpha(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) <= MOST_ALPHA  # of NaN, which JSON of Python's may hold, neither is true
 
 
 def _is_rank(value: Any) -> bool:
@@ -110,21 +168,22 @@ def _weight_faults(file: Path) -> Iterator[IftPeftError]:
         yield ModelError(expected=f"weights in safetensors in {file}", found=first_line(error), fix=FIX)
 
 
-def load_adapter(base: Any, folder: Path, section: Adapter) -> PeftModel:
+def load_adapter(base: Any, folder: Path) -> PeftModel:
     """The base with the adapter in `folder` on it. Raises `ModelError` or `Faults` for what PEFT cannot load whole.
 
-    PEFT draws a tensor that is missing at random, and passes over one that has no place.
+    `adapter_faults` has been asked before. PEFT draws a tensor that is missing at random, and passes over one that has
+    no place.
     """
-    raise_all(list(adapter_faults(folder, section)))
+    try_patterns(base, folder)
     with told_as_ours(folder):
         model = PeftModel.from_pretrained(base, folder)
     check_loaded(model, folder, "default")
     return model
 
 
-def add_adapter(model: PeftModel, folder: Path, name: str, section: Adapter) -> None:
+def add_adapter(model: PeftModel, folder: Path, name: str) -> None:
     """Put one more adapter on a model, as `load_adapter`."""
-    raise_all(list(adapter_faults(folder, section)))
+    try_patterns(model, folder)
     with told_as_ours(folder):
         model.load_adapter(str(folder), name)
     check_loaded(model, folder, name)

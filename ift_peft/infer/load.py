@@ -18,7 +18,7 @@ from ift_peft.data.render import TokenRenderer
 from ift_peft.data.row import Message, Row
 from ift_peft.data.rows import from_saved, read_rows, read_rows_of, set_aside, stream_rows
 from ift_peft.errors import Faults, ModelError, RunError, raise_all
-from ift_peft.infer.adapter_files import add_adapter, load_adapter
+from ift_peft.infer.adapter_files import adapter_faults, add_adapter, load_adapter
 from ift_peft.infer.parity import parity_faults
 from ift_peft.infer.stacked import StackedAdapters
 from ift_peft.model.base import ClassHead, LoadedBase, load_section, quiet
@@ -168,9 +168,11 @@ def _load_base(
 
 
 def _with_adapter(base: Any, parts: Parts, folder: Path | None = None) -> PeftModel:
+    if folder is not None:  # the run's own was looked at when it was opened
+        raise_all(list(adapter_faults(folder, parts.recipe.adapter)))
     folder = folder or parts.run.adapter
     with quiet():
-        model = load_adapter(base, folder, parts.recipe.adapter)
+        model = load_adapter(base, folder)
         _unrounded(model, folder, "default")
     model.eval()
     return model
@@ -218,7 +220,7 @@ def _with_adapters(base: Any, members: Sequence[Parts]) -> tuple[PeftModel, list
     names = ["default", *(f"member{number}" for number in range(1, len(members)))]
     with quiet():
         for name, parts in zip(names[1:], members[1:], strict=True):
-            add_adapter(model, parts.run.adapter, name, parts.recipe.adapter)
+            add_adapter(model, parts.run.adapter, name)
             _unrounded(model, parts.run.adapter, name)
     model.eval()
     return model, names

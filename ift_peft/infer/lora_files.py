@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ift_peft.errors import IftPeftError, ModelError, first_line, raise_all
+from ift_peft.infer.adapter_files import try_patterns
 
 PREFIX = "base_model.model."
 BASES_OWN = ".base_layer.weight"  # of embeddings, which PEFT saves beside their adapters
@@ -88,6 +89,7 @@ def read_lora(folder: Path, model: nn.Module) -> dict[str, Lora]:
         if fault is not None:
             faults.append(fault)
     raise_all(faults)
+    try_patterns(model, folder)
     return {
         name: Lora(pair["A"].float(), pair["B"].float().T * (_scaling(config, name, len(pair["A"]))))
         for name, pair in pairs.items()

@@ -7,8 +7,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from ift_peft.data.sources import folder_has_split, read_source
-from ift_peft.errors import IftPeftError
+from ift_peft.data.sources import folder_has_split, read_source, text_lines
+from ift_peft.errors import Faults, IftPeftError
 
 
 def read(path: Path, **options: bool) -> tuple[list[dict[str, object]], list[str]]:
@@ -95,3 +95,26 @@ def test_a_hub_id_without_network_is_a_fault_that_says_so() -> None:
     faults: list[IftPeftError] = []
     assert read_source("someone/some-set", faults) == []
     assert "the data set someone/some-set" in str(faults[0])
+
+
+def test_a_key_twice_among_100_000_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    keys = ", ".join(f'"{number}": 0' for number in range(100_000))  # comparing each with each would take minutes
+    path.write_text(f'{{{keys}, "99999": 1}}\n', "utf-8")
+    assert "'99999' twice in one object" in read(path)[1][0]
+
+
+def test_a_text_file_may_be_of_any_size_and_its_lines_of_16_mib(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    with path.open("wb") as file:
+        file.write(b"first\n")
+        for _ in range(70):
+            file.write(b" " * (1 << 20) + b"\n")
+        file.write("最后\n".encode())
+    assert text_lines(path, setting="evaluation.general_text") == ["first", "最后"]
+    path.write_bytes(b"\xff\n" + b"a" * (17 << 20) + b"\n")
+    with pytest.raises(Faults) as told:
+        text_lines(path, setting="evaluation.general_text")
+    assert "byte 0xff" in str(told.value) and f"lines of at most 16 MiB\n   found a longer one at {path}:2" in str(
+        told.value
+    )

@@ -9,6 +9,8 @@ import os
 import pickle
 import shutil
 import struct
+import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,13 +19,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors.torch import load_file, save_file
 
 import ift_peft.adapters.combine
 import ift_peft.adapters.merge
 import ift_peft.cli.check
 import ift_peft.train.run  # noqa: F401 - what every fork would import again
-from ift_peft.data.template import TooSlow, of_one_day, within
+from ift_peft.data.template import TooSlow, of_one_day, try_template, within
 from ift_peft.errors import ModelError
 from tests.e2e.small_base import make_base
 from tests.faults.conftest import Observed
@@ -112,6 +116,22 @@ def without_number(found: dict[str, torch.Tensor]) -> None:
     found[LORA_A][0, 0] = float("nan")
 
 
+ENDLESS = "(([a-z0-9._]+)+)+!"
+
+
+def in_both(pattern: str, setting: str = "target_modules") -> Change:
+    """The same pattern in the adapter's configuration and in the recipe, which come together."""
+
+    def change(run: Path) -> None:
+        value: Any = pattern if setting == "target_modules" else {pattern: 4}
+        config(**{setting: value})(run)
+        found = yaml.safe_load((run / "recipe.yaml").read_text("utf-8"))
+        found["adapter"][setting] = value
+        (run / "recipe.yaml").write_text(yaml.safe_dump(found, allow_unicode=True), "utf-8")
+
+    return change
+
+
 HUGE = b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}'
 TWICE = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
 RUNS = [
@@ -137,6 +157,16 @@ RUNS = [
     Case("a Megatron module for PEFT to import", config(megatron_config={"a": 1}, megatron_core="antigravity"), 4, ("no megatron_config",), fast=False),
     Case("a Hub id as the adapter's base", config(base_model_name_or_path="nobody/nothing"), 0, (), ("predict", "merge"), fast=False),
     Case("a pattern of modules that takes for ever", config(target_modules="(([a-z0-9._]+)+)+!"), 4, ("patterns of modules as in the recipe",), ("predict", "merge")),
+    Case("a pattern that takes for ever in the configuration and in the recipe", in_both(ENDLESS), 4, ("patterns of modules that are matched in",), ("predict", "merge"), fast=False),
+    Case("such a pattern with a rank, in both", in_both(ENDLESS, "rank_pattern"), 4, ("patterns of modules that are matched in",), fast=False),
+    Case("a pattern in a list of layers", config(layers_to_transform=[0], layers_pattern=[ENDLESS]), 4, ("no layers_pattern",)),
+    Case("a pattern of feed-forward modules that takes for ever", config(feedforward_modules=ENDLESS), 4, ("patterns of modules as in the recipe",), fast=False),
+    Case("a pattern in the place of modules to save", config(modules_to_save=[ENDLESS]), 4, ("modules_to_save to be a list of names",)),
+    Case("a rank of 30 million for one module", config(rank_pattern={"q_proj": 3 * 10**7}), 4, ("a rank of 1 to",)),
+    Case("a rank of ten million to begin with", config(init_r=10**7), 4, ("a rank of 1 to",), fast=False),
+    Case("a scale that is no number", config(lora_alpha=float("nan")), 4, ("lora_alpha of at most",)),
+    Case("a scale of 10^308 for one module", config(alpha_pattern={"q_proj": 1e308}), 4, ("lora_alpha of at most",), fast=False),
+    Case("tokens at which an adapter begins", config(alora_invocation_tokens=[1]), 4, ("no alora_invocation_tokens",), fast=False),
     Case("a configuration that is a list", text("adapter/adapter_config.json", "[]"), 4, ("an object in",), fast=False),
     Case("100,000 lists inside each other as a configuration", text("adapter/adapter_config.json", "[" * 100_000), 4, ("RecursionError",)),
     Case("a manifest of nothing", text("manifest.json", "{}"), 5, ("status 'unknown'",), recorded=False, fast=False),
@@ -295,10 +325,12 @@ BASES = [
     Case("a template that reaches for Python", template(WELL + "{{ ''.__class__.__mro__[1].__subclasses__() }}"), 3, ("a chat template that takes these messages",), ("check",)),
     Case("a template that calls the system", template("{{ cycler.__init__.__globals__.os.system('touch pwned') }}" + WELL), 3, ("a chat template that takes",), ("check",)),
     Case("a template that loops for ever", template("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}" + WELL), 4, ("short conversations", "takes more"), ("check",), fast=False),
-    Case("a template with a range of 10^12", template("{% for i in range(10**12) %}{% endfor %}" + WELL), 3, ("Range too big",), ("check",)),
-    Case("a template that makes 10 GB of text", template("{{ 'a' * 10**10 }}" + WELL), 4, ("takes more memory",), ("check",)),
-    Case("a template that doubles a text forty times", template("{% set n = namespace(s='a') %}{% for i in range(40) %}{% set n.s = n.s ~ n.s %}{% endfor %}" + WELL), 4, ("takes more memory",), ("check",), fast=False),
-    Case("a power of a power in a template", template("{{ 10**(10**10) }}" + WELL), 4, ("takes more",), ("check",), fast=False),
+    Case("a template with a range of 10^12", template("{% for i in range(1000000000000) %}{% endfor %}" + WELL), 3, ("Range too big",), ("check",)),
+    Case("a template that makes 10 GB of text", template("{{ 'a'.ljust(10000000000) }}" + WELL), 4, ("takes more",), ("check",)),
+    Case("a product of 10 GB of text in a template", template("{{ 'a' * 10000000000 }}" + WELL), 4, ("a product",), ("check",), fast=False),
+    Case("a power on a condition that no trial meets", template("{% if messages|length > 99 %}{{ (3 ** (messages|length * 999)) is odd }}{% endif %}" + WELL), 4, ("a power, at line 1",), ("check",)),
+    Case("a template that doubles a text forty times", template("{% set n = namespace(s='a') %}{% for i in range(40) %}{% set n.s = n.s ~ n.s %}{% endfor %}" + WELL), 4, ("takes more",), ("check",), fast=False),
+    Case("a power of a power in a template", template("{{ 10**(10**10) }}" + WELL), 4, ("a power",), ("check",), fast=False),
     Case("a template that does not parse", template("{% for %}"), 3, ("TemplateSyntaxError",), ("check",)),
     Case("a template that asks for the time as it likes", template("{{ strftime_now('%' ~ 'S') }}" + WELL), 4, ("strftime_now",), ("check",)),
 ]  # fmt: skip
@@ -334,24 +366,29 @@ def test_template_of_today(observed: Observed) -> None:
     llama = '{%- if strftime_now is defined %}{%- set day = strftime_now("%d %b %Y") %}{%- endif %}{{ day }}'
     assert of_one_day(llama) == llama.replace('strftime_now("%d %b %Y")', '"26 Jul 2024"')
     assert of_one_day("{{ strftime_now('%Y-%m-%d') }}") == '{{ "2024-07-26" }}'
+    assert of_one_day("{{ strftime_now(format = '%Y') }}") == '{{ "2024" }}'
+    assert of_one_day("{{ strftime_now ('%Y') if strftime_now is not defined }}").startswith('{{ "2024" if')
+    for other in ("strftime_now(form)", "(strftime_now)('%Y')", "[strftime_now][0]('%Y')"):
+        with pytest.raises(ModelError, match="strftime_now"):
+            of_one_day(f"{{{{ {other} }}}}")
     with pytest.raises(ModelError, match="strftime_now"):
-        of_one_day("{{ strftime_now(form) }}")
+        of_one_day("{% set f = strftime_now %}{{ f('%Y') }}")
     observed("the 26th of July 2024, which such templates fall back to")
+
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
 
 @pytest.mark.fault(
     "artefacts", "a template that loops on some rows, in a thread of the service", expected="stopped by a clock"
 )
 def test_clock_in_any_thread(observed: Observed) -> None:
-    import threading
-
     stopped = []
 
     def render() -> None:
         try:
             with within(0.2):
-                while True:
-                    pass
+                ImmutableSandboxedEnvironment().from_string(LOOP).render()
         except TooSlow:
             stopped.append(threading.current_thread() is not threading.main_thread())
 
@@ -363,3 +400,24 @@ def test_clock_in_any_thread(observed: Observed) -> None:
         pass
     time.sleep(0.2)  # the clock of a block that ended raises nothing after it
     observed("TooSlow in that thread, and in no other")
+
+
+@pytest.mark.fault("artefacts", "a process that stands still while it renders", expected="the time does not count")
+def test_clock_that_stands_still(observed: Observed) -> None:
+    with within(0.1):
+        time.sleep(0.5)  # as a process that was stopped by Ctrl-Z, its thread takes no time of a processor
+    observed("rendered on")
+
+
+@pytest.mark.fault(
+    "artefacts", "a process in which templates are tried that does not start", expected="the base is refused"
+)
+def test_trial_that_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, observed: Observed) -> None:
+    (tmp_path / "jinja2").mkdir()
+    (tmp_path / "jinja2" / "__init__.py").write_text("raise ImportError('no jinja2 here')\n", "utf-8")
+    monkeypatch.setattr("sys.path", [str(tmp_path), *sys.path])  # which the process gets
+    with pytest.raises(ModelError, match=r"(?s)a process in which .* exit code 1: ImportError: no jinja2 here"):
+        try_template(WELL, ())
+    monkeypatch.undo()
+    try_template(WELL, ())
+    observed("a ModelError with the last line that it printed")
