@@ -18,7 +18,6 @@ from torch import nn
 from ift_peft.errors import IftPeftError, ModelError, first_line, raise_all
 from ift_peft.model.base import quiet
 from ift_peft.plain_files import read_text
-from ift_peft.sections import Adapter
 from ift_peft.trial import SECONDS, TakesMore, tried
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -27,7 +26,7 @@ NEVER_OURS = (  # PEFT imports what the first two name
     *("megatron_config", "auto_mapping", "layer_replication", "exclude_modules", "layers_pattern"),
     *("layers_to_transform", "alora_invocation_tokens", "trainable_token_indices", "target_parameters"),
 )
-_PLAIN = re.compile(r"[\w.^-]+")  # a name, or the end of one
+_PLAIN = re.compile(r"(?:\.\*\\\.)?[\w.^-]+")  # a name, or the end of one, as PEFT itself writes it for fused experts
 _ANY_OF = re.compile(r"\(\.\*\[\.\]\)\?\((?:[\w.|-]|\\[.-])+\)")  # as training writes feedforward_modules
 MOST_RANKS = 100_000
 MOST_ALPHA = 1e9
@@ -35,10 +34,10 @@ FIX = "train again; an adapter from elsewhere is no part of this run"
 OTHER_BASE = "load the adapter on the base it was trained on, or train again"
 
 
-def adapter_faults(folder: Path, section: Adapter) -> Iterator[IftPeftError]:
-    """What is wrong with an adapter by its files and the recipe's `section`; nothing where there are none."""
+def adapter_faults(folder: Path) -> Iterator[IftPeftError]:
+    """What is wrong with an adapter by its files; nothing where there are none."""
     if (folder / CONFIG).is_file():
-        faults = list(_config_faults(folder / CONFIG, section))
+        faults = list(_config_faults(folder / CONFIG))
         yield from faults
         if not faults:
             yield from _unread(folder)
@@ -52,7 +51,7 @@ def adapter_faults(folder: Path, section: Adapter) -> Iterator[IftPeftError]:
         )
 
 
-def _config_faults(file: Path, section: Adapter) -> Iterator[IftPeftError]:
+def _config_faults(file: Path) -> Iterator[IftPeftError]:
     try:
         config = json.loads(read_text(file))
     except (OSError, ValueError, RecursionError) as error:
@@ -67,11 +66,6 @@ def _config_faults(file: Path, section: Adapter) -> Iterator[IftPeftError]:
             found=f"{config.get('peft_type')!r:.80} in {file}",
             fix=FIX,
         )
-    for pattern in _patterns(config):
-        if pattern not in _patterns(section.model_dump()) and not _plain(pattern):
-            yield ModelError(  # how long it takes, nobody can tell
-                expected="patterns of modules as in the recipe", found=f"{pattern!r:.200} in {file}", fix=FIX
-            )
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(one, str) and _PLAIN.fullmatch(one) for one in saved):
         yield ModelError(expected="modules_to_save to be a list of names", found=f"{saved!r:.200} in {file}", fix=FIX)

@@ -125,7 +125,7 @@ def open_parts(run: RunDir) -> Parts:
     tokenizer = load_tokenizer(location)
     ensure_pad_token(tokenizer)
     renderer = make_renderer(tokenizer, head=recipe.base.head, classes=recipe.data.label_words)
-    raise_all(parity_faults(run, location, renderer, recipe.adapter))
+    raise_all(parity_faults(run, location, renderer))
     return Parts(run, recipe, location, renderer, run.read("manifest.json").get("max_length"))
 
 
@@ -169,7 +169,7 @@ def _load_base(
 
 def _with_adapter(base: Any, parts: Parts, folder: Path | None = None) -> PeftModel:
     if folder is not None:  # the run's own was looked at when it was opened
-        raise_all(list(adapter_faults(folder, parts.recipe.adapter)))
+        raise_all(list(adapter_faults(folder)))
     folder = folder or parts.run.adapter
     with quiet():
         model = load_adapter(base, folder)

@@ -18,14 +18,13 @@ from ift_peft.infer.adapter_files import adapter_faults
 from ift_peft.model.base import quiet
 from ift_peft.model.tokenizer import BaseLocation
 from ift_peft.run_dir import RunDir
-from ift_peft.sections import Adapter
 
 _MOST_LINES = 16  # of a difference
 _LONGEST_LINE = 110
 _CONTEXT = 24  # characters before the first token that differs
 
 
-def parity_faults(run: RunDir, location: BaseLocation, renderer: TokenRenderer, section: Adapter) -> list[IftPeftError]:
+def parity_faults(run: RunDir, location: BaseLocation, renderer: TokenRenderer) -> list[IftPeftError]:
     """Everything in which base, chat template, tokens or adapter are not those of training.
 
     What an older run has not recorded is not checked, or told by its hash alone.
@@ -42,7 +41,7 @@ def parity_faults(run: RunDir, location: BaseLocation, renderer: TokenRenderer, 
         *_template(golden, renderer),
         *_tokens(run, golden, renderer),
         *_adapter(manifest, run),
-        *adapter_faults(run.adapter, section),
+        *adapter_faults(run.adapter),
     ]
 
 
