@@ -326,8 +326,7 @@ def stopping_on_signals(recorder: RunRecorder) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         if recorder.stop_requested:
             raise KeyboardInterrupt
-        recorder.stop_requested = True
-        recorder.reporter.note("stopping after this step with a checkpoint; once more stops at once")
+        recorder.stopped_by = signal.Signals(number).name  # told later: what was interrupted may be telling something
 
     with _handling(stop):
         yield

@@ -381,7 +381,9 @@ class RunRecorder(TrainerCallback):
     def __init__(self, run: RunDir, reporter: Reporter) -> None:
         self.run, self.reporter = run, reporter
         self.trainer: SupervisedTrainer | None = None
-        self.stop_requested = False
+        self.stopped_by: str | None = None
+        """The signal that asked for an end."""
+        self._told_stopping = False
         self.loss: float | None = None
         self.started = time.monotonic()
         self.ended: float | None = None
@@ -403,7 +405,22 @@ class RunRecorder(TrainerCallback):
         seen = self.trainer.progress.tokens_seen - self.seen_before
         return seen / max(1e-9, (self.ended or time.monotonic()) - self.started)
 
+    @property
+    def stop_requested(self) -> bool:
+        return self.stopped_by is not None
+
+    def _tell_stopping(self) -> None:
+        if self.stop_requested and not self._told_stopping:
+            self._told_stopping = True
+            self.reporter.note(
+                f"{self.stopped_by}: stopping after this step with a checkpoint; once more stops at once"
+            )
+
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._tell_stopping()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._tell_stopping()
         loss = "" if self.loss is None else f"loss {self.loss:.4f}  "
         self.reporter.advance(state.global_step, f"{loss}{self.tokens_per_second:,.0f} tokens/s")
         if self.stop_requested:
