@@ -17,7 +17,8 @@ from ift_peft.reporter import Reporter
 from ift_peft.run_dir import GOES_ON, Kind, RunDir, create_run, ending, runs_called, versions
 from ift_peft.train.prepare import Prepared, prepare
 from ift_peft.train.run import all_inputs, resume, train
-from ift_peft.train.session import Interrupted, ending_on_signals
+from ift_peft.train.session import Interrupted
+from ift_peft.train.signals import ending_on_signals
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ from ift_peft.train.out_of_memory import memory_for
 from ift_peft.train.prepare import Prepared, inputs, prepare, record_inputs
 from ift_peft.train.resuming import changed_settings, take_up
 from ift_peft.train.room import bytes_in, require_room, room_needed
-from ift_peft.train.session import Interrupted, Session, ending_on_signals, open_session, resume_command
+from ift_peft.train.session import Interrupted, Session, open_session, resume_command
+from ift_peft.train.signals import ending_on_signals
 
 _LESS_MEASURED = "lower evaluation.per_device_eval_batch_size, or evaluation.max_new_tokens where answers are generated"
 

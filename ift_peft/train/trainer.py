@@ -27,7 +27,7 @@ from ift_peft.data.render import Rendered
 from ift_peft.errors import OutOfMemory, RecipeError, RunError, first_line, is_out_of_memory
 from ift_peft.model.initialise import NAME
 from ift_peft.reporter import Reporter
-from ift_peft.run_dir import RunDir
+from ift_peft.run_dir import METRICS, RunDir, sync_file, sync_folder
 from ift_peft.sections import Head, Loss
 from ift_peft.train.allocation import orthogonality
 from ift_peft.train.batching import Epochs, EpochSampler
@@ -442,14 +442,20 @@ class RunRecorder(TrainerCallback):
     ) -> None:
         logs = logs or {}
         if any(name.startswith("eval_") for name in logs):
-            self.run.append("metrics.jsonl", {"step": state.global_step, **logs})
+            self.run.append(METRICS, {"step": state.global_step, **logs})
         if "loss" not in logs:
             return
         self.loss = float(logs["loss"])
         self.run.append(
-            "metrics.jsonl",
+            METRICS,
             {"step": state.global_step, **logs, "tokens_per_second": round(self.tokens_per_second, 1)},
         )
+
+    def keep_lines(self, checkpoint: Path) -> None:
+        """Have the lines of the log reach the disk, before the checkpoint does that stands after them."""
+        if (self.run.path / METRICS).is_file():
+            sync_file(self.run.path / METRICS)
+            sync_folder(self.run.path)
 
     def halved(self, rows: int, now: int, step: int) -> None:
         """Tell that memory ran out with `rows` rows at a time, and that there are `now` from `step` on."""
