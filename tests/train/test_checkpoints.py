@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from ift_peft.train.checkpoints import (
     PARTIAL,
     REMOVED,
     REQUIRED,
+    errors_of_writing,
     faults_of,
     newest_verified,
     rotate,
@@ -91,7 +93,15 @@ def test_a_checkpoint_whose_best_one_is_broken_is_passed_over(tmp_path: Path) ->
     found, passed_over = newest_verified(tmp_path)
     assert found == tmp_path / "checkpoint-2"
     assert [line.split(" ")[0] for line in passed_over] == ["checkpoint-6", "checkpoint-4"]
+    assert "checkpoint-6 is passed over: its best so far, checkpoint-4, could not be gone back to: " in passed_over[0]
     assert set_aside_after(tmp_path, 2) == ["broken-checkpoint-6", "broken-checkpoint-4"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), OSError(errno.ENOMEM, "Cannot allocate memory")])
+def test_no_memory_for_a_checkpoint_is_no_fault_of_the_disk(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, errors_of_writing(tmp_path):
+        raise error
+    assert caught.value is error
 
 
 def test_rotation_goes_by_steps_whatever_the_clock_said_and_spares_the_best(tmp_path: Path) -> None:
