@@ -131,7 +131,10 @@ class OddGradient(TrainerCallback):
 
 
 @pytest.mark.fault(
-    "endings", "a row whose loss is finite and its gradient is not", expected="non_finite_loss, the row named"
+    "endings",
+    "a row whose loss is finite and its gradient is not",
+    expected="non_finite_loss, the row named",
+    rare=True,
 )
 def test_a_row_with_an_infinite_gradient_is_named(tmp_path: Path, observed: Observed) -> None:
     recipe = small(tmp_path, "training.max_steps=40")
