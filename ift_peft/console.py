@@ -6,7 +6,8 @@ import os
 import re
 import sys
 import time
-from typing import Any
+from contextlib import suppress
+from typing import IO, Any, cast
 
 from rich import box
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
@@ -16,8 +17,52 @@ from rich.segment import Segment
 from rich.table import Table
 
 _WIDTH = None if "COLUMNS" in os.environ or sys.stdout.isatty() else 120  # rich wraps tables in a pipe at 80
+
+
+class _Stderr:
+    """sys.stderr, as it is at the moment, which can be written to for ever: telling something ends no training.
+
+    A terminal that was closed and a pipe whose reader has gone refuse every write; from the first on, what is told goes
+    to the null device instead. Python would end with an exit code of its own if what it holds could not be written.
+    """
+
+    encoding = "utf-8"
+
+    @property
+    def stream(self) -> Any:
+        return getattr(sys.stderr, "rich_proxied_file", sys.stderr)  # itself while a progress bar is shown
+
+    def write(self, text: str) -> int:
+        try:
+            if self.stream is not None:
+                self.stream.write(text)
+        except OSError:
+            self._give_up()
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            if self.stream is not None:
+                self.stream.flush()
+        except OSError:
+            self._give_up()
+
+    def isatty(self) -> bool:
+        return self.stream is not None and bool(self.stream.isatty())
+
+    def fileno(self) -> int:
+        return int(self.stream.fileno())
+
+    def _give_up(self) -> None:
+        with suppress(OSError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.fileno())
+            os.close(null)
+            self.stream.flush()
+
+
 out = Console(soft_wrap=True, highlight=False, width=_WIDTH)
-err = Console(stderr=True, soft_wrap=True, highlight=False)
+err = Console(file=cast(IO[str], _Stderr()), soft_wrap=True, highlight=False)
 PLAIN_EVERY_SECONDS = 10.0
 # What a terminal takes as an order, in texts and names of files that came from anywhere, and what it cannot be sent.
 _ORDERS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import secrets
 import subprocess
 import sys
@@ -32,9 +33,11 @@ TIMES = 32  # the length of a recipe that a run may hold: the phrasings of its f
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 GOES_ON = ("running", "interrupted", "disk_full", "hung")  # statuses of runs that lack nothing but to be gone on with
 UNFINISHED = (*GOES_ON, "out_of_memory", "failed")
+METRICS = "metrics.jsonl"
 RESERVE = ".reserve"
 RESERVED_BYTES = 64 * 1024
 PROBED_BYTES = 1024 * 1024
+_TEMPORARY = re.compile(r"\.[\w-]+\.(json|jsonl|yaml|html)\.[a-z0-9_]{8}")  # of tempfile.mkstemp
 Kind = Literal["adapter", "pipeline", "merging"]
 MADE: dict[Kind, str] = {"adapter": "one adapter", "pipeline": "a pipeline", "merging": "several adapters compared"}
 ADAPTER: tuple[Kind, ...] = ("adapter",)
@@ -152,6 +155,30 @@ class RunDir:
                 fix="restore the file, or train again",
             ) from None
         return found
+
+    def read_metrics(self) -> tuple[list[dict[str, Any]], int]:
+        """The lines of metrics.jsonl up to the first that is none, and how many whole lines are left out.
+
+        A kill cuts the last line short, which is no line then; after a power cut there may be anything in it.
+        """
+        path = self.path / METRICS
+        whole = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+        found: list[dict[str, Any]] = []
+        for line in whole:
+            try:
+                one = json.loads(line)
+            except (ValueError, RecursionError):
+                break
+            if not isinstance(one, dict) or type(one.get("step")) is not int:
+                break
+            found.append(one)
+        return found, len(whole) - len(found)
+
+    def remove_temporaries(self) -> None:
+        """Remove what processes that were killed left of `write_atomically`; for who holds the run."""
+        for path in self.path.glob(".*.????????"):
+            if _TEMPORARY.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
     def append(self, name: str, line: dict[str, Any]) -> None:
         with (self.path / name).open("a", encoding="utf-8") as file:

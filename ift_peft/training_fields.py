@@ -39,6 +39,8 @@ RESERVED = {
     "greater_is_better": "validation.metric says it",
     "restore_callback_states_from_checkpoint": "a resumed run goes on counting validation.patience by itself",
     "per_device_eval_batch_size": "set evaluation.per_device_eval_batch_size",
+    "save_only_model": "a checkpoint without its optimizer cannot be gone on from",
+    "ignore_data_skip": "a resumed run goes on with the rows it would have taken",
     "resume_from_checkpoint": "use ift train --resume RUN",
     "label_smoothing_factor": "set loss.label_smoothing",
     "loss_type": "the loss is described by the section `loss`",

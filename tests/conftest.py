@@ -33,7 +33,7 @@ SHARING = {
         for name in ("merging", "mix", "parity", "pipeline", "safety", "stories", "engine", "validation", "study")
     },
     "methods": ("e2e/test_methods",),
-    "kills": tuple(f"faults/test_{name}" for name in ("checkpoints", "forks", "kills", "runs")),
+    "kills": tuple(f"faults/test_{name}" for name in ("checkpoints", "endings", "forks", "kills", "runs")),
 }
 OFFLINE = ROOT / "tests" / "offline"  # holds a sitecustomize that refuses sockets
 

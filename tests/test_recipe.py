@@ -59,6 +59,12 @@ def test_all_faults_of_a_recipe_are_told_at_once(tmp_path: Path) -> None:
     assert len(caught.value.faults) == 7
 
 
+@pytest.mark.parametrize("setting", ["save_only_model", "ignore_data_skip"])
+def test_what_a_run_could_not_be_gone_on_with_is_refused(tmp_path: Path, setting: str) -> None:
+    with pytest.raises(RecipeError, match=rf"training without {setting}[\s\S]*remove it: a (checkpoint|resumed run)"):
+        load_recipe(written(tmp_path, f"{MINIMAL}training: {{{setting}: true}}\n"))
+
+
 def test_a_repeated_key_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"'train' at .*:2 and again at line 3"):
         load_recipe(written(tmp_path, "data:\n  train: a\n  train: b\n"))

@@ -42,6 +42,11 @@ def choose_max_length(recipe: Recipe, max_positions: int | None) -> int | None:
     return None if wanted is None else int(wanted)
 
 
+def checkpoints_kept(validation: bool) -> int:
+    """`training.save_total_limit` where a recipe has none: the newest, one to fall back on, and the best."""
+    return 3 if validation else 2
+
+
 def validation_arguments(section: Validation | None, *, labels: bool) -> dict[str, Any] | None:
     """The recipe's section `validation` as fields of `SFTConfig`: a checkpoint at each measurement, the best one used.
 
@@ -88,7 +93,7 @@ def sft_config(
     arguments: dict[str, Any] = {
         "report_to": "none",
         "save_strategy": "epoch",
-        "save_total_limit": 3 if validation else 2,  # the newest, one to fall back on, and the best
+        "save_total_limit": checkpoints_kept(validation is not None),
         "logging_steps": 10,
         "train_sampling_strategy": "group_by_length",
         "bf16": on_gpu and compute_dtype == torch.bfloat16,

@@ -18,7 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ift_peft.errors import IftPeftError, RunError, first_line
+from ift_peft.errors import IftPeftError, RunError, first_line, is_out_of_memory
 from ift_peft.run_dir import disk_full, point, sync_file, sync_folder, versions
 
 MANIFEST = "checkpoint.json"
@@ -70,12 +70,17 @@ def writing(folder: Path, step: int, *, made_on: Mapping[str, Any]) -> Iterator[
 
 @contextmanager
 def errors_of_writing(folder: Path) -> Iterator[None]:
-    """Raises `DiskFull` or `RunError` for what torch, safetensors and the system say when they cannot write a file."""
+    """Raises `DiskFull` or `RunError` for what torch, safetensors and the system say when they cannot write a file.
+
+    That there is no memory is told by who knows what it was for.
+    """
     try:
         yield
     except IftPeftError:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise disk_full(error, folder) or RunError(
             expected=f"files that can be written to {folder}", found=first_line(error), fix="look at disk and rights"
         ) from error
@@ -202,7 +207,7 @@ def _fault_of_best(checkpoint: Path) -> str | None:
     if not best or best == step_of(checkpoint):
         return None
     fault = faults_of(checkpoint.parent / f"checkpoint-{best}")
-    return f"of its best checkpoint, checkpoint-{best}, {fault}" if fault else None
+    return f"its best so far, checkpoint-{best}, could not be gone back to: {fault}" if fault else None
 
 
 def differences(checkpoint: Path, *, made_on: Mapping[str, Any]) -> list[str]:

@@ -12,12 +12,14 @@ from typing import Any
 from ift_peft.data.rows import raise_faults
 from ift_peft.errors import IftPeftError, RunError, faults_of
 from ift_peft.recipe import Recipe
+from ift_peft.report.write import NAME as REPORT
 from ift_peft.report.write import write_report
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import GOES_ON, Kind, RunDir, create_run, ending, runs_called, versions
 from ift_peft.train.prepare import Prepared, prepare
 from ift_peft.train.run import all_inputs, resume, train
-from ift_peft.train.session import Interrupted, ending_on_signals
+from ift_peft.train.session import Interrupted
+from ift_peft.train.signals import ending_on_signals
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,13 @@ def add_part(run: RunDir, name: str, part: RunDir) -> None:
 
 
 def unfinished(run: RunDir) -> RunDir:
-    """The run, where it can be gone on with. Raises `RunError` where it succeeded or another process is at it."""
+    """The run, where it can be gone on with. Raises `RunError` where it succeeded or another process is at it.
+
+    One that was killed before its report was written is measured again: its parts are taken as they are.
+    """
     with run.locked():
         pass
-    if run.status == "succeeded":
+    if run.status == "succeeded" and (run.path / REPORT).is_file():
         raise RunError(expected="an unfinished run", found=f"{run.path} has succeeded", fix="train again: ift train")
     return run
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ift_peft.errors import first_line
-from ift_peft.run_dir import RunDir
+from ift_peft.run_dir import METRICS, RunDir
 from ift_peft.train.checkpoints import PROGRESS, differences, newest_verified, set_aside_after, step_of, tidy
 from ift_peft.train.progress import Progress
 from ift_peft.train.trainer import made_on
@@ -48,23 +48,21 @@ def take_up(run: RunDir, *, device: torch.device) -> TakenUp:
     """Find the checkpoint that `run` goes on from, and take out of the run what lies beyond it; for who holds the run.
 
     What a killed process left half-written is removed, later checkpoints, which do not verify, are renamed to
-    `broken-…`, and lines of steps that will be taken again go out of metrics.jsonl.
+    `broken-…`, and lines of steps that will be taken again go out of metrics.jsonl, with all from the first on that is
+    none.
     """
+    run.remove_temporaries()
     tidy(run.checkpoints)
     checkpoint, passed_over = newest_verified(run.checkpoints)
     differs = [] if checkpoint is None else differences(checkpoint, made_on=made_on(device))
+    lines, lost = run.read_metrics()
+    if lost:
+        passed_over.append(f"{lost} of {len(lines) + lost} lines of {METRICS} are dropped: the first is none of a log")
     found = TakenUp(checkpoint, passed_over, differs)
     set_aside_after(run.checkpoints, found.step)
-    _forget_steps_after(run, found.step)
+    if (run.path / METRICS).is_file():
+        run.write_lines(METRICS, [line for line in lines if line["step"] <= found.step])
     return found
-
-
-def _forget_steps_after(run: RunDir, step: int) -> None:
-    path = run.path / "metrics.jsonl"
-    if path.is_file():
-        whole = path.read_bytes().rpartition(b"\n")[0]  # a kill may have cut the last line short
-        lines = [json.loads(line) for line in whole.split(b"\n") if line]
-        run.write_lines(path.name, [line for line in lines if line["step"] <= step])
 
 
 def read_progress(checkpoint: Path) -> Progress:

@@ -11,19 +11,21 @@ from ift_peft.model.tokenizer import BaseLocation
 from ift_peft.reporter import Reporter
 
 _WEIGHT = 4  # bytes: adapters are kept in float32
+_BESIDE = 128 * 1024  # bytes: headers of tensors, JSON, generators
 _TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "vocab.txt", "added_tokens.json")
 
 
 def checkpoint_bytes(trained: int, *, optim: str) -> int:
     """Of one checkpoint: `trained` parameters and what the optimizer `optim` keeps of each.
 
-    Two moments in float32 for Adam and what comes from it, in a byte each where these are quantised; of others nothing
-    is counted.
+    Two moments in float32 for Adam and what comes from it, one for Lion, in a byte each where these are quantised; of
+    others nothing is counted. The states of random generators and of the trainer, which do not grow with the adapter,
+    are.
     """
     moments = 0
     if any(name in optim for name in ("adam", "lamb", "lion", "ademamix")):
-        moments = 2 if "8bit" in optim else 8
-    return trained * (_WEIGHT + moments)
+        moments = (1 if "lion" in optim else 2) * (1 if "8bit" in optim else _WEIGHT)
+    return trained * (_WEIGHT + moments) + _BESIDE
 
 
 def room_needed(
@@ -51,18 +53,28 @@ def free_room(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def require_room(needed: int, folder: Path, reporter: Reporter, *, all_kept: bool = False) -> dict[str, Any]:
+def bytes_in(folder: Path) -> int:
+    """Bytes of all files below `folder`."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def require_room(
+    needed: int, folder: Path, reporter: Reporter, *, all_kept: bool = False, there: int | None = None
+) -> dict[str, Any]:
     """The entry `disk` of the manifest. Raises `DiskFull` where `folder` has less than `needed` bytes free.
 
-    `all_kept`: every checkpoint stays, and only one of them is in `needed`.
+    `all_kept`: every checkpoint stays, and only one of them is in `needed`. `there`: so many of the bytes have been
+    written already, by a run whose folder and recipe stay what they are; None for one that begins.
     """
     free = free_room(folder.resolve())
-    told = f"about {_size(needed)} for checkpoints and adapter"
-    if needed > free:
+    missing = max(0, needed - (there or 0))
+    told = f"about {_size(missing)} for checkpoints and adapter"
+    if missing > free:
+        others = "choose another folder with --runs-dir, or lower training.save_total_limit or adapter.r"
         raise DiskFull(
             expected=f"{told} in {folder}",
             found=f"{_size(free)} free",
-            fix="make room, choose another folder with --runs-dir, or lower training.save_total_limit or adapter.r",
+            fix=f"make room, {others}" if there is None else "make room; the run is as it was",
         )
     if all_kept:
         reporter.note(f"training.save_total_limit is not set: every checkpoint is kept, and {told} is but the first")

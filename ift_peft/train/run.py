@@ -23,15 +23,16 @@ from ift_peft.report.write import NAME as REPORT
 from ift_peft.report.write import write_report
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir, create_run, ending, settings, sync_tree
-from ift_peft.train.arguments import sft_config, validation_arguments
+from ift_peft.train.arguments import checkpoints_kept, sft_config, validation_arguments
 from ift_peft.train.checkpoints import errors_of_writing, newest_verified
 from ift_peft.train.losses import find_teacher
 from ift_peft.train.memory import foresee_memory
 from ift_peft.train.out_of_memory import memory_for
 from ift_peft.train.prepare import Prepared, inputs, prepare, record_inputs
 from ift_peft.train.resuming import changed_settings, take_up
-from ift_peft.train.room import require_room, room_needed
-from ift_peft.train.session import Interrupted, Session, ending_on_signals, open_session, resume_command
+from ift_peft.train.room import bytes_in, require_room, room_needed
+from ift_peft.train.session import Interrupted, Session, open_session, resume_command
+from ift_peft.train.signals import ending_on_signals
 
 _LESS_MEASURED = "lower evaluation.per_device_eval_batch_size, or evaluation.max_new_tokens where answers are generated"
 
@@ -134,8 +135,8 @@ def resume(
             write_report(run)
             return run
         recipe, prepared = _as_it_began(run, reporter)
-        foreseen = _foresee(recipe, prepared, run.path, reporter)
         found = take_up(run, device=choose_device(recipe.base.device))
+        foreseen = _foresee(recipe, prepared, run.path, reporter, there=bytes_in(run.checkpoints))
         manifest = run.read("manifest.json")
         if found.checkpoint is None and manifest.get("training_ended"):
             raise RunError(
@@ -213,24 +214,30 @@ def all_inputs(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     return inputs(prepared) | ({"teacher_fingerprint": teacher.fingerprint()} if teacher else {})
 
 
-def _foresee(recipe: Recipe, prepared: Prepared, folder: Path, reporter: Reporter) -> dict[str, Any]:
-    """The entries `memory` and `disk` of the manifest. Raises `DiskFull` where `folder` has no room for the run."""
+def _foresee(
+    recipe: Recipe, prepared: Prepared, folder: Path, reporter: Reporter, *, there: int | None = None
+) -> dict[str, Any]:
+    """The entries `memory` and `disk` of the manifest. Raises `DiskFull` where `folder` has no room for the run.
+
+    `there` are the bytes of the checkpoints that lie in `folder`, of a run that is gone on with.
+    """
     with memory_for("the adapter", fix="lower adapter.r"):
         memory = foresee_memory(recipe, prepared, reporter)
     if not memory:
         reporter.note("nor was the room on disk")
         return {"memory": memory}
     arguments = recipe.training
-    keep = arguments.get("save_total_limit", 2 if recipe.validation else 1)
+    validated = recipe.validation is not None
+    keep = arguments.get("save_total_limit", checkpoints_kept(validated)) or None
     needed = room_needed(
         memory["foreseen"]["adapter"] // TRAINED_BYTES,
         prepared.location,
         optim=str(arguments.get("optim", "adamw_torch")).lower(),
-        keep=keep,
+        keep=keep and max(keep, 2 if validated else 1),  # the newest and the best stay, whatever the limit
         saves=str(arguments.get("save_strategy", "epoch")) != "no",
         embeddings=bool(recipe.adapter.embeddings),
     )
-    return {"memory": memory, "disk": require_room(needed, folder, reporter, all_kept=keep is None)}
+    return {"memory": memory, "disk": require_room(needed, folder, reporter, all_kept=keep is None, there=there)}
 
 
 def _train_and_measure(session: Session, checkpoint: Path | None) -> None:

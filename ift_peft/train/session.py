@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from ift_peft.train.offending import require_finite
 from ift_peft.train.out_of_memory import memory_for
 from ift_peft.train.prepare import Prepared
 from ift_peft.train.resuming import read_progress
+from ift_peft.train.signals import handling
 from ift_peft.train.trainer import RunRecorder, SupervisedTrainer, to_dataset
 from ift_peft.train.validation import (
     BestCheckpoint,
@@ -115,9 +115,11 @@ class Session:
 
     def stop_before_measuring(self) -> None:
         """Raises `Interrupted` where a signal came too late to end training early, and its end is in a checkpoint."""
+        if not self.recorder.stop_requested:
+            return
         step = self.trainer.state.global_step
         newest, _ = newest_verified(self.run.checkpoints)
-        if self.recorder.stop_requested and newest is not None and step_of(newest) == step:
+        if newest is not None and step_of(newest) == step:
             raise Interrupted(
                 expected="base and adapter to be measured",
                 found=f"a signal after the last step, {step}; a checkpoint was saved",
@@ -278,6 +280,7 @@ def _build_trainer(
             expected="a recipe that SFTTrainer takes", found=first_line(error), fix="change the setting named there"
         ) from error
     recorder.trainer = trainer
+    trainer.also_saved.append(recorder.keep_lines)
     if validator is not None and recipe.validation is not None:
         trainer.add_callback(BestCheckpoint(validator, recorder.reporter.note))
         if recipe.validation.patience is not None:
@@ -316,9 +319,6 @@ def _trainer(
     )
 
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
 @contextmanager
 def stopping_on_signals(recorder: RunRecorder) -> Iterator[None]:
     """Let the first Ctrl-C, SIGTERM or SIGHUP end training after its step with a checkpoint, the second at once."""
@@ -326,36 +326,7 @@ def stopping_on_signals(recorder: RunRecorder) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         if recorder.stop_requested:
             raise KeyboardInterrupt
-        recorder.stop_requested = True
-        recorder.reporter.note("stopping after this step with a checkpoint; once more stops at once")
+        recorder.stopped_by = signal.Signals(number).name  # told later: what was interrupted may be telling something
 
-    with _handling(stop):
+    with handling(stop):
         yield
-
-
-@contextmanager
-def ending_on_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end what is done as Ctrl-C does, so that a run is left in order."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    with _handling(end):
-        yield
-
-
-@contextmanager
-def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle the signals that ask to stop; those that are ignored stay so, as SIGHUP under nohup."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in STOPPING}
-    for number in STOPPING:
-        if before[number] is not signal.SIG_IGN:
-            signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)

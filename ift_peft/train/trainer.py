@@ -27,7 +27,7 @@ from ift_peft.data.render import Rendered
 from ift_peft.errors import OutOfMemory, RecipeError, RunError, first_line, is_out_of_memory
 from ift_peft.model.initialise import NAME
 from ift_peft.reporter import Reporter
-from ift_peft.run_dir import RunDir
+from ift_peft.run_dir import METRICS, RunDir, sync_file, sync_folder
 from ift_peft.sections import Head, Loss
 from ift_peft.train.allocation import orthogonality
 from ift_peft.train.batching import Epochs, EpochSampler
@@ -381,7 +381,9 @@ class RunRecorder(TrainerCallback):
     def __init__(self, run: RunDir, reporter: Reporter) -> None:
         self.run, self.reporter = run, reporter
         self.trainer: SupervisedTrainer | None = None
-        self.stop_requested = False
+        self.stopped_by: str | None = None
+        """The signal that asked for an end."""
+        self._told_stopping = False
         self.loss: float | None = None
         self.started = time.monotonic()
         self.ended: float | None = None
@@ -403,7 +405,22 @@ class RunRecorder(TrainerCallback):
         seen = self.trainer.progress.tokens_seen - self.seen_before
         return seen / max(1e-9, (self.ended or time.monotonic()) - self.started)
 
+    @property
+    def stop_requested(self) -> bool:
+        return self.stopped_by is not None
+
+    def _tell_stopping(self) -> None:
+        if self.stop_requested and not self._told_stopping:
+            self._told_stopping = True
+            self.reporter.note(
+                f"{self.stopped_by}: stopping after this step with a checkpoint; once more stops at once"
+            )
+
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._tell_stopping()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._tell_stopping()
         loss = "" if self.loss is None else f"loss {self.loss:.4f}  "
         self.reporter.advance(state.global_step, f"{loss}{self.tokens_per_second:,.0f} tokens/s")
         if self.stop_requested:
@@ -425,14 +442,20 @@ class RunRecorder(TrainerCallback):
     ) -> None:
         logs = logs or {}
         if any(name.startswith("eval_") for name in logs):
-            self.run.append("metrics.jsonl", {"step": state.global_step, **logs})
+            self.run.append(METRICS, {"step": state.global_step, **logs})
         if "loss" not in logs:
             return
         self.loss = float(logs["loss"])
         self.run.append(
-            "metrics.jsonl",
+            METRICS,
             {"step": state.global_step, **logs, "tokens_per_second": round(self.tokens_per_second, 1)},
         )
+
+    def keep_lines(self, checkpoint: Path) -> None:
+        """Have the lines of the log reach the disk, before the checkpoint does that stands after them."""
+        if (self.run.path / METRICS).is_file():
+            sync_file(self.run.path / METRICS)
+            sync_folder(self.run.path)
 
     def halved(self, rows: int, now: int, step: int) -> None:
         """Tell that memory ran out with `rows` rows at a time, and that there are `now` from `step` on."""

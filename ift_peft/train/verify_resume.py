@@ -23,6 +23,7 @@ from ift_peft.recipe import Recipe, dump_recipe, require_one_task
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir, open_run, versions, write_atomically
 from ift_peft.train.checkpoints import PARTIAL
+from ift_peft.train.signals import ending_on_signals
 
 SAVES = 5  # checkpoints in a run, about
 LOOK_SECONDS = 0.01
@@ -86,8 +87,14 @@ def verify_resume(recipe: Recipe, *, kills: int, seed: int, folder: Path, report
     """Train `recipe` below `folder` once undisturbed and once with `kills` kills, and compare the two.
 
     The moments are drawn with `seed`; every second one is in a save. Where the two differ, a third run tells whether
-    the machine repeats itself. Raises `TrainingError` with the trainer's words where a run does not succeed.
+    the machine repeats itself. Raises `TrainingError` with the trainer's words where a run does not succeed, and where
+    one ended before it could be killed so often. A signal that asks to stop ends the trainers too.
     """
+    with ending_on_signals():  # else the trainers, in sessions of their own, would outlive it
+        return _proven(recipe, kills=kills, seed=seed, folder=folder, reporter=reporter)
+
+
+def _proven(recipe: Recipe, *, kills: int, seed: int, folder: Path, reporter: Reporter) -> Verdict:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "recipe.yaml"
     write_atomically(path, dump_recipe(recipe))
@@ -145,7 +152,7 @@ def _killed(
             run = _await_run(process, root)
             wanted = draw.randint(1, max(1, (steps - _last_step(run)) // (kills - len(moments) + 1))) + _last_step(run)
             if not _await_moment(process, run, wanted, draw.random(), in_save=len(moments) % 2 == 1):
-                break  # it had ended before; how is looked at below
+                break  # it had ended before; how, and how often it was killed, is looked at below
             writing = (run.checkpoints / PARTIAL).is_dir()
             _kill(process)
             moments.append((_last_step(run), writing))
@@ -155,6 +162,12 @@ def _killed(
     finally:
         if process.poll() is None:
             _kill(process)
+    if len(moments) < kills:
+        raise TrainingError(
+            expected=f"{kills} kills",
+            found=f"{len(moments)}: the run had ended before the next",
+            fix="--steps with more, or fewer --kills",
+        )
     resumed = run.read("manifest.json").get("resumed", [])
     return run, [
         Kill(step, writing, told["from"], told["passed_over"])
@@ -203,8 +216,8 @@ def _await_run(process: subprocess.Popen[bytes], root: Path) -> RunDir:
 
 
 def _last_step(run: RunDir) -> int:
-    path = run.path / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.is_file() else 0
+    """The last step whose loss was logged: beside these there are lines of validation."""
+    return max((int(line["step"]) for line in run.read_metrics()[0] if "loss" in line), default=0)
 
 
 def _to_its_end(process: subprocess.Popen[bytes], root: Path) -> RunDir:

@@ -61,8 +61,8 @@ def tune(recipe: Recipe, *, root: Path, fresh: bool, reporter: Reporter) -> RunD
 
 
 def _completed(recipe: Recipe, reporter: Reporter) -> tuple[Recipe, Search]:
-    require_one_task(recipe, by="a search")
     """The recipe with `validation` and `tune`, and what is searched. Raises `RecipeError` for what cannot be."""
+    require_one_task(recipe, by="a search")
     if recipe.data.streaming:
         raise RecipeError(expected="rows that are read at once", found="data.streaming", fix="data.streaming=false")
     check_metrics(recipe.evaluation, recipe.data.label_words, [])

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from tests.faults.table import Row, as_markdown, read_rows
-from tests.faults.trained import lab, shimmed
+from tests.faults.trained import lab, server, shimmed
 
-__all__ = ["lab", "shimmed"]
+__all__ = ["lab", "server", "shimmed"]
 
 FOLDER = "IFT_FAULT_ROWS"  # where the processes that run the tests leave their rows
 Observed = Callable[[str], None]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import select
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from ift_peft.run_dir import RunDir, runs_called
 from ift_peft.train.checkpoints import checkpoints_in
 from ift_peft.train.room import require_room
 from ift_peft.train.run import train
-from tests.conftest import OFFLINE, ROOT, Ift
+from tests.conftest import Ift
 from tests.faults.conftest import Observed
+from tests.faults.forks import Forked, Forks
 from tests.train.small import small, write_small
 
 ODD = "zebra"  # a text whose tokens no other row has
@@ -129,7 +131,10 @@ class OddGradient(TrainerCallback):
 
 
 @pytest.mark.fault(
-    "endings", "a row whose loss is finite and its gradient is not", expected="non_finite_loss, the row named"
+    "endings",
+    "a row whose loss is finite and its gradient is not",
+    expected="non_finite_loss, the row named",
+    rare=True,
 )
 def test_a_row_with_an_infinite_gradient_is_named(tmp_path: Path, observed: Observed) -> None:
     recipe = small(tmp_path, "training.max_steps=40")
@@ -189,7 +194,9 @@ def test_halved_micro_batches_learn_the_same(tmp_path: Path, observed: Observed)
     observed(f"{cut.status}: {warned[0].removeprefix('warning: ')}; weights differ by {worst:.0e} at most")
 
 
-@pytest.mark.fault("endings", "no memory for a single row", expected="out of memory, exit code 13, told what to lower")
+@pytest.mark.fault(
+    "endings", "no memory for a single row", expected="out of memory, exit code 13, told what to lower", rare=True
+)
 def test_one_row_that_does_not_fit_is_told(tmp_path: Path, observed: Observed) -> None:
     with pytest.raises(OutOfMemory, match="one row at a time at step 1") as caught:
         train(small(tmp_path), root=tmp_path / "runs", reporter=Silent(), callbacks=[OutOfRows(0)])
@@ -208,78 +215,131 @@ def test_an_adapter_larger_than_memory_is_told(tmp_path: Path, ift: Ift, observe
     observed("exit code 13, no run folder: expected memory for the adapter, lower adapter.r")
 
 
-HUNG = """
-import sys, time
-from pathlib import Path
-from transformers import TrainerCallback
-from ift_peft.console import ConsoleReporter
-from ift_peft.train.run import train
-from tests.train.small import small
-
-class Sleeper(TrainerCallback):
-    def on_step_begin(self, args, state, control, **_):
-        if state.global_step == 3:
-            time.sleep(600)
-
-folder = Path(sys.argv[1])
-train(small(folder), root=folder / "runs", reporter=ConsoleReporter(), callbacks=[Sleeper()], step_timeout=2)
-"""
+LONG = ("train", "small.yaml", "training.max_steps=2000", "training.logging_steps=1")
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": f"{OFFLINE}{os.pathsep}{ROOT}", "COLUMNS": "120"}
+def wait_for(there: Callable[[], bool], process: Forked) -> None:
+    """Wait until `there` is true of a process that goes on meanwhile."""
+    end = time.monotonic() + 300
+    while not there():
+        assert process.poll() is None and time.monotonic() < end, (process.phase, process.stderr)
+        time.sleep(0.05)
+
+
+def logged(folder: Path) -> bool:
+    return any(path.stat().st_size for path in folder.glob("runs/small/2*/metrics.jsonl"))
 
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    "endings", "a step that does not end", expected="exit code 14, hung, the stacks of all threads, an adapter of none"
+    "endings",
+    "a step that does not end",
+    expected="exit code 14, hung, the stacks of all threads, an adapter of none",
+    rare=True,
 )
-def test_a_step_that_hangs_is_ended(tmp_path: Path, observed: Observed) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", HUNG, str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=120
-    )
+def test_a_step_that_hangs_is_ended(tmp_path: Path, server: Forks, observed: Observed) -> None:
+    write_small(tmp_path)
+    process = server.run(cwd=tmp_path, target="tests.faults.terminals:hang")
     run = the_run(tmp_path)
-    assert (done.returncode, run.status) == (14, "hung"), done.stderr
+    assert (process.returncode, run.status) == (14, "hung"), process.stderr
     assert "on_step_begin" in (run.path / "hung.txt").read_text("utf-8") and not run.adapter.exists()
-    assert "error: expected a step within 2 s" in done.stderr and "in step 4" in run.read("manifest.json")["error"]
+    assert "error: expected a step within 2 s" in process.stderr and "in step 4" in run.read("manifest.json")["error"]
     observed("exit code 14, hung, in step 4; hung.txt names on_step_begin")
 
 
+@pytest.mark.slow
 @pytest.mark.fault("endings", "{stopped} while {moment}", expected="exit code 130, interrupted, the command to go on")
-def test_a_signal_is_no_success(stopped: str, moment: str, tmp_path: Path, observed: Observed) -> None:
+def test_a_signal_is_no_success(stopped: str, moment: str, tmp_path: Path, server: Forks, observed: Observed) -> None:
     write_small(tmp_path)
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "ift_peft",
-            "train",
-            "small.yaml",
-            "training.max_steps=2000",
-            "training.logging_steps=1",
-        ],
-        env=environment(),
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        for _ in range(2400):
-            if moment == "training" and any(tmp_path.glob("runs/small/2*/metrics.jsonl")):
-                break
-            if moment != "training" and any(
-                "disk" in one.read_text() for one in tmp_path.glob("runs/*/2*/manifest.json")
-            ):
-                break
-            time.sleep(0.05)
-        process.send_signal(getattr(signal, stopped))
-        told = process.communicate(timeout=120)[1]
-    finally:
-        process.kill()
-    run = the_run(tmp_path)
+    process = server.start(*LONG, cwd=tmp_path)
+
+    def there() -> bool:
+        if moment == "training":
+            return logged(tmp_path)
+        return any('"disk"' in one.read_text("utf-8") for one in tmp_path.glob("runs/*/2*/manifest.json"))
+
+    wait_for(there, process)
+    process.send_signal(getattr(signal, stopped))
+    process.wait()
+    run, told = the_run(tmp_path), process.stderr
     assert (process.returncode, run.status) == (130, "interrupted"), told
     assert "go on with: ift train --resume runs/small/" in told and "Traceback" not in told
+    if moment == "training":
+        assert f"{stopped}: stopping after this step" in told and checkpoints_in(run.checkpoints)
     observed(f"exit code 130, {run.status}, told how to go on")
+
+
+def interrupted(run: RunDir, process: Forked) -> str:
+    """That a training whose words nobody heard was interrupted, with a checkpoint of its last step; what was seen."""
+    manifest = run.read("manifest.json")
+    assert (process.returncode, manifest["status"]) == (130, "interrupted"), manifest.get("error")
+    newest = checkpoints_in(run.checkpoints)[0]
+    assert newest.name == f"checkpoint-{len(losses(run))}"
+    return f"exit code {process.returncode}, {run.status}, a checkpoint of the last step"
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    "endings",
+    "the terminal is closed in training: SIGHUP, and every write to it fails",
+    expected="exit code 130, interrupted, a checkpoint",
+)
+def test_a_terminal_that_is_closed_is_no_failure(tmp_path: Path, server: Forks, observed: Observed) -> None:
+    write_small(tmp_path)
+    ours, theirs = pty.openpty()
+    process = server.start(os.ttyname(theirs), *LONG, cwd=tmp_path, target="tests.faults.terminals:on_terminal")
+    shown = b""
+
+    def trains() -> bool:
+        nonlocal shown
+        while select.select([ours], [], [], 0)[0]:  # else it would wait for room
+            shown += os.read(ours, 65536)
+        return logged(tmp_path)
+
+    wait_for(trains, process)
+    os.close(theirs)
+    os.close(ours)
+    process.wait()
+    assert b"training" in shown and not process.stderr
+    observed(interrupted(the_run(tmp_path), process))
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    "endings",
+    "SIGINT where the reader of stderr, such as tee, has gone before",
+    expected="exit code 130, interrupted, a checkpoint",
+    rare=True,
+)
+def test_a_reader_that_is_gone_is_no_failure(tmp_path: Path, server: Forks, observed: Observed) -> None:
+    write_small(tmp_path)
+    process = server.start(*LONG, cwd=tmp_path, target="tests.faults.terminals:into_pipe_without_reader")
+    wait_for(lambda: logged(tmp_path), process)
+    process.send_signal(signal.SIGINT)
+    process.wait()
+    observed(interrupted(the_run(tmp_path), process))
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    "endings",
+    "a watched process is stopped for longer than --step-timeout, and goes on",
+    expected="it succeeds: nothing hung",
+    rare=True,
+)
+def test_a_process_that_was_stopped_did_not_hang(tmp_path: Path, server: Forks, observed: Observed) -> None:
+    write_small(tmp_path)
+    process = server.start(cwd=tmp_path, target="tests.faults.terminals:train_slowly")
+    wait_for(lambda: logged(tmp_path), process)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(5)  # the timeout is 2
+    assert process.poll() is None
+    process.send_signal(signal.SIGCONT)
+    process.wait()
+    run = the_run(tmp_path)
+    assert (process.returncode, run.status) == (0, "succeeded"), process.stderr
+    assert not (run.path / "hung.txt").exists()
+    observed("succeeded, after 5 s of standing still with a timeout of 2 s")
 
 
 @pytest.mark.fault(

@@ -123,22 +123,28 @@ def found(process: Forked, *words: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """The server of processes."""
+    with forks(tmp_path_factory.mktemp("forks") / "server") as one:
+        yield one
+
+
+@pytest.fixture(scope="session")
+def lab(server: Forks, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     """The server of processes, an undisturbed run and one killed half-way."""
     folder = tmp_path_factory.mktemp("kills")
     write_small(folder)
-    with forks(folder / "forks") as server:
-        one = Lab(server, folder)
-        undisturbed = one.train(folder / "undisturbed")
-        succeeded(undisturbed)
-        run = the_run(folder / "undisturbed")
-        one.losses, one.seconds = losses(run), undisturbed.seconds
-        one.weights = (run / "adapter" / "adapter_model.safetensors").read_bytes()
-        assert [line["step"] for line in one.losses] == list(range(1, STEPS + 1))
-        killed = one.train(folder / "half", TWO_KEPT, arm=Arm(save=3))
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
-        one.half = the_run(folder / "half")
-        yield one
+    one = Lab(server, folder)
+    undisturbed = one.train(folder / "undisturbed")
+    succeeded(undisturbed)
+    run = the_run(folder / "undisturbed")
+    one.losses, one.seconds = losses(run), undisturbed.seconds
+    one.weights = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert [line["step"] for line in one.losses] == list(range(1, STEPS + 1))
+    killed = one.train(folder / "half", TWO_KEPT, arm=Arm(save=3))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    one.half = the_run(folder / "half")
+    return one
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from ift_peft.train.checkpoints import (
     PARTIAL,
     REMOVED,
     REQUIRED,
+    errors_of_writing,
     faults_of,
     newest_verified,
     rotate,
@@ -92,7 +94,15 @@ def test_a_checkpoint_whose_best_one_is_broken_is_passed_over(tmp_path: Path) ->
     found, passed_over = newest_verified(tmp_path)
     assert found == tmp_path / "checkpoint-2"
     assert [line.split(" ")[0] for line in passed_over] == ["checkpoint-6", "checkpoint-4"]
+    assert "checkpoint-6 is passed over: its best so far, checkpoint-4, could not be gone back to: " in passed_over[0]
     assert set_aside_after(tmp_path, 2) == ["broken-checkpoint-6", "broken-checkpoint-4"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), OSError(errno.ENOMEM, "Cannot allocate memory")])
+def test_no_memory_for_a_checkpoint_is_no_fault_of_the_disk(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, errors_of_writing(tmp_path):
+        raise error
+    assert caught.value is error
 
 
 def test_rotation_goes_by_steps_whatever_the_clock_said_and_spares_the_best(tmp_path: Path) -> None:
@@ -157,6 +167,31 @@ def test_a_run_that_goes_on_logs_and_learns_what_it_would_have(tmp_path: Path, s
     assert names(run.checkpoints) == {"checkpoint-10", "checkpoint-12", "latest"}
     assert all(path.stat().st_mode & 0o777 == 0o644 for path in (run.checkpoints / "latest").iterdir())
     assert not (run.checkpoints / "latest" / "training_args.bin").exists()  # a pickle
+
+
+def test_a_log_that_a_power_cut_tore_is_read_up_to_there(tmp_path: Path) -> None:
+    recipe = small(tmp_path, *SAVING)
+    with pytest.raises(Interrupted):
+        train(recipe, root=tmp_path / "runs", reporter=Silent(), callbacks=[At(7, interrupt)])
+    run = open_run(tmp_path / "runs" / "small", finished=False)
+    with (run.path / "metrics.jsonl").open("ab") as file:
+        file.write(b"\0" * 64 + b'\n{"step": 7, "loss": 1.0}\n')
+    left, own = run.path / ".manifest.json.ab_3cd9x", run.path / ".mine.txt"
+    for path in (left, own):
+        path.write_text("{", "utf-8")  # the first, of a kill while the manifest was written
+    resume(run, reporter=Silent())
+    assert [line["step"] for line in run.read_lines("metrics.jsonl")] == [3, 6, 9, 12]
+    (told,) = run.read("manifest.json")["resumed"][0]["passed_over"]
+    assert told.startswith("2 of 4 lines of metrics.jsonl are dropped")
+    assert own.is_file() and not left.exists()
+
+
+@pytest.mark.parametrize("line", ["", "null", "[1]", '{"loss": 1.0}', '{"step": "3"}', '{"step": true}', "\0"])
+def test_of_a_log_what_follows_a_line_that_is_none_is_left_out(tmp_path: Path, line: str) -> None:
+    run = RunDir(tmp_path)
+    assert run.read_metrics() == ([], 0)
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n{{"st', "utf-8")
+    assert run.read_metrics() == ([{"step": 1}], 2)
 
 
 def test_what_is_not_as_when_the_checkpoint_was_written_is_told(tmp_path: Path) -> None:

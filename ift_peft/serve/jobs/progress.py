@@ -17,7 +17,7 @@ from ift_peft.serve.jobs.records import change, now, tell
 from ift_peft.serve.settings import Settings
 from ift_peft.serve.store import Record, Store, StoreUnavailable
 from ift_peft.serve.store.tables import events, jobs, models
-from ift_peft.train.checkpoints import MANIFEST
+from ift_peft.train.checkpoints import MANIFEST, checkpoints_in, step_of
 
 TRAINING = "training"  # the stage of that name
 CREATED = "fine_tuned_model_checkpoint"  # of the data of an event
@@ -63,7 +63,7 @@ class Progress:
     def _update(self) -> None:
         lines, self._offset = self.folder.reported(self._offset)
         run = newest_run(self.settings.runs, self.job) if self.total else None
-        metrics = metrics_of(run) if run is not None else []
+        metrics = run.read_metrics()[0] if run is not None else []
         with self.store.begin() as connection:
             for line in lines:
                 self._take(connection, line)
@@ -127,11 +127,7 @@ class Progress:
                 select(models.c.step).where(models.c.job == self.job, models.c.step.is_not(None))
             )
         }
-        found = {
-            int(path.name.rpartition("-")[2]): path
-            for path in run.checkpoints.glob("checkpoint-*")
-            if path.name.rpartition("-")[2].isdigit()
-        }
+        found = {step_of(path): path for path in checkpoints_in(run.checkpoints)}
         gone = known - set(found)
         if gone:
             connection.execute(delete(models).where(models.c.job == self.job, models.c.step.in_(gone)))
@@ -214,15 +210,6 @@ def tuned_name(settings: Settings, record: Record) -> str:
 def shown(line: dict[str, Any]) -> dict[str, Any]:
     """A line of metrics.jsonl by OpenAI's names."""
     return {"step": int(line["step"]), **{new: line[old] for old, new in _NAMES.items() if old in line}}
-
-
-def metrics_of(run: RunDir) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl, in order."""
-    path = run.path / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    whole = path.read_bytes().rpartition(b"\n")[0]
-    return [json.loads(line) for line in whole.split(b"\n") if line]
 
 
 def at_step(metrics: list[dict[str, Any]], step: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, null, select, update
 
 from ift_peft.run_dir import RunDir, write_atomically
 from ift_peft.serve.jobs.folder import JobFolder, newest_run
-from ift_peft.serve.jobs.progress import Progress, metrics_of, shown
+from ift_peft.serve.jobs.progress import Progress, shown
 from ift_peft.serve.jobs.records import change, derived_id, now, tell
 from ift_peft.serve.settings import Settings
 from ift_peft.serve.store import Store
@@ -32,7 +32,7 @@ def succeed(settings: Settings, store: Store, progress: Progress) -> bool:
     """
     run = newest_run(settings.runs, progress.job)
     assert run is not None and run.status == "succeeded"
-    manifest, scores, metrics = run.read("manifest.json"), run.read("scores.json"), metrics_of(run)
+    manifest, scores, metrics = run.read("manifest.json"), run.read("scores.json"), run.read_metrics()[0]
     progress.ended(int(manifest["steps"]))
     result = derived_id("file", progress.job, "step_metrics")
     content = step_metrics(metrics)
