@@ -9,9 +9,8 @@ import pickle
 import random
 import shutil
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import pytest
 
 from tests.faults.conftest import Observed
 from tests.faults.forks import Arm
-from tests.faults.trained import STEPS, Lab, found, refused, said, succeeded
+from tests.faults.trained import STEPS, Lab, fill, found, in_its_save, mounted, refused, said, succeeded
 
 pytestmark = pytest.mark.slow
 MANIFEST = "checkpoint.json"
@@ -212,44 +211,29 @@ def test_other_versions(lab: Lab, tmp_path: Path, observed: Observed) -> None:
     observed(f"“{told}”")
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 48 MB in memory, where this process may mount one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("no right to mount a small disk; ENOSPC at each write is tried without one")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
 @pytest.mark.fault(
     "checkpoints",
     "a disk that is full when a checkpoint is to be saved (a small tmpfs)",
     expected="disk_full, exit code 12, the checkpoint before is whole; with room again it resumes to the same end",
     rare=True,
 )
-def test_full_disk(lab: Lab, small_disk: Path, observed: Observed) -> None:
-    run = lab.half_done(small_disk)
-    process = lab.start_resuming(run, arm=Arm(save=1, signal=signal.SIGSTOP))
-    while process.phase != "saving":
-        assert process.poll() is None, process.stderr
-        time.sleep(0.02)
-    ballast = small_disk / "ballast"
-    with ballast.open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(4096))
-        except OSError:
-            pass
-    process.send_signal(signal.SIGCONT)
-    process.wait()
-    refused(process, 12)
-    assert json.loads((run / "manifest.json").read_text("utf-8"))["status"] == "disk_full"
-    ballast.unlink()
-    resumed = lab.resume(run)
-    succeeded(resumed)
-    said(resumed, "resuming from checkpoint-4")
-    lab.check_same(run)
-    observed("exit code 12, disk_full; with the room given back resumed from checkpoint-4 to the same end")
+def test_full_disk(lab: Lab, tmp_path: Path, observed: Observed) -> None:
+    with mounted(tmp_path / "disk", mebibytes=48) as small_disk:
+        run = lab.half_done(small_disk)
+        process = lab.start_resuming(run, arm=Arm(save=1, signal=signal.SIGSTOP))
+        in_its_save(process)
+        ballast = fill(small_disk)
+        process.send_signal(signal.SIGCONT)
+        process.wait()
+        refused(process, 12)
+        manifest = json.loads((run / "manifest.json").read_text("utf-8"))
+        assert manifest["status"] == "disk_full"
+        ballast.unlink()
+        resumed = lab.resume(run)
+        succeeded(resumed)
+        said(resumed, "resuming from checkpoint-4")
+        lab.check_same(run)
+    observed(
+        f"exit code {process.returncode}, {manifest['status']}; "
+        "with the room given back resumed from checkpoint-4 to the same end"
+    )

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.faults.conftest import Observed
-from tests.faults.forks import Arm, Forked
+from tests.faults.forks import Arm
 from tests.faults.test_checkpoints import flip
-from tests.faults.trained import Lab, found, refused, said, succeeded
+from tests.faults.trained import Lab, found, in_its_save, refused, said, succeeded
 
 pytestmark = pytest.mark.slow
-
-
-def in_its_save(process: Forked) -> None:
-    """Wait for the save at which a process stops."""
-    while process.phase != "saving":
-        assert process.poll() is None, process.stderr
-        time.sleep(0.02)
 
 
 @pytest.mark.fault(

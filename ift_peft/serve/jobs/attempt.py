@@ -46,6 +46,7 @@ class Attempt:
         self.settings, self.store, self.stopping = settings, store, stopping
         self.job, self.number = job, number
         self.folder = JobFolder(settings.jobs / job)
+        self._reached = True  # the store, at the last look
 
     def run(self) -> None:
         """Raises `Stopping` where the service stops before the attempt has ended."""
@@ -152,16 +153,19 @@ class Attempt:
                 trainer.wait()
 
     def _follow(self, trainer: subprocess.Popen[bytes], progress: Progress) -> int:
+        """Its exit code. A service that stops asks the store no more before it ends the trainer, and tells the last of
+        it only to a store that was there at the last look: each try at a locked one takes 30 s."""
         killed_at: float | None = None
         while True:
             try:
                 code = trainer.wait(FOLLOW_SECONDS)
             except subprocess.TimeoutExpired:
-                wanted = self._is_wanted(progress)
+                wanted = not self.stopping.is_set() and self._is_wanted(progress)
             else:
-                self._patiently(progress.update)
+                if self._reached or not self.stopping.is_set():
+                    self._patiently(progress.update)
                 return code
-            if killed_at is None and (self.stopping.is_set() or not wanted):
+            if killed_at is None and not wanted:
                 trainer.terminate()
                 killed_at = time.monotonic() + GRACE_SECONDS
             elif killed_at is not None and time.monotonic() > killed_at:
@@ -171,8 +175,10 @@ class Attempt:
         """Tell how far the trainer is; whether its job goes on. A trainer does not wait for a store that is away."""
         try:
             progress.update()
+            self._reached = True
             return self._record() is not None
         except StoreUnavailable as error:
+            self._reached = False
             log.warning("a job's progress cannot be told", extra={"job": self.job, "code": error.code})
             return True
 

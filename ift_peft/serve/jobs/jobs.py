@@ -29,6 +29,7 @@ from ift_peft.serve.jobs.results import tidy
 from ift_peft.serve.objects import FINAL
 from ift_peft.serve.settings import Settings
 from ift_peft.serve.store import Record, Store, StoreUnavailable
+from ift_peft.serve.store.check import opening
 from ift_peft.serve.store.tables import files, jobs, metadata_pairs, models
 
 log = logging.getLogger("ift_peft.serve")
@@ -65,7 +66,8 @@ class Jobs:
         with self.store.begin() as connection:  # nothing is at work: another one may be more urgent by now
             at_work = jobs.c.status.in_(("running", "validating_files"))
             connection.execute(update(jobs).where(at_work).values(status="queued", estimated_finish=None))
-        self.queue.start()
+        with opening(self.settings.queue_url):
+            self.queue.start()
         for record in sorted(active, key=lambda record: record["status"] == "queued"):
             self._put_anew(record)
         ended = self.store.every(select(jobs.c.id).where(jobs.c.status.in_(("succeeded", "cancelled"))))

@@ -30,12 +30,14 @@ class Store:
     """A database with the tables of `tables`. What a transaction wrote is on the disk when it returns."""
 
     def __init__(self, url: str) -> None:
+        """Raises `StoreUnavailable` where the tables cannot be looked for."""
         self.engine: Engine = create_engine(url, hide_parameters=True)  # errors are logged, and say no content
         if self.engine.dialect.name == "sqlite":
             event.listen(self.engine, "connect", _prepare_sqlite)
             event.listen(self.engine, "begin", _begin)
         self._reading = self.engine.execution_options(reading=True)
-        metadata.create_all(self.engine)
+        with _told():
+            metadata.create_all(self.engine)
 
     @contextmanager
     def begin(self) -> Iterator[Connection]:
