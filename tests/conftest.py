@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -52,6 +53,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if (
+        signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    ):  # as of what a shell runs in the background: all would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["COLUMNS"] = "120"

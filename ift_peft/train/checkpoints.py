@@ -70,12 +70,17 @@ def writing(folder: Path, step: int, *, made_on: Mapping[str, Any]) -> Iterator[
 
 @contextmanager
 def errors_of_writing(folder: Path) -> Iterator[None]:
-    """Raises `DiskFull` or `RunError` for what torch, safetensors and the system say when they cannot write a file."""
+    """Raises `DiskFull` or `RunError` for what torch, safetensors and the system say when they cannot write a file.
+
+    tokenizers has no error of its own: it raises `Exception` itself.
+    """
     try:
         yield
     except IftPeftError:
         raise
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
+        if not isinstance(error, (OSError, RuntimeError, SafetensorError)) and type(error) is not Exception:
+            raise
         raise disk_full(error, folder) or RunError(
             expected=f"files that can be written to {folder}", found=first_line(error), fix="look at disk and rights"
         ) from error

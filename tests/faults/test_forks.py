@@ -59,6 +59,7 @@ def test_a_fork_is_a_process_like_another(lab: Lab, tmp_path: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
         process = start("sleep", cwd=tmp_path, target=f"{HERE}:tell")
         while not process.stdout:
+            assert process.poll() is None, process.stderr
             time.sleep(0.01)
         assert process.poll() is None
         process.send_signal(number)

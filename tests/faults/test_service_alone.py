@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -66,9 +67,8 @@ def test_a_full_disk_ends_nothing_but_what_needs_room(tmp_path: Path, observed: 
         finally:
             server.stop(timeout=120)
         assert "Traceback" not in server.log, server.log
-    observed(
-        f"{upload.status_code} and {create.status_code}; {full.status}, {full.error.code}; with room the next one {after.status}"
-    )
+    told = f"{upload.status_code} and {create.status_code}; {full.status}, {full.error.code}"
+    observed(f"{told}; with room the next one {after.status}")
 
 
 @pytest.mark.fault(

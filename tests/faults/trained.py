@@ -179,5 +179,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 def shimmed(lab: Lab) -> Lab:
     """The lab, where calls can be counted."""
     if lab.forks.shim is None:
-        pytest.skip("no C compiler: nothing can be made to fail at the n-th write")
+        told = lab.forks.folder / "cc"
+        why = told.read_text("utf-8").strip() if told.exists() else "no C compiler"
+        pytest.skip(f"{why}: nothing can be made to fail at the n-th write")
     return lab

@@ -14,15 +14,14 @@ from typing import Any, TypeVar
 
 from sqlalchemy import select
 
-from ift_peft.errors import DiskFull
+from ift_peft.errors import DiskFull, is_full
 from ift_peft.serve.files.records import forget_deleted
-from ift_peft.serve.full import is_full
 from ift_peft.serve.jobs.endings import UNTOLD, error_of, untold
 from ift_peft.serve.jobs.folder import JobFolder
 from ift_peft.serve.jobs.progress import Progress
 from ift_peft.serve.jobs.queue import Stopping
 from ift_peft.serve.jobs.records import ACTIVE, change, fail, tell
-from ift_peft.serve.jobs.results import succeed, tidy
+from ift_peft.serve.jobs.results import clear_cancelled, succeed
 from ift_peft.serve.objects import FINAL
 from ift_peft.serve.settings import Settings
 from ift_peft.serve.store import Record, Store, StoreUnavailable
@@ -112,7 +111,7 @@ class Attempt:
         """What is to be removed of a job that was withdrawn can be, now that its trainer writes no more."""
         ended = self.store.one(select(jobs.c.status).where(jobs.c.id == self.job))
         if ended is not None and ended["status"] in FINAL:
-            tidy(self.settings, self.job)
+            clear_cancelled(self.settings, self.job)
         forget_deleted(self.settings, self.store, self.job)
 
     def _record(self) -> Record | None:

@@ -25,7 +25,7 @@ from ift_peft.serve.jobs.folder import JobFolder
 from ift_peft.serve.jobs.queue import Queue
 from ift_peft.serve.jobs.recipes import plan
 from ift_peft.serve.jobs.records import ACTIVE, change, job_record, now, tell
-from ift_peft.serve.jobs.results import tidy
+from ift_peft.serve.jobs.results import clear_cancelled
 from ift_peft.serve.objects import FINAL
 from ift_peft.serve.settings import Settings
 from ift_peft.serve.store import Record, Store, StoreUnavailable
@@ -259,7 +259,7 @@ class Jobs:
         if not repeated and not withdraw(self.store, job, to_cancelled=True):
             raise self._wrong_status(job, "cancelled")
         if record["status"] in ("paused", "queued"):  # otherwise, and again, its attempt does this when it has ended
-            tidy(self.settings, job)
+            clear_cancelled(self.settings, job)
         return job_record(self.store, job)
 
     def pause(self, job: str, caller: Caller) -> Record:
