@@ -53,6 +53,7 @@ def run(settings: Settings) -> None:
         raise
     configure_logs()
     app = create_app(service)
+    logging.getLogger("uvicorn.error").addFilter(lambda _: app.state.failure is None)  # which is raised below
     host, port = listening.getsockname()[:2]
     log.info("serving", extra={"host": host, "port": port, "data_dir": str(settings.data_dir)})
     try:

@@ -153,7 +153,7 @@ class Attempt:
 
     def _follow(self, trainer: subprocess.Popen[bytes], progress: Progress) -> int:
         """Its exit code. A service that stops asks the store no more before it ends the trainer, and tells the last of
-        it only to a store that was there at the last look: each try at a locked one takes 30 s."""
+        it only to a store that was there at the last look."""
         killed_at: float | None = None
         while True:
             try:
