@@ -34,6 +34,7 @@ SHARING = {
         for name in ("merging", "mix", "parity", "pipeline", "safety", "stories", "engine", "validation", "study")
     },
     "methods": ("e2e/test_methods",),
+    "faults of a service": ("faults/test_service",),
     "kills": tuple(f"faults/test_{name}" for name in ("checkpoints", "forks", "kills", "runs")),
 }
 OFFLINE = ROOT / "tests" / "offline"  # holds a sitecustomize that refuses sockets

@@ -74,6 +74,7 @@ def test_a_file_of_the_newest(
     "checkpoints",
     "every checkpoint of a run broken",
     expected="each is named; training starts from the first step, says so, and comes to the same end",
+    rare=True,
 )
 def test_all_broken(lab: Lab, tmp_path: Path, observed: Observed) -> None:
     run = lab.half_done(tmp_path)

@@ -27,7 +27,7 @@ FEW = (24,)  # of the calls in a save, without --all-faults
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     every = metafunc.config.getoption("--all-faults")
     if "kills" in metafunc.fixturenames:  # in parts, so that workers share them
-        metafunc.parametrize(("seed", "kills"), [(seed, 20) for seed in range(10)] if every else [(0, 2)])
+        metafunc.parametrize(("seed", "kills"), [(seed, 20) for seed in range(10)] if every else [(0, 1)])
 
 
 def strike(
