@@ -61,6 +61,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def is_full(error: BaseException) -> bool:
+    """Whether an error of the system says that a disk, or a share of it, has no room, or no file may be so long."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 class RecipeError(IftPeftError, ValueError):
     """A recipe that cannot be read or does not fit the schema."""
 

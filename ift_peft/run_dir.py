@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -22,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from ift_peft.errors import DiskFull, IftPeftError, RunError, first_line
+from ift_peft.errors import DiskFull, IftPeftError, RunError, first_line, is_full
 from ift_peft.plain_files import MiB, read_text
 from ift_peft.recipe import Recipe, dump_recipe, validate
 from ift_peft.yaml_source import read_yaml
@@ -36,6 +35,7 @@ UNFINISHED = (*GOES_ON, "out_of_memory", "failed")
 METRICS = "metrics.jsonl"
 RESERVE = ".reserve"
 RESERVED_BYTES = 64 * 1024
+OF_WRITING = ("PytorchStreamWriter", "inline_container", "iostream error")  # what torch says where it cannot write
 PROBED_BYTES = 1024 * 1024
 _TEMPORARY = re.compile(r"\.[\w-]+\.(json|jsonl|yaml|html)\.[a-z0-9_]{8}")  # of tempfile.mkstemp
 Kind = Literal["adapter", "pipeline", "merging"]
@@ -316,15 +316,10 @@ def disk_full(error: BaseException, folder: Path) -> DiskFull | None:
     torch does not say why it could not write: it is tried whether `folder` takes any more.
     """
     told = f"{type(error).__name__}: {error}"
-    by_number = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    is_full = by_number or "No space left on device" in told
-    if (
-        not is_full
-        and isinstance(error, RuntimeError)
-        and ("PytorchStreamWriter" in told or "inline_container" in told)
-    ):
-        is_full = not _takes_more(folder)
-    if not is_full:
+    full = is_full(error) or "No space left on device" in told
+    if not full and isinstance(error, RuntimeError) and any(words in told for words in OF_WRITING):
+        full = not _takes_more(folder)
+    if not full:
         return None
     return DiskFull(
         expected=f"room on the disk of {folder}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,7 @@ SHARING = {
         for name in ("merging", "mix", "parity", "pipeline", "safety", "stories", "engine", "validation", "study")
     },
     "methods": ("e2e/test_methods",),
+    "faults of a service": ("faults/test_service",),
     "kills": tuple(f"faults/test_{name}" for name in ("checkpoints", "endings", "forks", "kills", "runs")),
 }
 OFFLINE = ROOT / "tests" / "offline"  # holds a sitecustomize that refuses sockets
@@ -52,6 +54,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if (
+        signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    ):  # as of what a shell runs in the background: all would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["COLUMNS"] = "120"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
+import pytest
+
+from ift_peft.errors import DiskFull
 from ift_peft.recipe import load_recipe
-from ift_peft.run_dir import create_run
+from ift_peft.run_dir import create_run, disk_full
 
 
 def test_lines_are_read_as_they_were_written_whatever_separators_texts_hold(tmp_path: Path) -> None:
@@ -14,3 +18,15 @@ def test_lines_are_read_as_they_were_written_whatever_separators_texts_hold(tmp_
     run.write_lines("test.jsonl", lines)
     run.append("test.jsonl", {"text": "a\u2028b"})
     assert run.read_lines("test.jsonl") == [*lines, {"text": "a\u2028b"}]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_told_by_its_number(tmp_path: Path, number: int) -> None:
+    assert isinstance(disk_full(OSError(number, "?"), tmp_path), DiskFull)
+    assert disk_full(OSError(errno.EIO, "?"), tmp_path) is None
+
+
+@pytest.mark.parametrize("text", ["[enforce fail at inline_container.cc:672]", "basic_ios::clear: iostream error"])
+def test_where_torch_does_not_say_why_it_could_not_write_the_folder_is_tried(tmp_path: Path, text: str) -> None:
+    assert disk_full(RuntimeError(text), tmp_path) is None
+    assert isinstance(disk_full(RuntimeError(text), tmp_path / "takes nothing"), DiskFull)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -118,16 +118,14 @@ def _store(data_dir: Path, store_url: str | None) -> Iterator[Store]:
     require_serve()
     from ift_peft.serve.settings import Settings
     from ift_peft.serve.store import Store
+    from ift_peft.serve.store.check import opening
 
     settings = Settings(data_dir=data_dir.resolve(), store_url=store_url)
     before = os.umask(0o077)  # the database is the owner's alone, whatever the folder is
     try:
         settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        store = Store(settings.database_url)
-        try:
+        with opening(settings.database_url), closing(Store(settings.database_url)) as store:
             yield store
-        finally:
-            store.close()
     finally:
         os.umask(before)
 

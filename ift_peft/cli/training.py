@@ -161,7 +161,8 @@ def runs(runs_dir: RunsDir = RUNS) -> None:
     from ift_peft.run_dir import list_runs
 
     table = Table(show_header=True)
-    for heading in ("run", "status", "base model", "metric", "base", "adapter", "rows"):
+    table.add_column("run", overflow="fold")  # a path that is cut off could not be given to another command
+    for heading in ("status", "base model", "metric", "base", "adapter", "rows"):
         table.add_column(heading)
     for run in list_runs(runs_dir):
         try:

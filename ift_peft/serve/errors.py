@@ -10,8 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from ift_peft.errors import BusyError, DiskFull, IftPeftError
-from ift_peft.serve.full import is_full
+from ift_peft.errors import BusyError, DiskFull, IftPeftError, is_full
 
 CODES = {404: "unknown_url", 405: "method_not_allowed", 408: "request_timeout", 413: "request_too_large"}
 UNSUPPORTED = "unsupported_parameter"  # the type of pydantic's error, and the code of ours

@@ -17,6 +17,7 @@ from ift_peft.serve.security.guard import require_key
 from ift_peft.serve.security.heads import timed_heads
 from ift_peft.serve.service import Service
 from ift_peft.serve.settings import Settings
+from ift_peft.serve.store.check import opening
 
 log = logging.getLogger("ift_peft.serve")
 
@@ -41,22 +42,26 @@ class _Server(uvicorn.Server):
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or Ctrl-C, which ends what is being answered first. Raises what keeps it from starting."""
     os.umask(0o077)  # what is made from here on, databases too, is the owner's alone
-    service = Service(settings)
+    with opening(settings.database_url):
+        service = Service(settings)
     try:
-        require_key(settings, service.store)
+        with opening(settings.database_url):
+            require_key(settings, service.store)
         listening = _listen(settings)
     except BaseException:
         service.release()
         raise
     configure_logs()
     app = create_app(service)
+    logging.getLogger("uvicorn.error").addFilter(lambda _: app.state.failure is None)  # which is raised below
     host, port = listening.getsockname()[:2]
     log.info("serving", extra={"host": host, "port": port, "data_dir": str(settings.data_dir)})
     try:
         _Server(configured(app, settings), service).run(sockets=[listening])
     except SystemExit:  # uvicorn's word for a start that failed
         if app.state.failure is not None:
-            raise app.state.failure from None
+            with opening(settings.database_url):
+                raise app.state.failure from None
         raise
 
 

@@ -72,14 +72,16 @@ def writing(folder: Path, step: int, *, made_on: Mapping[str, Any]) -> Iterator[
 def errors_of_writing(folder: Path) -> Iterator[None]:
     """Raises `DiskFull` or `RunError` for what torch, safetensors and the system say when they cannot write a file.
 
-    That there is no memory is told by who knows what it was for.
+    tokenizers has no error of its own: it raises `Exception` itself. That there is no memory is told by who knows what
+    it was for.
     """
     try:
         yield
     except IftPeftError:
         raise
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if is_out_of_memory(error):
+    except Exception as error:
+        ours = isinstance(error, (OSError, RuntimeError, SafetensorError)) or type(error) is Exception
+        if not ours or is_out_of_memory(error):
             raise
         raise disk_full(error, folder) or RunError(
             expected=f"files that can be written to {folder}", found=first_line(error), fix="look at disk and rights"

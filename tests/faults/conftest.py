@@ -2,26 +2,29 @@
 
 `@pytest.mark.fault(group, fault, expected=...)` names one, with the test's parameters in braces; with `rare=True` it is
 run under --all-faults only. `observed(...)` says what was seen. With --fault-table PAGE all are printed at the end, and
-written there where every one is as expected.
+written there where no test failed or was skipped, and none was left out.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.faults.table import Row, as_markdown, read_rows
+from tests.faults.table import Row, as_markdown, read_rows, why_not_kept
 from tests.faults.trained import lab, server, shimmed
 
 __all__ = ["lab", "server", "shimmed"]
 
 FOLDER = "IFT_FAULT_ROWS"  # where the processes that run the tests leave their rows
 Observed = Callable[[str], None]
+CHOSEN = "rows"  # in it, a file with how many rows there are, written where none was left out
+_left_out: list[str] = []
 _seen: dict[str, str] = {}
 
 
@@ -65,7 +68,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     page = config.getoption("--fault-table")
     if page is None or hasattr(config, "workerinput"):
         return
-    rows = read_rows(Path(os.environ[FOLDER]))
+    folder = Path(os.environ[FOLDER])
+    rows, chosen = read_rows(folder), folder / CHOSEN
     terminalreporter.section("faults")
     for row in rows:
         sign = "ok " if row.passed else "NOT"
@@ -74,17 +78,31 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         )
     good = sum(row.passed for row in rows)
     terminalreporter.write_line(f"{good} of {len(rows)} faults came out as expected")
-    if (
-        rows
-        and good == len(rows)
-        and not terminalreporter.stats.get("error")
-        and not terminalreporter.stats.get("skipped")
-    ):
+    why = why_not_kept(
+        rows,
+        asked=int(chosen.read_text("utf-8")) if chosen.exists() else None,
+        outcomes=[outcome for outcome in ("failed", "error", "skipped") if terminalreporter.stats.get(outcome)],
+    )
+    if why is None:
         Path(page).write_text(as_markdown(rows), "utf-8")
     else:
-        terminalreporter.write_line(f"{page} is left as it was: something failed or was skipped")
+        terminalreporter.write_line(f"{page} is left as it was: {why}")
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    _left_out.extend(item.nodeid for item in items)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Leave how many rows there will be, where all of them were chosen."""
+    files = {item.path for item in session.items}
+    whole = not _left_out and "::" not in "".join(session.config.args) and session.config.getoption("--all-faults")
+    if FOLDER in os.environ and whole and files >= set(Path(__file__).parent.glob("test_*.py")):
+        marked = sum(item.get_closest_marker("fault") is not None for item in session.items)
+        (Path(os.environ[FOLDER]) / CHOSEN).write_text(str(marked), "utf-8")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--fault-table", None) is not None and FOLDER not in os.environ:
         os.environ[FOLDER] = tempfile.mkdtemp(prefix="ift_peft-faults-")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(FOLDER), ignore_errors=True))

@@ -227,13 +227,16 @@ class Forks:
 
 
 def compile_shim(folder: Path) -> Path | None:
-    """shim.c as a library in `folder`; None where there is no C compiler, or it is not Linux."""
+    """shim.c as a library in `folder`; None where there is no C compiler, or it is not Linux, or it
+    fails: what it says is in the file cc."""
     compiler = shutil.which("cc")
     if compiler is None or not sys.platform.startswith("linux"):
         return None
     library = folder / "shim.so"
-    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", library, SHIM, "-ldl"], check=True)
-    return library
+    command = [compiler, "-O1", "-shared", "-fPIC", "-o", library, SHIM, "-ldl"]
+    made = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    (folder / "cc").write_text(made.stderr, "utf-8")
+    return None if made.returncode else library
 
 
 @contextmanager

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tests.serve import jobs
 from tests.serve.conftest import OPEN, Server
 from tests.serve.walk import rows
 
+RATE = ("--requests-per-minute", "1000000")
 FINAL = ("succeeded", "failed", "cancelled")
 SECONDS = 240.0  # in which what must come has come, on a machine that does other things beside
 SHORT: dict[str, Any] = {"training": {"max_steps": 3}, **jobs.QUICK}
@@ -217,6 +219,18 @@ class Watched:
         """Every file that was acknowledged has its content."""
         for file in set(self.files) - self.deleted:
             assert self.client.files.content(file).content == self.files[file], "content"
+
+
+@contextmanager
+def held(database: Path, how: str = "BEGIN IMMEDIATE") -> Iterator[sqlite3.Connection]:
+    """Another process's writing transaction that does not end."""
+    with closing(sqlite3.connect(database, timeout=30, isolation_level=None)) as other:
+        other.execute(how)
+        yield other
+
+
+def ended(job: FineTuningJob) -> bool:
+    return str(job.status) in FINAL
 
 
 def refusal(call: Callable[[], object]) -> APIStatusError | None:

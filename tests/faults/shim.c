@@ -30,8 +30,6 @@ static volatile int counted;
 
 void fault_disarm(void) { is_armed = 0; }
 
-int fault_count(void) { return counted; }
-
 void fault_arm(const char *pattern, const char *log, int n, int error, int from_then_on) {
     is_armed = 0;
     snprintf(armed, sizeof armed, "%s", pattern);

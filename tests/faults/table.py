@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,6 +33,22 @@ def read_rows(folder: Path) -> list[Row]:
     """The rows in `folder`, by group and in the order of their names."""
     rows = [Row(**json.loads(path.read_text("utf-8"))) for path in sorted(folder.glob("*.json"))]
     return sorted(rows, key=lambda row: GROUPS.index(row.group))
+
+
+def why_not_kept(rows: Sequence[Row], *, asked: int | None, outcomes: Sequence[str]) -> str | None:
+    """Why a page of these rows would say too much; None where it may be kept.
+
+    `asked` is how many rows there are; None where tests were left out. `outcomes` are those of tests, with or without
+    a row, that did not pass.
+    """
+    if outcomes:
+        return f"tests {' and '.join(outcomes)}"
+    if asked is None:
+        return "only a part of the rows was asked for; all are by --all-faults, over the whole folder"
+    bad = sum(not row.passed for row in rows)
+    if bad or not asked or len(rows) != asked:
+        return f"{len(rows) - bad} of {asked} rows are as expected"
+    return None
 
 
 def as_markdown(rows: list[Row]) -> str:

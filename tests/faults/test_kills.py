@@ -20,13 +20,14 @@ from tests.faults.forks import Arm, Forked
 from tests.faults.trained import Lab, refused, succeeded
 
 pytestmark = pytest.mark.slow
+BEFORE = "preparing"  # the phase of a process that has not begun, or gone on, to train
 FEW = (24,)  # of the calls in a save, without --all-faults
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     every = metafunc.config.getoption("--all-faults")
     if "kills" in metafunc.fixturenames:  # in parts, so that workers share them
-        metafunc.parametrize(("seed", "kills"), [(seed, 20) for seed in range(10)] if every else [(0, 2)])
+        metafunc.parametrize(("seed", "kills"), [(seed, 20) for seed in range(10)] if every else [(0, 1)])
 
 
 def strike(
@@ -141,15 +142,25 @@ def test_device_error_at_each_write_of_a_save(shimmed: Lab, tmp_path: Path, obse
     observed(f"failed at {times} calls, until a save ran clean: {dict(seen)}; resumed to the same each time")
 
 
+def begun_or_ended(process: Forked) -> None:
+    """Wait until a process trains."""
+    while process.phase == BEFORE and process.poll() is None:
+        time.sleep(0.02)
+
+
 @pytest.mark.fault(
     "checkpoints",
-    "{kills} kill -9s at random moments of training and resuming (seed {seed})",
+    "{kills} kill -9s at random moments from the first step to the end, and more before it (seed {seed})",
     expected="the run resumes each time, to the losses and the adapter of an undisturbed one, byte for byte",
 )
 def test_killed_at_random(lab: Lab, tmp_path: Path, observed: Observed, seed: int, kills: int) -> None:
     rng, phases, whole = random.Random(seed), Counter[str](), 0
     runs = tmp_path / "runs"
-    while phases.total() < kills or runs.exists():
+
+    def killed() -> int:
+        return phases.total() - phases[BEFORE]
+
+    while killed() < kills or runs.exists():
         begun = [path.parent for path in runs.glob("*/2*/manifest.json")]
         if begun and status(begun[0]) == "succeeded" and (begun[0] / "report.html").is_file():
             lab.check_same(begun[0])
@@ -157,8 +168,10 @@ def test_killed_at_random(lab: Lab, tmp_path: Path, observed: Observed, seed: in
             shutil.rmtree(runs)
             continue
         process = lab.start_resuming(begun[0]) if begun else lab.start_training(runs)
-        if phases.total() < kills:
-            time.sleep(rng.uniform(0.2, 1.1) * lab.seconds)
+        if killed() < kills:
+            if rng.random() < 0.9:  # the rest is killed while it prepares
+                begun_or_ended(process)
+            time.sleep(rng.uniform(0, 0.5) * lab.seconds)
             process.kill()
         if process.wait() == -signal.SIGKILL:
             phases[process.phase] += 1
@@ -166,5 +179,5 @@ def test_killed_at_random(lab: Lab, tmp_path: Path, observed: Observed, seed: in
             shutil.rmtree(runs)  # it said that nothing had begun
         else:
             succeeded(process)
-    told = ", ".join(f"{number} in {phase}" for phase, number in sorted(phases.items()))
-    observed(f"killed {phases.total()} times ({told}); {whole} runs came to the same end")
+    told = ", ".join(f"{phases[phase]} in {phase}" for phase in ("saving", "training", "measuring"))
+    observed(f"killed {killed()} times ({told}), and {phases[BEFORE]} before; {whole} runs came to the same end")

@@ -3,17 +3,14 @@ they should be."""
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import signal
 import socket
 import sqlite3
-import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from pathlib import Path
 
 import httpx
 import pytest
@@ -23,7 +20,17 @@ from openai.types.fine_tuning import FineTuningJob
 from ift_peft.errors import RunError
 from tests.conftest import Ift
 from tests.faults.conftest import Observed
-from tests.faults.serving import POISON, Watched, _clients_are_closed, _no_network, at_work, eventually, refusal
+from tests.faults.serving import (
+    POISON,
+    RATE,
+    Watched,
+    _clients_are_closed,
+    _no_network,
+    ended,
+    eventually,
+    held,
+    refusal,
+)
 from tests.serve import jobs
 from tests.serve.conftest import Server
 from tests.serve.walk import rows
@@ -31,7 +38,6 @@ from tests.serve.walk import rows
 __all__ = ["_clients_are_closed", "_no_network"]
 pytestmark = pytest.mark.slow
 KILLED = "its trainer is killed three times"
-RATE = ("--requests-per-minute", "1000000")
 HELD_SECONDS = 36  # longer than SQLite waits for another writer, 30 s
 
 
@@ -76,10 +82,6 @@ def _kill_thrice(server: Server, job: str) -> None:
     eventually(done, "its trainer is not started again")
 
 
-def ended(job: FineTuningJob) -> bool:
-    return str(job.status) in ("succeeded", "failed", "cancelled")
-
-
 @pytest.mark.fault(
     "service", "a job: {poison}", expected="failed with a code of its own; the next job succeeds", rare=True
 )
@@ -103,15 +105,7 @@ def test_a_poison_job_fails_and_the_queue_goes_on(
 def test_stale_locks_hold_nothing_up(line: dict[str, FineTuningJob], server: Server, observed: Observed) -> None:
     assert line["short"].status == "succeeded"
     assert (server.data_dir / "devices" / "cpu.lock").is_file()
-    observed("the service started over them, and trained")
-
-
-@contextmanager
-def held(database: Path) -> Iterator[sqlite3.Connection]:
-    """Another process's writing transaction that does not end."""
-    with closing(sqlite3.connect(database, timeout=30, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        yield other
+    observed(f"the service started over them, and trained: a job {line['short'].status}")
 
 
 @pytest.mark.fault(
@@ -120,25 +114,17 @@ def held(database: Path) -> Iterator[sqlite3.Connection]:
     expected="requests wait; none fails, and reading goes on",
 )
 def test_a_store_locked_for_a_moment_is_waited_for(server: Server, client: OpenAI, observed: Observed) -> None:
-    with held(server.data_dir / "store.sqlite"):
-        listed = client.files.list().data
-        upload = subprocess.Popen(
-            ["curl", "-s", "-m", "100", f"{server.url}/v1/files", "-F", "purpose=fine-tune", "-F", "file=@-"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        assert upload.stdin is not None
-        upload.stdin.write(rows(12))
-        upload.stdin.close()
-        time.sleep(2)
-        assert upload.poll() is None, "it was answered before it could be kept"
-    assert upload.stdout is not None
-    made = json.loads(upload.stdout.read())
-    upload.wait()
-    upload.stdout.close()
-    assert client.files.content(made["id"]).content == rows(12)
+    with ThreadPoolExecutor(1) as beside:
+        with held(server.data_dir / "store.sqlite"):
+            listed = client.files.list().data
+            upload = beside.submit(lambda: client.files.create(file=("rows.jsonl", rows(12)), purpose="fine-tune"))
+            time.sleep(2)
+            assert not upload.done(), "it was answered before it could be kept"
+            assert client.files.list().data == listed
+        made = upload.result()
+    assert client.files.content(made.id).content == rows(12)
     assert len(client.files.list().data) == len(listed) + 1
-    observed("reads were answered meanwhile, the upload when the lock was gone")
+    observed(f"lists were answered meanwhile, the upload ({made.status}) when the lock was gone")
 
 
 @pytest.mark.fault(
@@ -173,183 +159,29 @@ def test_a_store_locked_for_long_is_told(server: Server, client: OpenAI, observe
 @pytest.mark.fault(
     "service",
     "the queue is locked by another process while a job is made",
-    expected="the job is acknowledged or refused, and once acknowledged is done; other requests are answered",
+    expected="the job is acknowledged all the same, and done later; other requests are answered",
     rare=True,
 )
 def test_a_locked_queue_keeps_no_job(server: Server, client: OpenAI, observed: Observed) -> None:
     watched = Watched(server)
     with held(server.data_dir / "queue.sqlite"):
-        began = time.monotonic()
         job = watched.create("short")
-        took = time.monotonic() - began
         assert client.models.list().data and httpx.get(f"{server.url}/healthz").status_code == 200
     found = jobs.wait(client, job, ended, seconds=300)
     assert found.status == "succeeded", found.error
-    assert took < HELD_SECONDS
-    observed(f"acknowledged at once, {found.status} after the lock was gone")
-
-
-HARMS = ("cut in half", "a page of it overwritten", "other content", "empty")
-
-
-@pytest.mark.fault("service", "{database} of a data folder: {harm}", expected="refused by name, the file as it was")
-@pytest.mark.parametrize(
-    ("database", "harm"),
-    [("store.sqlite", harm) for harm in HARMS] + [("queue.sqlite", harm) for harm in HARMS[:3]],
-)
-def test_a_damaged_database_is_refused(
-    server: Server, tmp_path: Path, ift: Ift, observed: Observed, database: str, harm: str
-) -> None:
-    data_dir = tmp_path / "data"
-    data_dir.mkdir(mode=0o700)
-    for name in ("store.sqlite", "queue.sqlite"):
-        with (
-            closing(sqlite3.connect(server.data_dir / name)) as live,
-            closing(sqlite3.connect(data_dir / name)) as copy,
-        ):
-            live.backup(copy)
-    shutil.copyfile(server.data_dir / ".store", data_dir / ".store")
-    path = data_dir / database
-    content = path.read_bytes()
-    harmed = {
-        "cut in half": content[: len(content) // 2],
-        "a page of it overwritten": content[:4096] + os.urandom(4096) + content[8192:],
-        "other content": b"not a database, but somebody's notes\n" * 200,
-        "empty": b"",
-    }[harm]
-    path.write_bytes(harmed)
-    refused = _serve(ift, data_dir)
-    assert refused.returncode == RunError.exit_code, refused.stderr
-    told = " ".join(refused.stderr.split())
-    assert "Traceback" not in told and (database in told.replace(" ", "") or harm == "empty")
-    assert path.read_bytes() == harmed
-    observed(f"exit {refused.returncode}: {told.partition('found ')[2].partition(' fix ')[0][:80]}")
-
-
-def _serve(ift: Ift, data_dir: Path) -> subprocess.CompletedProcess[str]:
-    """`ift serve` in this process, where it must not come to serving."""
-    before = os.umask(0o077)
-    try:
-        return ift("serve", "--port", "0", "--data-dir", str(data_dir))
-    finally:
-        os.umask(before)
+    observed(f"acknowledged while the queue was locked, {found.status} after the lock was gone")
 
 
 @pytest.mark.fault("service", "a second service over one data folder", expected="refused; the first goes on")
 def test_a_second_service_is_refused(server: Server, client: OpenAI, ift: Ift, observed: Observed) -> None:
     before = client.files.list().data
-    refused = _serve(ift, server.data_dir)
+    was = os.umask(0o077)
+    refused = ift("serve", "--port", "0", "--data-dir", str(server.data_dir))
+    os.umask(was)
     assert refused.returncode == RunError.exit_code and "another service" in refused.stderr
     assert client.files.list().data == before
-    observed(f"exit {refused.returncode}, another service over it")
-
-
-@pytest.mark.fault(
-    "service", "a data folder on a file system that is read-only", expected="refused, without a traceback"
-)
-def test_a_read_only_folder_is_refused(server: Server, tmp_path: Path, ift: Ift, observed: Observed) -> None:
-    with mounted(tmp_path / "data") as data_dir:
-        for name in ("files", "runs", "jobs"):
-            (data_dir / name).mkdir()
-        subprocess.run(["mount", "-o", "remount,ro", str(data_dir)], check=True)
-        refused = _serve(ift, data_dir)
-    assert refused.returncode == RunError.exit_code, refused.stderr
-    assert "Traceback" not in refused.stderr and "ead-only" in refused.stderr
-    observed(f"exit {refused.returncode}: {' '.join(refused.stderr.split())[:80]}")
-
-
-@contextmanager
-def mounted(folder: Path, *, mebibytes: int = 8) -> Iterator[Path]:
-    """A file system of its own, in memory."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m,mode=0700", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a file system")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def _fill(folder: Path, *, but: int = 0) -> Path:
-    """A file that takes all the room there is, but so many bytes."""
-    ballast = folder / "ballast"
-    with ballast.open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(b"x" * 4096)
-        except OSError:
-            pass
-    os.truncate(ballast, max(0, ballast.stat().st_size - but))
-    return ballast
-
-
-@pytest.mark.fault(
-    "service",
-    "no room under the data folder: for an upload, a job, a training",
-    expected="507; the job failed with disk_full; what was there before is, and is answered; all goes on with room",
-    rare=True,
-)
-def test_a_full_disk_ends_nothing_but_what_needs_room(tmp_path: Path, observed: Observed) -> None:
-    with mounted(tmp_path / "data", mebibytes=96) as data_dir:
-        server = Server(data_dir, RATE).start()
-        watched = Watched(server)
-        client = watched.client
-        try:
-            older = jobs.wait(client, watched.create("short"), ended, seconds=300)
-            file = watched.upload(rows(12))
-            ballast = _fill(data_dir)
-            upload = refusal(lambda: client.files.create(file=("rows.jsonl", rows(4000)), purpose="fine-tune"))
-            assert upload is not None and (upload.status_code, upload.code) == (507, "insufficient_storage")
-            create = refusal(lambda: client.fine_tuning.jobs.create(model="tiny", training_file=file))
-            assert create is not None and (create.status_code, create.code) == (507, "insufficient_storage")
-            watched.answers(str(older.fine_tuned_model))
-            assert client.files.content(file).content == rows(12)
-            ballast.unlink()
-            ballast = _fill(data_dir, but=600_000)
-            job = watched.create("short")
-            eventually(lambda: jobs.trainers(data_dir), "no trainer")
-            eventually(lambda: not jobs.trainers(data_dir), "the trainer does not end")
-            ballast.unlink()
-            full = jobs.wait(client, job, ended, seconds=300)
-            assert full.status == "failed" and full.error is not None and full.error.code == "disk_full", full.error
-            assert client.fine_tuning.jobs.retrieve(older.id) == older
-            after = jobs.wait(client, watched.create("short"), ended, seconds=300)
-            assert after.status == "succeeded", after.error
-            watched.settle_files()
-        finally:
-            server.stop(timeout=120)
-        assert "Traceback" not in server.log, server.log
-    observed(f"507 and 507; {full.status}, {full.error.code}; with room the next one {after.status}")
-
-
-@pytest.mark.fault(
-    "service",
-    "a trainer that lost its service, and does not end",
-    expected="the next one waits for the device, then goes on; each step once",
-    rare=True,
-)
-def test_an_orphan_keeps_its_device(tmp_path: Path, observed: Observed) -> None:
-    server = Server(tmp_path / "data", RATE)
-    server.data_dir.mkdir()
-    watched = Watched(server.start())
-    try:
-        job = watched.create("long")
-        jobs.training(server, job, step=2)
-        orphan = jobs.trainers(server.data_dir)[job]
-        os.kill(orphan, signal.SIGSTOP)
-        server.stop(signal.SIGKILL)
-        server.start()
-
-        eventually(lambda: len(jobs.trainer_processes(server.data_dir)) == 2, "no second trainer was started")
-        time.sleep(8)  # for what must not happen: that it begins
-        assert at_work(server.data_dir) in ([orphan], [])
-        os.kill(orphan, signal.SIGCONT)
-        watched.settle()
-        assert watched.jobs[job].status == "succeeded"
-    finally:
-        server.stop(timeout=120)
-    observed("one at work at a time; succeeded, no step twice")
+    found = " ".join(refused.stderr.split()).partition("found ")[2].partition(" fix ")[0]
+    observed(f"exit {refused.returncode}: {found}")
 
 
 @pytest.mark.fault(
@@ -475,4 +307,4 @@ def test_lists_do_not_follow_the_clock(server: Server, client: OpenAI, observed:
     listed = [one.id for one in client.files.list(order="asc") if one.id in made]
     pages = [one.id for one in client.files.list(order="asc", limit=1) if one.id in made]
     assert listed == pages == made
-    observed("by number, and cursors with them")
+    observed(f"{len(listed)} of {len(made)} in the order of making, in one list and in pages of one")

@@ -31,6 +31,7 @@ from tests.faults.serving import (
     FINAL,
     GOOD,
     POISON,
+    RATE,
     SHORT,
     Known,
     Watched,
@@ -59,7 +60,7 @@ class ServiceMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp(prefix="ift_peft-machine-"))
-        self.server = Server(self.folder / "data", ("--requests-per-minute", "1000000"))
+        self.server = Server(self.folder / "data", RATE)
         self.server.data_dir.mkdir()
         self.watched = Watched(self.server)
         self.server.start()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
+import subprocess
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,6 +126,36 @@ def found(process: Forked, *words: str) -> str:
     return f"exit code {process.returncode}: {line.removeprefix('error: ')}"
 
 
+def in_its_save(process: Forked) -> None:
+    """Wait for the save at which a process stops."""
+    while process.phase != "saving":
+        assert process.poll() is None, process.stderr
+        time.sleep(0.02)
+
+
+@contextmanager
+def mounted(folder: Path, *, mebibytes: int) -> Iterator[Path]:
+    """A file system of its own, in memory; skips where this process may mount none."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m,mode=0700", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no right to mount a small disk")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder: Path, *, but: int = 0) -> Path:
+    """A file that takes all the room there is, but so many bytes."""
+    ballast = folder / "ballast"
+    with ballast.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    os.truncate(ballast, max(0, ballast.stat().st_size - but))
+    return ballast
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     """The server of processes."""
@@ -151,5 +185,7 @@ def lab(server: Forks, tmp_path_factory: pytest.TempPathFactory) -> Lab:
 def shimmed(lab: Lab) -> Lab:
     """The lab, where calls can be counted."""
     if lab.forks.shim is None:
-        pytest.skip("no C compiler: nothing can be made to fail at the n-th write")
+        told = lab.forks.folder / "cc"
+        why = told.read_text("utf-8").strip() if told.exists() else "no C compiler"
+        pytest.skip(f"{why}: nothing can be made to fail at the n-th write")
     return lab

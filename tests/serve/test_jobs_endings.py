@@ -141,7 +141,6 @@ def test_events_that_a_locked_store_did_not_take_are_told_later_and_once(made: M
     run.mkdir(parents=True)
     (run / "manifest.json").write_text("{}", "utf-8")
     (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0, "epoch": 1.0}) + "\n", "utf-8")
-    _hurry(made)
     with sqlite3.connect(made.settings.data_dir / "store.sqlite", isolation_level=None) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(StoreUnavailable) as raised:
@@ -155,13 +154,6 @@ def test_events_that_a_locked_store_did_not_take_are_told_later_and_once(made: M
     assert made.of(record["id"])["status"] == "running"
     for message in ("Files validated", "Fine-tuning job started", "Step 1/2"):
         assert sum(one.startswith(message) for one in told) == 1, told
-
-
-def _hurry(made: Made) -> None:
-    """SQLite waits for another writer for 30 s; here for none."""
-    with made.store.engine.connect() as connection:
-        connection.exec_driver_sql("PRAGMA busy_timeout=1")
-        connection.rollback()
 
 
 def test_an_attempt_that_the_queue_holds_for_ended_is_made_again(made: Made) -> None:

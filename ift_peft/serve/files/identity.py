@@ -34,7 +34,7 @@ def check_databases(settings: Settings) -> None:
     if settings.store_url is None:
         store = settings.data_dir / "store.sqlite"
         if store.exists() and not store.stat().st_size and (settings.data_dir / MARKER).exists():
-            raise _another(settings, "an empty one")
+            raise _another(settings, "an empty store.sqlite")
         restore = "put a copy of ift backup in its place: ift restore, into another --data-dir"
         check_sqlite(store, fix=restore)
         again = "move it away; the jobs are queued again from the records"

@@ -17,6 +17,7 @@ from typing import Any
 from sqlalchemy import Connection, delete, insert, or_, select
 
 from ift_peft.errors import RunError
+from ift_peft.run_dir import sync_folder
 from ift_peft.serve.errors import ApiError, not_found
 from ift_peft.serve.files.forget import forget_rows
 from ift_peft.serve.ids import new_id
@@ -146,15 +147,6 @@ def forget_deleted(settings: Settings, store: Store, job: str) -> None:
     known = {record["id"] for record in store.every(select(files.c.id).where(files.c.id.in_(used)))}
     for file_id in used - known:
         _forget(settings, store, file_id)
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in `folder` on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _using(connection: Connection, file_id: str) -> str | None:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from ift_peft.errors import is_full
 from ift_peft.serve.errors import ApiError, no_room
 from ift_peft.serve.files.lines import LineChecker, shown
 from ift_peft.serve.files.records import TEMPORARY
-from ift_peft.serve.full import is_full
 from ift_peft.serve.settings import Limits
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from ift_peft.errors import IftPeftError
+from ift_peft.errors import IftPeftError, is_out_of_memory
 from ift_peft.serve.errors import ApiError, as_api_error, not_found
 from ift_peft.serve.inference.loaded import LoadedModels
 
@@ -137,8 +137,7 @@ def _expired() -> ApiError:
 def _failed(error: Exception) -> ApiError:
     """Of a request that failed while it was answered, which is no fault of what was asked."""
     log.error("answer failed: %s", type(error).__name__)
-    memory = type(error).__name__ == "OutOfMemoryError"  # torch's, not imported here
-    if memory:
+    if is_out_of_memory(error):
         return ApiError(503, "No memory for this request.", code="out_of_memory", headers={"Retry-After": "1"})
     return ApiError(500, "The model failed; the server's log says how.", code="engine_error")
 

@@ -14,15 +14,14 @@ from typing import Any, TypeVar
 
 from sqlalchemy import select
 
-from ift_peft.errors import DiskFull
+from ift_peft.errors import DiskFull, is_full
 from ift_peft.serve.files.records import forget_deleted
-from ift_peft.serve.full import is_full
 from ift_peft.serve.jobs.endings import UNTOLD, error_of, untold
 from ift_peft.serve.jobs.folder import JobFolder
 from ift_peft.serve.jobs.progress import Progress
 from ift_peft.serve.jobs.queue import Stopping
 from ift_peft.serve.jobs.records import ACTIVE, change, fail, tell
-from ift_peft.serve.jobs.results import succeed, tidy
+from ift_peft.serve.jobs.results import clear_cancelled, succeed
 from ift_peft.serve.objects import FINAL
 from ift_peft.serve.settings import Settings
 from ift_peft.serve.store import Record, Store, StoreUnavailable
@@ -46,6 +45,7 @@ class Attempt:
         self.settings, self.store, self.stopping = settings, store, stopping
         self.job, self.number = job, number
         self.folder = JobFolder(settings.jobs / job)
+        self._reached = True  # the store, at the last look
 
     def run(self) -> None:
         """Raises `Stopping` where the service stops before the attempt has ended."""
@@ -111,7 +111,7 @@ class Attempt:
         """What is to be removed of a job that was withdrawn can be, now that its trainer writes no more."""
         ended = self.store.one(select(jobs.c.status).where(jobs.c.id == self.job))
         if ended is not None and ended["status"] in FINAL:
-            tidy(self.settings, self.job)
+            clear_cancelled(self.settings, self.job)
         forget_deleted(self.settings, self.store, self.job)
 
     def _record(self) -> Record | None:
@@ -152,16 +152,19 @@ class Attempt:
                 trainer.wait()
 
     def _follow(self, trainer: subprocess.Popen[bytes], progress: Progress) -> int:
+        """Its exit code. A service that stops asks the store no more before it ends the trainer, and tells the last of
+        it only to a store that was there at the last look."""
         killed_at: float | None = None
         while True:
             try:
                 code = trainer.wait(FOLLOW_SECONDS)
             except subprocess.TimeoutExpired:
-                wanted = self._is_wanted(progress)
+                wanted = not self.stopping.is_set() and self._is_wanted(progress)
             else:
-                self._patiently(progress.update)
+                if self._reached or not self.stopping.is_set():
+                    self._patiently(progress.update)
                 return code
-            if killed_at is None and (self.stopping.is_set() or not wanted):
+            if killed_at is None and not wanted:
                 trainer.terminate()
                 killed_at = time.monotonic() + GRACE_SECONDS
             elif killed_at is not None and time.monotonic() > killed_at:
@@ -171,8 +174,10 @@ class Attempt:
         """Tell how far the trainer is; whether its job goes on. A trainer does not wait for a store that is away."""
         try:
             progress.update()
+            self._reached = True
             return self._record() is not None
         except StoreUnavailable as error:
+            self._reached = False
             log.warning("a job's progress cannot be told", extra={"job": self.job, "code": error.code})
             return True
 

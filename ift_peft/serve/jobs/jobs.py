@@ -25,10 +25,11 @@ from ift_peft.serve.jobs.folder import JobFolder
 from ift_peft.serve.jobs.queue import Queue
 from ift_peft.serve.jobs.recipes import plan
 from ift_peft.serve.jobs.records import ACTIVE, change, job_record, now, tell
-from ift_peft.serve.jobs.results import tidy
+from ift_peft.serve.jobs.results import clear_cancelled
 from ift_peft.serve.objects import FINAL
 from ift_peft.serve.settings import Settings
 from ift_peft.serve.store import Record, Store, StoreUnavailable
+from ift_peft.serve.store.check import opening
 from ift_peft.serve.store.tables import files, jobs, metadata_pairs, models
 
 log = logging.getLogger("ift_peft.serve")
@@ -65,7 +66,8 @@ class Jobs:
         with self.store.begin() as connection:  # nothing is at work: another one may be more urgent by now
             at_work = jobs.c.status.in_(("running", "validating_files"))
             connection.execute(update(jobs).where(at_work).values(status="queued", estimated_finish=None))
-        self.queue.start()
+        with opening(self.settings.queue_url):
+            self.queue.start()
         for record in sorted(active, key=lambda record: record["status"] == "queued"):
             self._put_anew(record)
         ended = self.store.every(select(jobs.c.id).where(jobs.c.status.in_(("succeeded", "cancelled"))))
@@ -257,7 +259,7 @@ class Jobs:
         if not repeated and not withdraw(self.store, job, to_cancelled=True):
             raise self._wrong_status(job, "cancelled")
         if record["status"] in ("paused", "queued"):  # otherwise, and again, its attempt does this when it has ended
-            tidy(self.settings, job)
+            clear_cancelled(self.settings, job)
         return job_record(self.store, job)
 
     def pause(self, job: str, caller: Caller) -> Record:

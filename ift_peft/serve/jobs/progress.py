@@ -19,6 +19,7 @@ from ift_peft.serve.store import Record, Store, StoreUnavailable
 from ift_peft.serve.store.tables import events, jobs, models
 from ift_peft.train.checkpoints import MANIFEST, checkpoints_in, step_of
 
+WAIT_MS = 1_000  # for another writer: it is called again soon, and a service that is to stop waits for it
 TRAINING = "training"  # the stage of that name
 CREATED = "fine_tuned_model_checkpoint"  # of the data of an event
 
@@ -64,7 +65,7 @@ class Progress:
         lines, self._offset = self.folder.reported(self._offset)
         run = newest_run(self.settings.runs, self.job) if self.total else None
         metrics = run.read_metrics()[0] if run is not None else []
-        with self.store.begin() as connection:
+        with self.store.begin(wait_ms=WAIT_MS) as connection:
             for line in lines:
                 self._take(connection, line)
             self._tell_metrics(connection, metrics)

@@ -15,6 +15,11 @@ UNFINISHED = ("ENQUEUED", "PENDING", "DELAYED")
 LOWEST = -100  # of the priorities; DBOS counts them from 1
 
 
+def _is_not_raised(record: logging.LogRecord) -> bool:
+    """What keeps DBOS from a start is logged by it, with its traceback, and raised."""
+    return not record.getMessage().startswith("DBOS failed to launch")
+
+
 class Stopping(BaseException):
     """The service stops. DBOS records an `Exception` as the end of a workflow; after this one it goes on at a start."""
 
@@ -48,6 +53,7 @@ class Queue:
             self._run(job, number)
 
         self._workflow = attempt
+        logging.getLogger("dbos").addFilter(_is_not_raised)
         DBOS.launch()
         DBOS.register_queue(NAME, worker_concurrency=1, polling_interval_sec=POLL_SECONDS, on_conflict="always_update")
 

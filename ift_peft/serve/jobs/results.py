@@ -16,8 +16,7 @@ from ift_peft.serve.jobs.records import change, derived_id, now, tell
 from ift_peft.serve.settings import Settings
 from ift_peft.serve.store import Store
 from ift_peft.serve.store.tables import files, models
-from ift_peft.train.checkpoints import MANIFEST, PROGRESS
-from ift_peft.train.checkpoints import tidy as put_right
+from ift_peft.train.checkpoints import MANIFEST, PROGRESS, tidy
 
 COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 # The manifest goes first: without it, nothing takes what is left for a checkpoint to go on from.
@@ -126,7 +125,7 @@ def step_metrics(metrics: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def tidy(settings: Settings, job: str) -> None:
+def clear_cancelled(settings: Settings, job: str) -> None:
     """Remove what nothing needs of a job that was cancelled; its checkpoints stay models."""
     JobFolder(settings.jobs / job).clear()
     run = newest_run(settings.runs, job)
@@ -136,7 +135,7 @@ def tidy(settings: Settings, job: str) -> None:
 
 def slim(run: RunDir) -> None:
     """Remove from the checkpoints of a run that has ended what only going on with it would need."""
-    put_right(run.checkpoints)
+    tidy(run.checkpoints)
     for checkpoint in run.checkpoints.glob("checkpoint-*"):
         for name in ONLY_TO_RESUME:
             (checkpoint / name).unlink(missing_ok=True)

@@ -23,10 +23,20 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from ift_peft.errors import DataError, DiskFull, Faults, IftPeftError, ModelError, RecipeError, RunError, first_line
+from ift_peft.errors import (
+    DataError,
+    DiskFull,
+    Faults,
+    IftPeftError,
+    ModelError,
+    RecipeError,
+    RunError,
+    first_line,
+    is_full,
+    is_out_of_memory,
+)
 from ift_peft.reporter import Silent
 from ift_peft.run_dir import write_atomically
-from ift_peft.serve.full import is_full
 from ift_peft.serve.jobs.endings import UNTOLD, code_of, error_of
 from ift_peft.serve.jobs.folder import JobFolder, newest_run
 
@@ -82,23 +92,15 @@ def main(folder: JobFolder, parent: int) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
-    except MemoryError as error:
-        _leave(folder, error_of("insufficient_memory", _public(first_line(error), folder, task)))
-        return 1
     except Exception as error:
         if is_full(error):
             _leave(folder, error_of(*UNTOLD[DiskFull.exit_code]))
             return DiskFull.exit_code
         traceback.print_exc()
-        code = "insufficient_memory" if _is_of_memory(error) else "internal_error"
+        code = "insufficient_memory" if is_out_of_memory(error) else "internal_error"
         _leave(folder, error_of(code, _public(first_line(error), folder, task)))
         return 1
     return 0
-
-
-def _is_of_memory(error: Exception) -> bool:
-    """Of a GPU's memory torch has an error of its own, of this machine's a text."""
-    return "OutOfMemoryError" in type(error).__name__ or "DefaultCPUAllocator: " in str(error)
 
 
 def _leave(folder: JobFolder, error: dict[str, Any]) -> None:

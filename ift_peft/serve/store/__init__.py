@@ -16,6 +16,7 @@ from ift_peft.serve.store.tables import metadata
 Record = RowMapping
 SQLITE_FULL = 13
 SQLITE_FOR_NOW = (5, 6, 8, 10, 14)  # busy, locked, read-only, an I/O error, not to be opened: of the place, not of us
+WAIT_MS = 30_000
 RETRY_AFTER = "5"
 
 
@@ -30,17 +31,22 @@ class Store:
     """A database with the tables of `tables`. What a transaction wrote is on the disk when it returns."""
 
     def __init__(self, url: str) -> None:
+        """Raises `StoreUnavailable` where the tables cannot be looked for."""
         self.engine: Engine = create_engine(url, hide_parameters=True)  # errors are logged, and say no content
         if self.engine.dialect.name == "sqlite":
             event.listen(self.engine, "connect", _prepare_sqlite)
             event.listen(self.engine, "begin", _begin)
         self._reading = self.engine.execution_options(reading=True)
-        metadata.create_all(self.engine)
+        with _told():
+            metadata.create_all(self.engine)
 
     @contextmanager
-    def begin(self) -> Iterator[Connection]:
-        """A transaction that may write, committed at the end of the block and rolled back where that raises."""
-        with _told(), self.engine.begin() as connection:
+    def begin(self, *, wait_ms: int = WAIT_MS) -> Iterator[Connection]:
+        """A transaction that may write, committed at the end of the block and rolled back where that raises.
+
+        It waits up to `wait_ms` for another writer; that holds for SQLite, other databases have limits of their own.
+        """
+        with _told(), self.engine.execution_options(wait_ms=wait_ms).begin() as connection:
             yield connection
 
     @contextmanager
@@ -123,11 +129,19 @@ def _busy() -> StoreUnavailable:
 def _prepare_sqlite(connection: Any, record: Any) -> None:
     """Durable once acknowledged, patient with other writers, and what is deleted is overwritten."""
     connection.isolation_level = None  # transactions are begun below, not by the driver
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=30000", "foreign_keys=ON", "secure_delete=ON"):
+    for pragma in (
+        f"busy_timeout={WAIT_MS}",
+        "journal_mode=WAL",
+        "synchronous=FULL",
+        "foreign_keys=ON",
+        "secure_delete=ON",
+    ):
         connection.execute(f"PRAGMA {pragma}").close()
 
 
 def _begin(connection: Connection) -> None:
     """One that first reads and then writes would fail where another has written in between: it begins as a writer."""
-    reading = connection.get_execution_options().get("reading", False)
+    options = connection.get_execution_options()
+    reading = options.get("reading", False)
+    connection.exec_driver_sql(f"PRAGMA busy_timeout={options.get('wait_ms', WAIT_MS)}")
     connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
