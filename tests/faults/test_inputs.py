@@ -18,7 +18,7 @@ import ift_peft.data.quality
 import ift_peft.train.run  # noqa: F401
 from ift_peft.console import visible
 from tests.faults.conftest import Observed
-from tests.faults.hostile import Ended, MiB, as_nobody, ift
+from tests.faults.hostile import Ended, MiB, ift, without_rights
 from tests.train.small import SMALL, write_small
 
 Make = Callable[[Path], object]
@@ -177,8 +177,8 @@ ROWS = [
     Case("a link in a folder to nothing", inside(lambda d: (d / "train-2.jsonl").symlink_to("gone")), 3, ("train-2.jsonl", "No such file")),
     Case("a link to itself", link("rows.jsonl", "rows.jsonl"), 3, ("rows.jsonl",)),
     Case("a folder called .jsonl", lambda f: (f / "x.jsonl").mkdir() or f / "x.jsonl", 3, ("found none",), fast=False),
-    Case("a file that may not be read", shut, 3, ("Permission denied", "train-shut.jsonl"), before=as_nobody),
-    Case("a file in a folder that may not be read", inside(shut), 3, ("Permission denied", "train-shut.jsonl"), before=as_nobody, fast=False),
+    Case("a file that may not be read", shut, 3, ("Permission denied", "train-shut.jsonl"), before=without_rights),
+    Case("a file in a folder that may not be read", inside(shut), 3, ("Permission denied", "train-shut.jsonl"), before=without_rights, fast=False),
     Case("a file in a folder whose name is not UTF-8", inside(badly_named), 3, ("\\udcff", "not in UTF-8")),
     Case("an address", lambda f: "https://example.com/rows.jsonl", 3, ("the address", "download it first")),
     Case("a name of 5,000 characters", lambda f: "a" * 5000, 3, ("name a file, a folder",)),
@@ -282,10 +282,6 @@ def test_rows(fault: str, expected: str, case: Case, tmp_path: Path, observed: O
     written = write_small(tmp_path / "recipe")
     (tmp_path / "data").mkdir()
     source = case.make(tmp_path / "data")
-    tmp_path.chmod(0o755)
-    if case.before is not None:
-        for folder in (tmp_path.parent, tmp_path.parent.parent):
-            folder.chmod(0o755)
     ended = ift(
         *("check", str(written), f"data.train={source}", *OWN, "--json", str(tmp_path / "found.json")),
         cwd=tmp_path,
