@@ -24,7 +24,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 METHODS = ("LORA", "ADALORA", "IA3", "VERA")
 NEVER_OURS = (  # PEFT imports what the first two name
     *("megatron_config", "auto_mapping", "layer_replication", "exclude_modules", "layers_pattern"),
-    *("layers_to_transform", "alora_invocation_tokens", "trainable_token_indices", "target_parameters"),
+    *("layers_to_transform", "alora_invocation_tokens", "trainable_token_indices"),
 )
 _PLAIN = re.compile(r"(?:\.\*\\\.)?[\w.^-]+")  # a name, or the end of one, as PEFT itself writes it for fused experts
 _ANY_OF = re.compile(r"\(\.\*\[\.\]\)\?\((?:[\w.|-]|\\[.-])+\)")  # as training writes feedforward_modules
@@ -66,9 +66,10 @@ def _config_faults(file: Path) -> Iterator[IftPeftError]:
             found=f"{config.get('peft_type')!r:.80} in {file}",
             fix=FIX,
         )
-    saved = config.get("modules_to_save") or []
-    if not isinstance(saved, list) or not all(isinstance(one, str) and _PLAIN.fullmatch(one) for one in saved):
-        yield ModelError(expected="modules_to_save to be a list of names", found=f"{saved!r:.200} in {file}", fix=FIX)
+    for name in ("modules_to_save", "target_parameters"):  # PEFT itself writes the latter for fused experts
+        named = config.get(name) or []
+        if not isinstance(named, list) or not all(isinstance(one, str) and _PLAIN.fullmatch(one) for one in named):
+            yield ModelError(expected=f"{name} to be a list of names", found=f"{named!r:.200} in {file}", fix=FIX)
     for name in NEVER_OURS:
         if config.get(name):
             yield ModelError(
