@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from ift_peft.durable import disk_full
 from ift_peft.errors import DiskFull
 from ift_peft.recipe import load_recipe
-from ift_peft.run_dir import create_run, disk_full
+from ift_peft.run_dir import create_run
 
 
 def test_lines_are_read_as_they_were_written_whatever_separators_texts_hold(tmp_path: Path) -> None:

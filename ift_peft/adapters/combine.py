@@ -23,6 +23,7 @@ from ift_peft.adapters.weight_search import TRAINED_ON, SearchRows, Tried, searc
 from ift_peft.adapters.weighted import Combination, add_combined, own_weights
 from ift_peft.data.row import Row
 from ift_peft.data.rows import to_saved
+from ift_peft.durable import write_atomically
 from ift_peft.errors import IftPeftError, RunError, first_line, raise_all
 from ift_peft.evaluate.arms import short
 from ift_peft.evaluate.run import evaluate_run
@@ -32,7 +33,7 @@ from ift_peft.recipe import Recipe
 from ift_peft.report.card import adapter_card
 from ift_peft.report.write import write_report
 from ift_peft.reporter import Reporter
-from ift_peft.run_dir import RunDir, create_run, ending, write_atomically
+from ift_peft.run_dir import RunDir, create_run, ending
 from ift_peft.sections import Adapter
 from ift_peft.stages import PRUNING, Method
 

@@ -79,7 +79,7 @@ def errors_to_exit_codes(command: Callable[P, None]) -> Callable[P, None]:
     @wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         from ift_peft.console import err, print_error
-        from ift_peft.run_dir import disk_full
+        from ift_peft.durable import disk_full
 
         try:
             command(*args, **kwargs)

@@ -37,8 +37,8 @@ def check(
     Example: ift check sentiment --rows 3
     """
     from ift_peft.console import out
+    from ift_peft.durable import write_atomically
     from ift_peft.recipe import load_recipe, parts_of
-    from ift_peft.run_dir import write_atomically
 
     loaded = load_recipe(recipe, overrides or ())
     reports = []

@@ -62,7 +62,8 @@ def explain(
     Example: ift explain runs/sentiment/latest --text "The room was spotless, the staff rude."
     """
     from ift_peft.console import ConsoleReporter, err
-    from ift_peft.run_dir import open_run, write_atomically
+    from ift_peft.durable import write_atomically
+    from ift_peft.run_dir import open_run
 
     for file in (html_file, json_file):
         if file is not None and not file.absolute().parent.is_dir():

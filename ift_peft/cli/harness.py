@@ -37,7 +37,8 @@ def lm_eval(
     Example: ift lm-eval runs/sentiment/latest --tasks arc_easy,hellaswag --limit 200
     """
     from ift_peft.console import ConsoleReporter, err, out
-    from ift_peft.run_dir import open_run, write_atomically
+    from ift_peft.durable import write_atomically
+    from ift_peft.run_dir import open_run
 
     if base_only and adapter_only:
         raise RecipeError(expected="--base-only or --adapter-only", found="both", fix="leave both away to compare")

@@ -36,8 +36,9 @@ def pipeline(
     Example: ift pipeline runs/article/latest "请介绍竹编是怎么来的。"
     """
     from ift_peft.cli.predict import given_texts
+    from ift_peft.durable import write_atomically
     from ift_peft.infer.pipeline import fill, open_chain, walk
-    from ift_peft.run_dir import PIPELINE, json_lines, open_run, write_atomically
+    from ift_peft.run_dir import PIPELINE, json_lines, open_run
     from ift_peft.stages import AT_ONCE
 
     if output_file is not None and not output_file.absolute().parent.is_dir():

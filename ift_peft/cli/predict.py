@@ -53,8 +53,9 @@ def predict(
 
     Example: echo "The room was spotless." | ift predict runs/sentiment/latest
     """
+    from ift_peft.durable import write_atomically
     from ift_peft.infer.load import load_model, open_parts
-    from ift_peft.run_dir import json_lines, open_run, write_atomically
+    from ift_peft.run_dir import json_lines, open_run
 
     runs = [run]
     if ensemble is not None:  # what looks like no run is refused, rather than answered as a text

@@ -35,8 +35,8 @@ def verify_resume(
     Example: ift verify-resume sentiment --kills 3 --steps 20
     """
     from ift_peft.console import ConsoleReporter, out
+    from ift_peft.durable import write_atomically
     from ift_peft.recipe import load_recipe
-    from ift_peft.run_dir import write_atomically
     from ift_peft.train import verify_resume as proving
 
     loaded = proving.shortened(load_recipe(recipe, overrides or ()), steps=steps, rows=rows)

@@ -19,9 +19,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
+from ift_peft.durable import write_atomically
 from ift_peft.evaluate.contrast import Contrast
 from ift_peft.evaluate.intervals import Estimate
-from ift_peft.run_dir import write_atomically
 
 # Okabe and Ito's colours (https://jfly.uni-koeln.de/color/) without the yellow, which is faint on white: told apart
 # without red-green vision, and each visible on white.

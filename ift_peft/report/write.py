@@ -9,11 +9,12 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from ift_peft.durable import write_atomically
 from ift_peft.report.collect import view
 from ift_peft.report.examples import Text
 from ift_peft.report.merging import merging_view
 from ift_peft.report.pipeline import pipeline_view
-from ift_peft.run_dir import Kind, RunDir, write_atomically
+from ift_peft.run_dir import Kind, RunDir
 
 NAME = "report.html"
 TEMPLATES: dict[Kind, tuple[str, Callable[[RunDir], dict[str, Any]]]] = {

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from ift_peft.durable import sync_tree
 from ift_peft.errors import RunError, TrainingError
 from ift_peft.evaluate.forgetting import general_texts
 from ift_peft.evaluate.run import Measuring
@@ -22,7 +23,7 @@ from ift_peft.report.card import adapter_card
 from ift_peft.report.write import NAME as REPORT
 from ift_peft.report.write import write_report
 from ift_peft.reporter import Reporter
-from ift_peft.run_dir import RunDir, create_run, ending, settings, sync_tree
+from ift_peft.run_dir import RunDir, create_run, ending, settings
 from ift_peft.train.arguments import checkpoints_kept, sft_config, validation_arguments
 from ift_peft.train.checkpoints import errors_of_writing, newest_verified
 from ift_peft.train.losses import find_teacher

@@ -32,9 +32,10 @@ from ift_peft.train.method import adapter_config, allocation_of, begin
 from ift_peft.train.offending import require_finite
 from ift_peft.train.out_of_memory import memory_for
 from ift_peft.train.prepare import Prepared
+from ift_peft.train.recorder import RunRecorder
 from ift_peft.train.resuming import read_progress
 from ift_peft.train.signals import handling
-from ift_peft.train.trainer import RunRecorder, SupervisedTrainer, to_dataset
+from ift_peft.train.trainer import SupervisedTrainer, to_dataset
 from ift_peft.train.validation import (
     BestCheckpoint,
     Validator,

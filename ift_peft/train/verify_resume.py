@@ -18,10 +18,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ift_peft.durable import write_atomically
 from ift_peft.errors import RecipeError, TrainingError
 from ift_peft.recipe import Recipe, dump_recipe, require_one_task
 from ift_peft.reporter import Reporter
-from ift_peft.run_dir import RunDir, open_run, versions, write_atomically
+from ift_peft.run_dir import RunDir, open_run, versions
 from ift_peft.train.checkpoints import PARTIAL
 from ift_peft.train.signals import ending_on_signals
 

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Lock, Thread
 
+from ift_peft.durable import write_atomically
 from ift_peft.errors import RunError
-from ift_peft.run_dir import write_atomically
 
 WRITE_EVERY_SECONDS = 1.0
 

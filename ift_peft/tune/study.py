@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ift_peft.durable import write_atomically
 from ift_peft.errors import RecipeError, RunError, TrainingError
 from ift_peft.evaluate.forgetting import general_texts
 from ift_peft.evaluate.gates import reached
@@ -16,7 +17,7 @@ from ift_peft.evaluate.safety import safety_prompts
 from ift_peft.model.base import quiet
 from ift_peft.recipe import Recipe, dump_recipe, require_one_task
 from ift_peft.reporter import Reporter
-from ift_peft.run_dir import RunDir, write_atomically
+from ift_peft.run_dir import RunDir
 from ift_peft.selection import Tune, Validation
 from ift_peft.train.run import all_inputs, finish, resume
 from ift_peft.tune.asking import Asker, open_study

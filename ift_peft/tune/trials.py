@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from ift_peft.durable import write_atomically
 from ift_peft.errors import Diverged, IftPeftError, RunError, TrainingError, first_line
 from ift_peft.model.base import choose_device
 from ift_peft.recipe import Recipe, dump_recipe
 from ift_peft.reporter import Reporter
-from ift_peft.run_dir import RunDir, write_atomically
+from ift_peft.run_dir import RunDir
 from ift_peft.train.resuming import take_up
 from ift_peft.train.session import Interrupted, Session, open_session
 from ift_peft.tune.asking import OVER, Asker

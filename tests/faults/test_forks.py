@@ -32,7 +32,7 @@ def write(folder: str) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from ift_peft.run_dir import write_atomically
+    from ift_peft.durable import write_atomically
 
     path = Path(folder)
     ways = {

@@ -12,9 +12,9 @@ from sqlalchemy import null, select
 
 from ift_peft.data.row import Message, Row
 from ift_peft.data.rows import split_rows
+from ift_peft.durable import write_atomically
 from ift_peft.errors import DataError, Faults, IftPeftError, ModelError, RecipeError
 from ift_peft.recipe import Recipe, validate
-from ift_peft.run_dir import write_atomically
 from ift_peft.serve.errors import ApiError
 from ift_peft.serve.jobs.auto import resolve
 from ift_peft.serve.jobs.body import CreateJob, hyperparameters_of, suffix_of

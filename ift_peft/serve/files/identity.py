@@ -9,8 +9,8 @@ import secrets
 
 from sqlalchemy import insert, select
 
+from ift_peft.durable import write_atomically
 from ift_peft.errors import RunError
-from ift_peft.run_dir import write_atomically
 from ift_peft.serve.files.records import is_temporary
 from ift_peft.serve.settings import Settings
 from ift_peft.serve.store import Store

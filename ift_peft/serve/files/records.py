@@ -16,8 +16,8 @@ from typing import Any
 
 from sqlalchemy import Connection, delete, insert, or_, select
 
+from ift_peft.durable import sync_folder
 from ift_peft.errors import RunError
-from ift_peft.run_dir import sync_folder
 from ift_peft.serve.errors import ApiError, not_found
 from ift_peft.serve.files.forget import forget_rows
 from ift_peft.serve.ids import new_id

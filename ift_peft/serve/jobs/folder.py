@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ift_peft.run_dir import RunDir, json_lines, runs_called, write_atomically
+from ift_peft.durable import write_atomically
+from ift_peft.run_dir import RunDir, json_lines, runs_called
 
 TRAINING_FILE, VALIDATION_FILE = "training_file.jsonl", "validation_file.jsonl"
 

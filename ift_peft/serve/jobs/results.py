@@ -9,7 +9,8 @@ from typing import Any
 
 from sqlalchemy import Connection, null, select, update
 
-from ift_peft.run_dir import RunDir, write_atomically
+from ift_peft.durable import write_atomically
+from ift_peft.run_dir import RunDir
 from ift_peft.serve.jobs.folder import JobFolder, newest_run
 from ift_peft.serve.jobs.progress import Progress, shown
 from ift_peft.serve.jobs.records import change, derived_id, now, tell

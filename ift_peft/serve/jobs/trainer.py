@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from ift_peft.durable import write_atomically
 from ift_peft.errors import (
     DataError,
     DiskFull,
@@ -36,7 +37,6 @@ from ift_peft.errors import (
     is_out_of_memory,
 )
 from ift_peft.reporter import Silent
-from ift_peft.run_dir import write_atomically
 from ift_peft.serve.jobs.endings import UNTOLD, code_of, error_of
 from ift_peft.serve.jobs.folder import JobFolder, newest_run
 

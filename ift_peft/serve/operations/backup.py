@@ -24,8 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from ift_peft.durable import sync_folder
 from ift_peft.errors import RunError
-from ift_peft.run_dir import sync_folder
 from ift_peft.serve.jobs.folder import TRAINING_FILE, VALIDATION_FILE
 from ift_peft.serve.objects import FINAL
 
