@@ -259,16 +259,17 @@ def _train_and_measure(session: Session, checkpoint: Path | None) -> None:
     run.write("scores.json", scores)
     _save_adapter(session, scores)
     trained, every = session.parameters
+    progress, speed = session.trainer.progress, session.recorder.tokens_per_second
     run.update_manifest(
-        notes=session.notes, parameters={"trained": trained, "all": every}, memory=memory, **session.outcome()
-    )
-    progress = session.trainer.progress
-    run.update_manifest(
+        notes=session.notes,
+        parameters={"trained": trained, "all": every},
+        memory=memory,
         padding_share=round(1 - progress.tokens_seen / max(1, progress.padded_tokens_seen), 4),
         order_sha256=progress.order,
+        # Nothing is trained when a run resumes after its last step.
+        **({"tokens_per_second": round(speed, 1)} if speed else {}),
+        **session.outcome(),
     )
-    if session.recorder.tokens_per_second:  # nothing is trained when a run resumes after its last step
-        run.update_manifest(tokens_per_second=round(session.recorder.tokens_per_second, 1))
 
 
 def _require_the_last_step(session: Session) -> None:
@@ -285,15 +286,14 @@ def _save_adapter(session: Session, scores: dict[str, Any]) -> None:
     config.base_model_name_or_path = prepared.location.public_name
     if isinstance(config.target_modules, set):  # whose order differs from process to process, and with it the file
         config.target_modules = sorted(config.target_modules)
-    with errors_of_writing(run.adapter):
-        session.model.save_pretrained(run.adapter, save_embedding_layers=False)
     if not prepared.tokenizer.chat_template and prepared.renderer.template:
         prepared.tokenizer.chat_template = prepared.renderer.template
-    prepared.tokenizer.save_pretrained(run.adapter)
-    (run.adapter / "README.md").write_text(
-        adapter_card(recipe, base=prepared.location.public_name, scores=scores, rows=prepared.train.rows), "utf-8"
-    )
-    for path in run.adapter.iterdir():
-        path.chmod(0o644)  # safetensors writes 0600, which a server under another user could not read
-    sync_tree(run.adapter)
+    card = adapter_card(recipe, base=prepared.location.public_name, scores=scores, rows=prepared.train.rows)
+    with errors_of_writing(run.adapter):
+        session.model.save_pretrained(run.adapter, save_embedding_layers=False)
+        prepared.tokenizer.save_pretrained(run.adapter)
+        (run.adapter / "README.md").write_text(card, "utf-8")
+        for path in run.adapter.iterdir():
+            path.chmod(0o644)  # safetensors writes 0600, which a server under another user could not read
+        sync_tree(run.adapter)
     run.update_manifest(adapter_sha256=run.adapter_hashes())

@@ -296,7 +296,7 @@ def test_whatever_is_killed_nothing_is_lost(observed: Observed, request: pytest.
     run_state_machine_as_test(
         ServiceMachine,
         settings=settings(
-            max_examples=6 if many else 1,
+            max_examples=4 if many else 1,
             stateful_step_count=25 if many else 8,
             deadline=None,
             database=None,
