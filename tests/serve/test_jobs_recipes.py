@@ -27,7 +27,7 @@ from ift_peft.serve.objects import Hyperparameters, Job
 from ift_peft.serve.settings import Settings
 from ift_peft.serve.store import Store
 from ift_peft.serve.store.tables import events, jobs
-from ift_peft.train.checkpoints import REQUIRED
+from ift_peft.train.checkpoints import MANIFEST, REQUIRED
 from ift_peft.yaml_source import YamlSource, laid_over
 from tests.serve.jobs import chats
 
@@ -303,7 +303,7 @@ def test_what_a_trainer_tells_becomes_status_and_time_left(tmp_path: Path) -> No
 def test_a_checkpoint_that_makes_room_while_it_is_looked_at_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in REQUIRED:
+    for name in (*REQUIRED, MANIFEST):
         (tmp_path / name).write_text('{"global_step": 4, "epoch": 1.0, "max_steps": 4}', "utf-8")
     progress = Progress.__new__(Progress)
     progress.every = "epoch"
