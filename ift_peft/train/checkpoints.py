@@ -98,6 +98,7 @@ def _seal(partial: Path, facts: dict[str, Any]) -> None:
         files[path.name] = _entry(path)
     manifest = partial / MANIFEST
     manifest.write_text(json.dumps({**facts, "files": files}, indent=2) + "\n", "utf-8")
+    manifest.chmod(0o644)  # as the others, whatever the umask
     sync_file(manifest)
     sync_folder(partial)
 
