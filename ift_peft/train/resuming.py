@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ift_peft.errors import first_line
+from ift_peft.errors import RunError, first_line
 from ift_peft.run_dir import METRICS, RunDir
-from ift_peft.train.checkpoints import PROGRESS, differences, newest_verified, set_aside_after, step_of, tidy
+from ift_peft.train.checkpoints import MANIFEST, PROGRESS, differences, newest_verified, set_aside_after, step_of, tidy
 from ift_peft.train.progress import Progress
 from ift_peft.train.trainer import made_on
 
@@ -66,11 +66,15 @@ def take_up(run: RunDir, *, device: torch.device) -> TakenUp:
 
 
 def read_progress(checkpoint: Path) -> Progress:
-    """What `checkpoint` holds of it. Raises `ValueError` for what is none, though it verified."""
+    """What `checkpoint`, which verified, holds of it. Raises `RunError` where another version wrote it otherwise."""
     try:
         return Progress.from_json(json.loads((checkpoint / PROGRESS).read_text("utf-8")))
-    except TypeError as error:
-        raise ValueError(f"{PROGRESS} in {checkpoint}: {first_line(error)}") from None
+    except (TypeError, ValueError) as error:
+        raise RunError(
+            expected=f"{PROGRESS} in {checkpoint} as this version writes it",
+            found=first_line(error),
+            fix=f"go on with the versions in its {MANIFEST}, or train again",
+        ) from None
 
 
 def changed_settings(began: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:

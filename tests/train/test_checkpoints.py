@@ -28,7 +28,7 @@ from ift_peft.train.checkpoints import (
     tidy,
     writing,
 )
-from ift_peft.train.resuming import changed_settings
+from ift_peft.train.resuming import changed_settings, read_progress
 from ift_peft.train.run import resume, train
 from ift_peft.train.session import Interrupted
 from tests.train.small import small
@@ -209,6 +209,13 @@ def test_what_is_not_as_when_the_checkpoint_was_written_is_told(tmp_path: Path) 
     (warning,) = (line for line in told if "last bits" in line)
     assert "torch was 1.0, is " in warning
     assert run.read("manifest.json")["resumed"][0]["differs"][0].startswith("torch was 1.0")
+
+
+@pytest.mark.parametrize("content", ['{"tokens": 3}', "[]", "3"])
+def test_progress_of_another_version_is_told(tmp_path: Path, content: str) -> None:
+    (tmp_path / "progress.json").write_text(content, "utf-8")
+    with pytest.raises(RunError, match="as this version writes it"):
+        read_progress(tmp_path)
 
 
 def test_a_setting_that_came_with_a_newer_version_is_not_one_that_was_edited() -> None:
