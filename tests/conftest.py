@@ -85,6 +85,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "tests/gpu" in item.nodeid:
             item.add_marker("gpu")
+        if "tests/faults/" in item.nodeid:  # processes are forked and killed there
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session")
