@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 GROUPS = ("checkpoints", "endings", "inputs", "artefacts", "runs", "service")
+_FOLDERS = re.compile(  # of a test; at its end, one that was cut
+    r"(?:/[^\s/]+)*/pytest-(?:of-[^\s/]+|\d+)(?:/(?:pytest-\d+|popen-gw\d+))*/?(?:[^\s/]+/?)?|/tmp/\S*$"
+)
 HEADER = """# Faults
 
 What goes wrong, what is expected to come of it, and what was seen. Each row is a test in `tests/faults`; `make faults`
@@ -67,4 +71,4 @@ def _seen(row: Row) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return _FOLDERS.sub("…/", text).replace("|", "\\|").replace("\n", " ")
