@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ift_peft.errors import DiskFull, first_line, is_full
 
-OF_WRITING = ("PytorchStreamWriter", "inline_container", "iostream error")  # what torch says where it cannot write
-PROBED_BYTES = 1024 * 1024
+_OF_WRITING = ("PytorchStreamWriter", "inline_container", "iostream error")  # what torch says where it cannot write
+_PROBED_BYTES = 1024 * 1024
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -58,7 +58,7 @@ def disk_full(error: BaseException, folder: Path) -> DiskFull | None:
     """
     told = f"{type(error).__name__}: {error}"
     full = is_full(error) or "No space left on device" in told
-    if not full and isinstance(error, RuntimeError) and any(words in told for words in OF_WRITING):
+    if not full and isinstance(error, RuntimeError) and any(words in told for words in _OF_WRITING):
         full = not _takes_more(folder)
     if not full:
         return None
@@ -73,7 +73,7 @@ def _takes_more(folder: Path) -> bool:
     probe = folder / f".probe-{secrets.token_hex(4)}"
     try:
         with probe.open("wb") as file:
-            file.write(os.urandom(PROBED_BYTES))
+            file.write(os.urandom(_PROBED_BYTES))
             file.flush()
             os.fsync(file.fileno())
     except OSError:

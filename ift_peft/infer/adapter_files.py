@@ -18,9 +18,10 @@ from torch import nn
 from ift_peft.errors import IftPeftError, ModelError, first_line, raise_all
 from ift_peft.model.base import quiet
 from ift_peft.plain_files import read_text
+from ift_peft.run_dir import ADAPTER_FILES
 from ift_peft.trial import SECONDS, TakesMore, tried
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = ADAPTER_FILES
 METHODS = ("LORA", "ADALORA", "IA3", "VERA")
 NEVER_OURS = (  # PEFT imports what the first two name
     *("megatron_config", "auto_mapping", "layer_replication", "exclude_modules", "layers_pattern"),

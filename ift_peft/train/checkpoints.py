@@ -144,16 +144,13 @@ def tidy(folder: Path) -> None:
     shutil.rmtree(folder / REMOVED, ignore_errors=True)
 
 
-def set_aside_after(folder: Path, step: int) -> list[str]:
-    """Rename checkpoints after `step`, which do not verify, to `broken-…`; their new names."""
-    names = []
+def set_aside_after(folder: Path, step: int) -> None:
+    """Rename checkpoints after `step`, which do not verify, to `broken-…`."""
     for path in checkpoints_in(folder):
         if step_of(path) > step:
             aside = folder / f"broken-{path.name}"
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
-            names.append(aside.name)
-    return names
 
 
 def newest_verified(folder: Path) -> tuple[Path | None, list[str]]:

@@ -31,13 +31,13 @@ class TakenUp:
     @property
     def notes(self) -> list[str]:
         """What there is to be said beside where it goes on."""
-        differing = [
-            f"warning: not as when {self.checkpoint.name} was written, so that the rest may differ in its last bits: "
-            f"{'; '.join(self.differs)}"
-            for _ in self.differs[:1]
-            if self.checkpoint is not None
-        ]
-        return [*(f"warning: {line}" for line in self.passed_over), *differing]
+        notes = [f"warning: {line}" for line in self.passed_over]
+        if self.checkpoint is not None and self.differs:
+            notes.append(
+                f"warning: not as when {self.checkpoint.name} was written, so that the rest may differ in its last "
+                f"bits: {'; '.join(self.differs)}"
+            )
+        return notes
 
     def to_json(self) -> dict[str, Any]:
         name = None if self.checkpoint is None else self.checkpoint.name

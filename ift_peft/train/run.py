@@ -23,7 +23,7 @@ from ift_peft.report.card import adapter_card
 from ift_peft.report.write import NAME as REPORT
 from ift_peft.report.write import write_report
 from ift_peft.reporter import Reporter
-from ift_peft.run_dir import RunDir, create_run, ending, settings
+from ift_peft.run_dir import METRICS, RunDir, create_run, ending, settings
 from ift_peft.train.arguments import checkpoints_kept, sft_config, validation_arguments
 from ift_peft.train.checkpoints import errors_of_writing, newest_verified
 from ift_peft.train.losses import find_teacher
@@ -107,9 +107,8 @@ def finish(
         with _at_work(run):
             record_inputs(run, prepared, all_inputs(recipe, prepared))
             shutil.copytree(trained.checkpoints, run.checkpoints, symlinks=True)
-            shutil.copy(trained.path / "metrics.jsonl", run.path)
-            run.update_manifest(**entries, training_ended=True)
-            run.update_manifest(**foreseen)
+            shutil.copy(trained.path / METRICS, run.path)
+            run.update_manifest(**entries, **foreseen, training_ended=True)
             kept = run.checkpoints / checkpoint.name
             _train_and_measure(open_session(recipe, prepared, run, reporter, resumed=kept), kept)
         write_report(run)
@@ -152,9 +151,9 @@ def resume(
             if found.checkpoint
             else "no checkpoint to resume from; starting from the first step"
         )
-        run.update_manifest(status="running", error=None, resumed=[*manifest.get("resumed", []), found.to_json()])
+        resumed = [*manifest.get("resumed", []), found.to_json()]
+        run.update_manifest(status="running", error=None, resumed=resumed, **foreseen)
         with _at_work(run):
-            run.update_manifest(**foreseen)
             session = open_session(
                 recipe,
                 prepared,
