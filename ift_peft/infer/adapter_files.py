@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ NEVER_OURS = (  # PEFT imports what the first two name
 )
 _PLAIN = re.compile(r"(?:\.\*\\\.)?[\w.^-]+")  # a name, or the end of one, as PEFT itself writes it for fused experts
 _ANY_OF = re.compile(r"\(\.\*\[\.\]\)\?\((?:[\w.|-]|\\[.-])+\)")  # as training writes feedforward_modules
-MOST_RANKS = 100_000
+USUAL_RANKS = 1024  # AdaLoRA may have begun with more than are left in the weights
 MOST_ALPHA = 1e9
 FIX = "train again; an adapter from elsewhere is no part of this run"
 OTHER_BASE = "load the adapter on the base it was trained on, or train again"
@@ -87,8 +87,9 @@ def _number_faults(config: dict[str, Any], file: Path) -> Iterator[IftPeftError]
         return
     ranks += [config[name] for name in ("r", "init_r", "target_r") if name in config]
     alphas += [config["lora_alpha"]] if "lora_alpha" in config else []
-    for wrong in [one for one in ranks if not _is_rank(one)][:1]:
-        yield ModelError(expected=f"a rank of 1 to {MOST_RANKS:,}", found=f"{wrong!r:.80} in {file}", fix=FIX)
+    most = max(USUAL_RANKS, _shorter_side(file.with_name(WEIGHTS)))
+    for wrong in [one for one in ranks if not _is_rank(one, most)][:1]:
+        yield ModelError(expected=f"a rank of 1 to {most:,}", found=f"{wrong!r:.80} in {file}", fix=FIX)
     for wrong in [one for one in alphas if not _is_alpha(one)][:1]:
         yield ModelError(expected=f"lora_alpha of at most {MOST_ALPHA:.0e}", found=f"{wrong!r:.80} in {file}", fix=FIX)
 
@@ -147,8 +148,16 @@ def _is_alpha(value: Any) -> bool:
     return number and abs(value) <= MOST_ALPHA  # of NaN, which JSON of Python's may hold, neither is true
 
 
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MOST_RANKS
+def _is_rank(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
+
+
+def _shorter_side(file: Path) -> int:
+    """The longest one in `file`, as ranks are one: PEFT makes room for all of a configuration before it reads weights."""
+    with suppress(OSError, SafetensorError, RuntimeError), safe_open(file, "pt") as opened:
+        shapes = [opened.get_slice(key).get_shape() for key in opened.keys()]  # noqa: SIM118 - no mapping
+        return max((min(shape, default=0) for shape in shapes), default=0)
+    return 0
 
 
 def _weight_faults(file: Path) -> Iterator[IftPeftError]:

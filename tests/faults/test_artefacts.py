@@ -151,6 +151,7 @@ RUNS = [
     Case("another rank in the configuration than in the weights", config(r=8), 4, ("an adapter of this base", "size mismatch")),
     Case("a rank that is a word", config(r="x"), 4, ("a rank of 1 to",), ("predict", "merge"), fast=False),
     Case("a rank of 10^15", config(r=10**15), 4, ("a rank of 1 to",)),
+    Case("a rank of 50,000 for every module", config(r=50_000), 4, ("a rank of 1 to 1,024",), fast=False),
     Case("a method that PEFT does not know", config(peft_type="NOPE"), 4, ("peft_type out of",), ALL, fast=False),
     Case("another method than the weights are of", config(peft_type="IA3"), 4, (), ("predict",)),
     Case("a library for PEFT to import", config(auto_mapping={"base_model_class": "X", "parent_library": "antigravity"}, task_type=None), 4, ("no auto_mapping",)),

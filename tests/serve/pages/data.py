@@ -11,18 +11,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dbos import DBOSClient
 from sqlalchemy import insert, update
 
 from ift_peft.recipe import load_recipe
 from ift_peft.reporter import Silent
 from ift_peft.run_dir import RunDir
 from ift_peft.serve.ids import new_id
+from ift_peft.serve.jobs.queue import NAME
 from ift_peft.serve.store import Store
 from ift_peft.serve.store.tables import events, files, jobs, models
 from ift_peft.train.run import train
 from tests.conftest import ROOT
 
 PLANTED = "<script>document.title='planted'</script><img src=x onerror=document.title='planted'>"
+A_DAY = 86400.0
 REVIEWS = ROOT / "recipes" / "classification" / "sentiment.yaml"
 
 
@@ -88,7 +91,31 @@ def add_job(data_dir: Path, **values: Any) -> str:
     }
     with store_of(data_dir).begin() as connection:
         connection.execute(insert(jobs).values(**record))
+    if record["status"] == "running":
+        hold(data_dir, str(record["id"]), 0)
     return str(record["id"])
+
+
+def hold(data_dir: Path, job_id: str, attempt: int) -> None:
+    """Put the attempt into the queue for another day: a service looks for jobs that the queue has not, and begins
+    with them, but this one has nothing to begin with."""
+    queue = data_dir / "queue.sqlite"
+    if not queue.is_file():  # no service is at work there
+        return
+    client = DBOSClient(system_database_url=f"sqlite:///{queue}")
+    try:
+        client.enqueue(
+            {
+                "queue_name": NAME,
+                "workflow_name": "attempt",
+                "workflow_id": f"{job_id}.{attempt}",
+                "delay_seconds": A_DAY,
+            },
+            job_id,
+            attempt,
+        )
+    finally:
+        client.destroy()
 
 
 def change_job(data_dir: Path, job_id: str, **values: Any) -> None:
