@@ -153,7 +153,7 @@ def _is_rank(value: Any, most: int) -> bool:
 
 
 def _shorter_side(file: Path) -> int:
-    """The longest one in `file`, as ranks are one: PEFT makes room for all of a configuration before it reads weights."""
+    """The longest in `file`, as ranks are one: PEFT makes room for all of a configuration before it reads weights."""
     with suppress(OSError, SafetensorError, RuntimeError), safe_open(file, "pt") as opened:
         shapes = [opened.get_slice(key).get_shape() for key in opened.keys()]  # noqa: SIM118 - no mapping
         return max((min(shape, default=0) for shape in shapes), default=0)
