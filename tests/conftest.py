@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import signal
@@ -33,6 +34,7 @@ SHARING = {
         name: (f"test_{name}",)
         for name in ("merging", "mix", "parity", "pipeline", "safety", "stories", "engine", "validation", "study")
     },
+    "memory": ("model/test_memory",),
     "methods": ("e2e/test_methods",),
     "faults of a service": ("faults/test_service",),
     "kills": tuple(f"faults/test_{name}" for name in ("checkpoints", "endings", "forks", "kills", "runs")),
@@ -87,6 +89,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("gpu")
         if "tests/faults/" in item.nodeid:  # processes are forked and killed there
             item.add_marker("slow")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: accelerate collects garbage before each training, and would look through all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

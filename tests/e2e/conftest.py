@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from ift_peft.recipe import load_recipe
+from ift_peft.reporter import Silent
 from ift_peft.run_dir import RunDir, open_run
+from ift_peft.train.run import train
 from tests.conftest import OFFLINE, ROOT
 
 SHORT = (
@@ -35,10 +38,9 @@ FEW_OF_EACH = (
 
 @pytest.fixture(scope="session")
 def mixed_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    """`ift train multitask` for eight steps, in a fresh process without network."""
+    """The recipe `multitask` for eight steps."""
     folder = tmp_path_factory.mktemp("mixed")
-    _train(folder, "multitask", *FEW_OF_EACH)
-    return open_run(folder / "runs" / "multitask" / "latest")
+    return train(load_recipe("multitask", FEW_OF_EACH), root=folder / "runs", reporter=Silent())
 
 
 @pytest.fixture(scope="session")

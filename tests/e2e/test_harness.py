@@ -132,10 +132,12 @@ def test_base_and_adapter_are_two_models(short_run: RunDir, tasks: Path) -> None
         assert alone == {metric: {who: own[who]} for metric, own in both.items()}
 
 
-def test_the_command_prints_and_writes_what_it_measured(short_run: RunDir, tasks: Path, fresh_ift: Ift) -> None:
+def test_the_command_prints_and_writes_what_it_measured(
+    short_run: RunDir, tasks: Path, ift: Ift, capfd: pytest.CaptureFixture[str]
+) -> None:
     output = tasks.parent / "out.json"
     options = ("--tasks", "reviews", "--include-path", str(tasks), "--apply-chat-template", "--limit", "10")
-    done = fresh_ift("lm-eval", str(short_run.path), *options, "--output", str(output))
+    done = ift("lm-eval", str(short_run.path), *options, "--output", str(output))
     assert done.returncode == 0, done.stderr
     written = json.loads(output.read_text("utf-8"))
     accuracy = written["tasks"]["reviews"]["scores"]["acc"]
@@ -145,7 +147,7 @@ def test_the_command_prints_and_writes_what_it_measured(short_run: RunDir, tasks
     assert not (short_run.path / "lm-eval.json").exists()
     assert written["tasks"]["reviews"]["scores"]["mcc"]["base"]["stderr"] is not None
     for noise in ("Warning", "WARNING", "fatal", "it/s", "pretrained", "bootstrapping"):
-        assert noise not in done.stderr + done.stdout
+        assert noise not in done.stderr + done.stdout + "".join(capfd.readouterr())
 
 
 def test_what_it_cuts_is_told(short_run: RunDir, tasks: Path) -> None:

@@ -82,15 +82,6 @@ def test_each_source_is_answered_by_its_own_labels(mixed_run: RunDir) -> None:
             assert all("log_probability" in line["adapter"] and "likelihood" not in line for line in own)
 
 
-def test_a_single_task_keeps_its_form(short_run: RunDir) -> None:
-    scores = short_run.read("scores.json")
-    assert list(scores) == [
-        *("rows", "intervals", "base", "confusion", "per_class", "adapter", "calibration", "change"),
-        *("unseen", "perturbed", "forgetting", "gates"),
-    ]
-    assert all(set(line) == {"row", "answer", "base", "adapter"} for line in lines(short_run, "predictions.jsonl"))
-
-
 def test_measuring_again_gives_the_stored_scores_and_other_rows_are_of_a_named_source(
     mixed_run: RunDir, tmp_path: Path
 ) -> None:

@@ -238,3 +238,12 @@ def test_rendering_is_the_same_from_the_adapter_folder(short_run: RunDir) -> Non
     (row,) = Renderer(AutoTokenizer.from_pretrained(short_run.adapter)).render([golden["messages"]])
     assert row.input_ids == golden["input_ids"]
     assert row.labels == golden["labels"]
+
+
+def test_a_single_task_keeps_its_form(short_run: RunDir) -> None:
+    scores = short_run.read("scores.json")
+    assert list(scores) == [
+        *("rows", "intervals", "base", "confusion", "per_class", "adapter", "calibration", "change"),
+        *("unseen", "perturbed", "forgetting", "gates"),
+    ]
+    assert all(set(line) == {"row", "answer", "base", "adapter"} for line in short_run.read_lines("predictions.jsonl"))

@@ -27,9 +27,9 @@ pytestmark = pytest.mark.slow
 
 
 def test_lines_of_standard_input_are_explained_in_words_html_and_json(
-    cued_run: RunDir, fresh_ift: Ift, tmp_path: Path
+    cued_run: RunDir, ift: Ift, tmp_path: Path
 ) -> None:
-    done = fresh_ift(
+    done = ift(
         *("explain", str(cued_run.path), "--sample", "12", "--rows", "2", "--top", "3"),
         *("--html", "page.html", "--json", "found.json"),
         stdin=f"{QUERY}\n\nletter window awful garden\n",

@@ -1,8 +1,12 @@
-"""Print what steps were foreseen to need, and what the process grew by: grow.py BASE ROWS LENGTH POSITIONS."""
+"""Print what steps were foreseen to need, and what a process grew by: grow.py BASE,ROWS,LENGTH,POSITIONS ...
+
+Each is measured in a child of its own, which has its own peak; the imports are for all of them.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import torch
@@ -16,7 +20,7 @@ from ift_peft.model.tokenizer import locate_base
 from ift_peft.sections import Adapter
 
 
-def main(base: str, rows: int, length: int, positions: int) -> None:
+def measure(base: str, rows: int, length: int, positions: int) -> None:
     location, adapter = locate_base(base), Adapter()
     needed = foresee(location, adapter, Batch(rows, length, positions), dtype=torch.float32)
     with quiet():
@@ -39,10 +43,18 @@ def main(base: str, rows: int, length: int, positions: int) -> None:
     meter = Meter(torch.device("cpu"))
     for _ in range(2):
         step(length, positions)
-    found = meter.read()
-    grown = found["peak_rss_in_training_bytes"] - found["rss_before_training_bytes"]
-    print(json.dumps({"grown": grown, "activations": needed.activations, "logits": needed.logits}))
+    read = meter.read()
+    grown = read["peak_rss_in_training_bytes"] - read["rss_before_training_bytes"]
+    found = {"grown": grown, "activations": needed.activations, "logits": needed.logits}
+    print("found", json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    for case in sys.argv[1:]:
+        base, *numbers = case.split(",")
+        child = os.fork()
+        if not child:
+            measure(base, *map(int, numbers))
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            sys.exit(f"{case} could not be measured")

@@ -32,7 +32,7 @@ from ift_peft.train.run import train
 from ift_peft.train.session import Interrupted, open_session
 from ift_peft.tune.asking import open_study
 from ift_peft.tune.study import tune
-from tests.conftest import OFFLINE, ROOT
+from tests.conftest import OFFLINE, ROOT, Ift
 from tests.train.small import small, write_small
 
 pytestmark = pytest.mark.slow
@@ -159,9 +159,12 @@ def test_the_search_never_looks_at_the_held_out_rows(study: RunDir, tmp_path: Pa
     assert not held_out & {json.loads(line)["text"] for line in chosen_by}
 
 
-def test_a_study_killed_within_its_second_trial_loses_and_repeats_nothing(study: RunDir, tmp_path: Path) -> None:
+def test_a_study_killed_within_its_second_trial_loses_and_repeats_nothing(
+    study: RunDir, tmp_path: Path, ift: Ift
+) -> None:
     write_small(tmp_path)
-    command = [sys.executable, "-m", "ift_peft", "tune", "small.yaml", *SETTINGS, SEARCH, TARGET, "--trials", "3"]
+    asked = ("tune", "small.yaml", *SETTINGS, SEARCH, TARGET, "--trials", "3")
+    command = [sys.executable, "-m", "ift_peft", *asked]
     environment = {**os.environ, "PYTHONPATH": f"{OFFLINE}{os.pathsep}{ROOT}"}
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
@@ -174,7 +177,7 @@ def test_a_study_killed_within_its_second_trial_loses_and_repeats_nothing(study:
     before = {path.name: path.stat().st_mtime_ns for path in first.iterdir() if path.is_file()}
     spent = json.loads((folder / "budget.json").read_text("utf-8"))
     assert spent["tokens"] > 0
-    finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    finished = ift(*asked)
     assert finished.returncode == 8, finished.stderr
     assert "trial 1 goes on from checkpoint-" in finished.stderr, finished.stderr
     again = RunDir(folder)

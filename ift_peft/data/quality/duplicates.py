@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from datasketch import MinHash, MinHashLSH
 from numpy.typing import NDArray
 
 from ift_peft.data.quality.finding import normal, text_of
 from ift_peft.data.row import Row
+
+if TYPE_CHECKING:
+    from datasketch import MinHash  # with the half of scipy; most who import this file look for no duplicates
 
 PERMUTATIONS = 128
 RECALL = 0.99  # of the pairs that are just at the threshold
@@ -123,6 +126,8 @@ def jaccard(one: Trigrams, other: Trigrams) -> float:
 
 def signatures(sets: Iterable[Trigrams]) -> Iterator[MinHash]:
     """A MinHash of each set. Trigrams are hashed here by a multiplication, far faster than by the default SHA-1."""
+    from datasketch import MinHash
+
     hashed = ((own * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(32)).tolist() for own in sets)
     yield from MinHash.generator(hashed, num_perm=PERMUTATIONS, seed=0, hashfunc=int)
 
@@ -131,6 +136,8 @@ class _Index:
     """Sets to be found again by one that is near."""
 
     def __init__(self, threshold: float) -> None:
+        from datasketch import MinHashLSH
+
         self._threshold = threshold
         self._bands = MinHashLSH(num_perm=PERMUTATIONS, params=_bands(threshold))
         self._sets: dict[int, Trigrams] = {}
