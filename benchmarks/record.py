@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ift_peft.run_dir import git_state, hardware, versions
+from ift_peft.environment import git_state, hardware, versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

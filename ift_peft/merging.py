@@ -12,6 +12,7 @@ import numpy as np
 from ift_peft.adapters.combine import Asked, combine, parents_of
 from ift_peft.adapters.parents import check_parents, union_held_out, union_recipe
 from ift_peft.data.row import Row
+from ift_peft.environment import versions
 from ift_peft.evaluate.compare import Predictions, compare, predict_rows
 from ift_peft.evaluate.measure import resampling
 from ift_peft.infer.batches import Progress
@@ -19,7 +20,7 @@ from ift_peft.infer.ensemble import together
 from ift_peft.infer.load import Parts, load_members, open_parts
 from ift_peft.recipe import Recipe, parent_recipes, validate
 from ift_peft.reporter import Reporter
-from ift_peft.run_dir import RunDir, open_run, runs_called, versions
+from ift_peft.run_dir import RunDir, open_run, runs_called
 from ift_peft.stages import TOGETHER, Combining, Merging
 from ift_peft.train.once import add_part, found_or_trained, made_of_parts, prepare_parts
 from ift_peft.yaml_source import YamlSource, laid_over

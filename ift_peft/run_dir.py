@@ -6,35 +6,29 @@ import fcntl
 import hashlib
 import json
 import os
-import platform
 import re
 import secrets
-import subprocess
 import sys
-import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from ift_peft.durable import disk_full, point, write_atomically
-from ift_peft.errors import IftPeftError, RunError
+from ift_peft.durable import point, write_atomically
+from ift_peft.environment import git_state, hardware, versions
+from ift_peft.errors import RunError
 from ift_peft.plain_files import MiB, read_text
 from ift_peft.recipe import Recipe, dump_recipe, validate
 from ift_peft.yaml_source import read_yaml
 
-PACKAGES = ("ift_peft", "torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "tokenizers")
 LARGEST_RECORD = 1024 * MiB
 TIMES = 32  # the length of a recipe that a run may hold: the phrasings of its files are in it, each an entry
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 GOES_ON = ("running", "interrupted", "disk_full", "hung")  # statuses of runs that lack nothing but to be gone on with
 UNFINISHED = (*GOES_ON, "out_of_memory", "failed")
 METRICS = "metrics.jsonl"
-RESERVE = ".reserve"
-RESERVED_BYTES = 64 * 1024
 _TEMPORARY = re.compile(r"\.[\w-]+\.(json|jsonl|yaml|html)\.[a-z0-9_]{8}")  # of tempfile.mkstemp
 Kind = Literal["adapter", "pipeline", "merging"]
 MADE: dict[Kind, str] = {"adapter": "one adapter", "pipeline": "a pipeline", "merging": "several adapters compared"}
@@ -232,45 +226,6 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     return found
 
 
-@contextmanager
-def ending(run: RunDir, *, since: float | None = None) -> Iterator[None]:
-    """Record in the manifest how what is done to `run` ends: as succeeded, or as the error says that ended it.
-
-    Its seconds are counted from `since`, a time of `time.monotonic`, or from now. A full disk, by whichever error it
-    shows, is raised as `DiskFull`.
-    """
-    started = time.monotonic() if since is None else since
-    _reserve(run)
-    try:
-        yield
-        finished = datetime.now().astimezone().isoformat(timespec="seconds")
-        run.update_manifest(status="succeeded", finished=finished, seconds=round(time.monotonic() - started, 1))
-        (run.path / RESERVE).unlink(missing_ok=True)
-    except BaseException as error:
-        full = None if isinstance(error, IftPeftError) else disk_full(error, run.path)
-        _record_end(run, full or error)
-        if full is not None:
-            raise full from error
-        raise
-
-
-def _record_end(run: RunDir, error: BaseException) -> None:
-    interrupted = isinstance(error, KeyboardInterrupt)
-    status = "interrupted" if interrupted else getattr(error, "status", "failed")
-    told = {} if status == "interrupted" else {"error": f"{type(error).__name__}: {error}"[:2000]}
-    try:
-        run.update_manifest(status=status, **told)
-    except (OSError, RunError):  # of a full disk
-        (run.path / RESERVE).unlink(missing_ok=True)
-        with suppress(OSError, RunError):  # it stays `running`, which can be gone on with just as well
-            run.update_manifest(status=status, **told)
-
-
-def _reserve(run: RunDir) -> None:
-    """Take up room that the last word about a run can have when the disk is full."""
-    (run.path / RESERVE).write_bytes(os.urandom(RESERVED_BYTES))
-
-
 def point_latest(run: RunDir) -> None:
     """Make the sibling link `latest` point at `run`."""
     point(run.path.parent / "latest", run.path.name)
@@ -315,38 +270,3 @@ def list_runs(root: Path) -> list[RunDir]:
     """Every run below `root`, oldest first."""
     folders = (manifest.parent for manifest in root.glob("*/*/manifest.json") if not manifest.parent.is_symlink())
     return [RunDir(folder) for folder in sorted(folders, key=lambda folder: folder.name)]
-
-
-def versions() -> dict[str, str]:
-    """Python and the packages that decide a run's outcome."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def git_state() -> dict[str, Any] | None:
-    """Commit of the working directory and whether it has uncommitted changes; None outside a repository."""
-    try:
-        commit = _git("rev-parse", "HEAD")
-        return {"commit": commit, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _git(*arguments: str) -> str:
-    result = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
-    return result.stdout.strip()
-
-
-def hardware() -> dict[str, Any]:
-    import psutil
-
-    return {
-        "machine": platform.machine(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-    }

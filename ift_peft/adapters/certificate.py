@@ -13,9 +13,9 @@ from ift_peft.adapters.checkpoint import sha256
 from ift_peft.adapters.fidelity import Answered, Divergence
 from ift_peft.adapters.plan import ADAPTER_FILE
 from ift_peft.durable import write_atomically
+from ift_peft.environment import git_state, versions
 from ift_peft.evaluate.intervals import Estimate
 from ift_peft.infer.load import Parts
-from ift_peft.run_dir import git_state, versions
 
 Onto = Literal["unquantized", "dequantized"]
 Prefer = Literal["fidelity", "quality"]

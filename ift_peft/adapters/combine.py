@@ -33,7 +33,8 @@ from ift_peft.recipe import Recipe
 from ift_peft.report.card import adapter_card
 from ift_peft.report.write import write_report
 from ift_peft.reporter import Reporter
-from ift_peft.run_dir import RunDir, create_run, ending
+from ift_peft.run_dir import RunDir, create_run
+from ift_peft.run_ending import ending
 from ift_peft.sections import Adapter
 from ift_peft.stages import PRUNING, Method
 

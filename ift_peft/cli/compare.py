@@ -34,10 +34,11 @@ def compare(
     from ift_peft.cli.tables import print_contrast
     from ift_peft.console import out
     from ift_peft.durable import write_atomically
+    from ift_peft.environment import versions
     from ift_peft.evaluate.charts import interval_chart
     from ift_peft.evaluate.contrast import contrast
     from ift_peft.evaluate.metrics import Resampling
-    from ift_peft.run_dir import open_run, versions
+    from ift_peft.run_dir import open_run
 
     opened: dict[Path, RunDir] = {}
     for path in runs:

@@ -67,15 +67,8 @@ def serve(
 
     faults: list[IftPeftError] = []
     bases = _bases(base or ["tiny"], faults)
-    if (engine == EngineKind.vllm) != (vllm_url is not None):
-        found = "--engine vllm alone" if vllm_url is None else "--vllm-url alone"
-        faults.append(SettingsError(expected="--engine vllm with --vllm-url", found=found, fix="give both or neither"))
-    if not re.fullmatch(r"[a-z0-9-]{1,32}", organization):
-        faults.append(
-            SettingsError(
-                expected="--organization of 1 to 32 of a-z, 0-9 and -", found=repr(organization), fix="shorten it"
-            )
-        )
+    faults += _engine_faults(engine, vllm_url)
+    faults += _organization_faults(organization)
     faults += [fault for name in allowed_host or () if (fault := check_name(name)) is not None]
     raise_all(faults)
     limits = Limits(
@@ -101,6 +94,20 @@ def serve(
             organization=organization,
         )
     )
+
+
+def _engine_faults(engine: EngineKind, vllm_url: str | None) -> list[SettingsError]:
+    if (engine == EngineKind.vllm) == (vllm_url is not None):
+        return []
+    found = "--engine vllm alone" if vllm_url is None else "--vllm-url alone"
+    return [SettingsError(expected="--engine vllm with --vllm-url", found=found, fix="give both or neither")]
+
+
+def _organization_faults(organization: str) -> list[SettingsError]:
+    if re.fullmatch(r"[a-z0-9-]{1,32}", organization):
+        return []
+    expected = "--organization of 1 to 32 of a-z, 0-9 and -"
+    return [SettingsError(expected=expected, found=repr(organization), fix="shorten it")]
 
 
 def _bases(given: Sequence[str], faults: list[IftPeftError]) -> dict[str, str]:

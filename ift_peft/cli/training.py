@@ -57,25 +57,15 @@ def train(
         _train_parts(whole, unfinished, seeds=seeds, root=runs_dir, step_timeout=step_timeout)
         return
     err.print("loading torch, transformers, peft, trl …", style="dim")
+    if seeds > 1:
+        _train_seeds(whole, seeds, root=runs_dir, step_timeout=step_timeout)
+        return
     from ift_peft.train import run as training
 
     reporter = ConsoleReporter()
-    if loaded is not None:
-        runs = []
-        for step in range(seeds):
-            seeded = loaded if step == 0 else loaded.with_seed(step)
-            if seeds > 1:
-                reporter.note(f"run {step + 1} of {seeds}")
-            runs.append(training.train(seeded, root=runs_dir, reporter=reporter, step_timeout=step_timeout))
-            if seeds > 1:
-                out.print(f"run      {os.path.relpath(runs[-1].path)}", markup=False)
-        run = runs[-1]
-        if seeds > 1:
-            _print_pooled(runs, loaded)
-            raise_all([fault for one in runs for fault in missed(one.read("scores.json"))])
-            return
+    if unfinished is None:
+        run = training.train(whole, root=runs_dir, reporter=reporter, step_timeout=step_timeout)
     else:
-        assert unfinished is not None
         run = training.resume(unfinished, reporter=reporter, step_timeout=step_timeout)
     name, scores = run.recipe().name, run.read("scores.json")
     print_scores(scores, title=f"{name}: {scores['rows']} held-out rows")
@@ -86,6 +76,26 @@ def train(
         markup=False,
     )
     raise_all(missed(scores))
+
+
+def _train_seeds(recipe: Recipe, seeds: int, *, root: Path, step_timeout: float | None) -> None:
+    """Train a recipe with so many seeds, one after another, and show what they scored together."""
+    from ift_peft.cli.tables import print_contrast
+    from ift_peft.console import ConsoleReporter, out
+    from ift_peft.errors import raise_all
+    from ift_peft.evaluate.contrast import contrast
+    from ift_peft.evaluate.gates import missed
+    from ift_peft.evaluate.measure import resampling
+    from ift_peft.train.run import train
+
+    reporter, runs = ConsoleReporter(), []
+    for step in range(seeds):
+        reporter.note(f"run {step + 1} of {seeds}")
+        seeded = recipe if step == 0 else recipe.with_seed(step)
+        runs.append(train(seeded, root=root, reporter=reporter, step_timeout=step_timeout))
+        out.print(f"run      {os.path.relpath(runs[-1].path)}", markup=False)
+    print_contrast(contrast(runs, resampling(recipe.evaluation)))
+    raise_all([fault for one in runs for fault in missed(one.read("scores.json"))])
 
 
 def _train_parts(recipe: Recipe, into: RunDir | None, *, seeds: int, root: Path, step_timeout: float | None) -> None:
@@ -119,14 +129,6 @@ def _train_parts(recipe: Recipe, into: RunDir | None, *, seeds: int, root: Path,
     if run.kind == "pipeline":
         out.print(f"pipeline ift pipeline {folder} TEXT", markup=False)
     raise_all(missed_parts(run))
-
-
-def _print_pooled(runs: list[RunDir], recipe: Recipe) -> None:
-    from ift_peft.cli.tables import print_contrast
-    from ift_peft.evaluate.contrast import contrast
-    from ift_peft.evaluate.measure import resampling
-
-    print_contrast(contrast(runs, resampling(recipe.evaluation)))
 
 
 @app.command()

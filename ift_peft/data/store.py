@@ -12,9 +12,8 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 from ift_peft.data.fit import Fit, Overlong, fit_batches, raise_unfit
 from ift_peft.data.render import Rendered, TokenRenderer
 from ift_peft.data.row import Row
+from ift_peft.environment import version_of
 from ift_peft.errors import first_line
 from ift_peft.sections import Data
 from ift_peft.selection import Validation
@@ -112,7 +112,7 @@ def content_key(
             digest.update(code.read_bytes())
     settings = {
         "data": data.model_dump(mode="json"),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {name: version_of(name) for name in _PACKAGES},
         "tokenizer": hashlib.sha256(renderer.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "special": {name: str(token) for name, token in renderer.tokenizer.special_tokens_map.items()},
         "template": renderer.template_hash,
@@ -138,13 +138,6 @@ def file_digest(path: Path) -> bytes:
     """The sha256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def render_set(
@@ -266,4 +259,11 @@ def _write_pairs(writer: ArrowWriter, pairs: list[tuple[Row, Rendered]], digest:
             "source": [row.source for row, _ in pairs],
             "where": [row.key for row, _ in pairs],
         }
+    )
+
+
+def to_dataset(rendered: Sequence[Rendered]) -> Dataset:
+    """Rendered rows, in memory, as the columns that a trainer reads."""
+    return Dataset.from_dict(
+        {"input_ids": [row.input_ids for row in rendered], "labels": [row.labels for row in rendered]}
     )

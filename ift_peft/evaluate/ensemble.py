@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ift_peft.data.fit import Fitted
+from ift_peft.data.row import Row
 from ift_peft.errors import RunError
 from ift_peft.evaluate import metrics
 from ift_peft.evaluate.arms import require_same_rows, short
@@ -16,8 +18,8 @@ from ift_peft.evaluate.compare import predict_rows
 from ift_peft.evaluate.intervals import Floats
 from ift_peft.evaluate.measure import resampling
 from ift_peft.evaluate.metrics import Resampling
-from ift_peft.infer.ensemble import check_members, open_members, together
-from ift_peft.infer.load import held_out_rows, open_parts
+from ift_peft.infer.ensemble import Member, check_members, open_members, together
+from ift_peft.infer.load import Parts, held_out_rows, open_parts
 from ift_peft.infer.temperature import at_temperature, ensemble_temperature
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir
@@ -53,6 +55,26 @@ def evaluate_ensemble(
                 fix="name a file of rows: --data FILE",
             )
         require_same_rows(runs)
+    fitted, answers = _same_rows(parts, data)
+    members, notes = open_members(parts)
+    for one, own in zip(fitted, parts, strict=True):
+        notes += one.fit.notes(f"rows for {own.run.path.parent.name}", own.max_length)
+    for note in notes:
+        reporter.note(note)
+    found = {
+        name: _probabilities(member, own.rows, labels, name, reporter)
+        for member, own, name in zip(members, fitted, member_names(runs), strict=True)
+    }
+    truth = [labels.index(answer) for answer in answers]
+    section = resampling(parts[0].recipe.evaluation)
+    temperature, fitted_on = ensemble_temperature(members, labels, kind) if calibrate else (1.0, 0)
+    if calibrate:
+        reporter.note(f"temperature {temperature:.3f}, by {fitted_on} validation rows")
+    return ensemble_scores(truth, labels, found, kind, section, temperature=temperature)
+
+
+def _same_rows(parts: Sequence[Parts], data: Path | None) -> tuple[list[Fitted], list[str]]:
+    """The rows of each run, and their answers. Raises `RunError` where one has others."""
     fitted = [held_out_rows(one, data) for one in parts]
     truths = [[(row.answer, row.where if data else "") for row in one.rows] for one in fitted]
     if any(truth != truths[0] for truth in truths):
@@ -61,33 +83,25 @@ def evaluate_ensemble(
             found="rows that some leave out, or read another answer from",
             fix="data.overlong=truncate keeps them; check data.labels of the runs",
         )
-    members, notes = open_members(parts)
-    for one, own in zip(fitted, parts, strict=True):
-        notes += one.fit.notes(f"rows for {own.run.path.parent.name}", own.max_length)
-    for note in notes:
-        reporter.note(note)
-    found = []
-    for member, own_rows, name in zip(members, fitted, member_names(runs), strict=True):
-        reporter.stage(f"measuring {name}", len(own_rows.rows) * len(labels))
-        predicted = predict_rows(
-            member.activate(),
-            member.parts.renderer,
-            own_rows.rows,
-            member.parts.labels,
-            batch_size=member.parts.recipe.evaluation.per_device_eval_batch_size,
-            adapter=True,
-            progress=lambda done, total: reporter.advance(done),
-        )
-        reporter.finish()
-        assert predicted.probabilities is not None
-        found.append(predicted.probabilities[:, [member.parts.labels.index(label) for label in labels]])
-    truth = [labels.index(answer) for answer, _ in truths[0]]
-    section = resampling(parts[0].recipe.evaluation)
-    temperature, fitted_on = ensemble_temperature(members, labels, kind) if calibrate else (1.0, 0)
-    if calibrate:
-        reporter.note(f"temperature {temperature:.3f}, by {fitted_on} validation rows")
-    by_name = dict(zip(member_names(runs), found, strict=True))
-    return ensemble_scores(truth, labels, by_name, kind, section, temperature=temperature)
+    return fitted, [answer for answer, _ in truths[0]]
+
+
+def _probabilities(member: Member, rows: Sequence[Row], labels: Sequence[str], name: str, reporter: Reporter) -> Floats:
+    """Of each of `labels`, in this order; shape (rows, labels)."""
+    reporter.stage(f"measuring {name}", len(rows) * len(labels))
+    predicted = predict_rows(
+        member.activate(),
+        member.parts.renderer,
+        rows,
+        member.parts.labels,
+        batch_size=member.parts.recipe.evaluation.per_device_eval_batch_size,
+        adapter=True,
+        progress=lambda done, total: reporter.advance(done),
+    )
+    reporter.finish()
+    assert predicted.probabilities is not None
+    ordered: Floats = predicted.probabilities[:, [member.parts.labels.index(label) for label in labels]]
+    return ordered
 
 
 def member_names(runs: Sequence[RunDir]) -> list[str]:

@@ -67,6 +67,20 @@ def validation_arguments(section: Validation | None, *, labels: bool) -> dict[st
     return found if section.every == "epoch" else {**found, "eval_steps": section.every, "save_steps": section.every}
 
 
+def arguments_of(
+    recipe: Recipe, *, output_dir: Path, device: torch.device, compute_dtype: torch.dtype, max_length: int | None
+) -> SFTConfig:
+    """The sections `training` and `validation` of a recipe as one `SFTConfig`. Raises `RecipeError` as `sft_config`."""
+    return sft_config(
+        recipe.training,
+        output_dir=output_dir,
+        device=device,
+        compute_dtype=compute_dtype,
+        max_length=max_length,
+        validation=validation_arguments(recipe.validation, labels=bool(recipe.data.label_words)),
+    )
+
+
 def sft_config(
     training: dict[str, Any],
     *,

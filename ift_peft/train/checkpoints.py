@@ -19,8 +19,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ift_peft.durable import disk_full, point, sync_file, sync_folder
+from ift_peft.environment import versions
 from ift_peft.errors import IftPeftError, RunError, first_line, is_out_of_memory
-from ift_peft.run_dir import versions
 
 MANIFEST = "checkpoint.json"
 PROGRESS = "progress.json"

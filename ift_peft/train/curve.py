@@ -12,6 +12,7 @@ from typing import Any
 
 from ift_peft.data.rows import read_rows
 from ift_peft.data.store import file_digest, files_of
+from ift_peft.environment import versions
 from ift_peft.errors import RecipeError, RunError
 from ift_peft.evaluate.charts import Curve, curve_chart
 from ift_peft.evaluate.contrast import contrast
@@ -20,7 +21,7 @@ from ift_peft.evaluate.measure import resampling
 from ift_peft.model.tokenizer import locate_base
 from ift_peft.recipe import Recipe, require_one_task
 from ift_peft.reporter import Reporter
-from ift_peft.run_dir import RunDir, open_run, versions
+from ift_peft.run_dir import RunDir, open_run
 from ift_peft.train.run import train
 
 

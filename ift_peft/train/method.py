@@ -1,4 +1,4 @@
-"""What the method of an adapter needs beside PEFT's configuration: how it begins, goes on."""
+"""What the method of an adapter needs beside PEFT's configuration: how it begins, learns, goes on."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
+from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor
+from transformers import TrainingArguments
+from transformers.trainer_optimizer import is_optimizer_factory
 
 from ift_peft.data.render import Rendered
-from ift_peft.errors import DataError
+from ift_peft.errors import DataError, RecipeError
 from ift_peft.infer.batches import pad
 from ift_peft.infer.load import class_head
 from ift_peft.model.adapter import peft_config
@@ -114,6 +117,30 @@ class EvaBatches:
             rendered = [Rendered(one["input_ids"], one["labels"]) for one in columns]
             batch = pad(rendered, int(self.prepared.tokenizer.pad_token_id))
             yield {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask")}
+
+
+def loraplus_optimizer(
+    model: Any, training: TrainingArguments, kind: Any, arguments: dict[str, Any], *, ratio: float
+) -> Any:
+    """An optimizer by which B learns `ratio` times as fast as A (LoRA+, Hayou et al. 2024, arXiv:2402.12354).
+
+    `kind` and `arguments` are those that transformers has for `training`. An adapted embedding learns at the rate of A:
+    PEFT's default for it, 1e-6, would hold it still. Raises `RecipeError` for an optimizer without groups of weights.
+    """
+    if is_optimizer_factory(kind) or {"params", "model", "optimizer_dict"} & set(arguments):
+        raise RecipeError(
+            expected="adapter.loraplus_lr_ratio with an optimizer that takes groups of weights",
+            found=f"training.optim={training.optim}",
+            fix="remove training.optim, or adapter.loraplus_lr_ratio",
+        )
+    return create_loraplus_optimizer(
+        model,
+        kind,
+        loraplus_lr_ratio=ratio,
+        loraplus_weight_decay=training.weight_decay,
+        loraplus_lr_embedding=arguments["lr"],
+        **arguments,
+    )
 
 
 def allocation_of(model: Any, recipe: Recipe) -> RankAllocation | None:

@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from ift_peft.data.rows import raise_faults
+from ift_peft.environment import versions
 from ift_peft.errors import IftPeftError, RunError, faults_of
 from ift_peft.recipe import Recipe
 from ift_peft.report.write import NAME as REPORT
 from ift_peft.report.write import write_report
 from ift_peft.reporter import Reporter
-from ift_peft.run_dir import GOES_ON, Kind, RunDir, create_run, ending, runs_called, versions
+from ift_peft.run_dir import GOES_ON, Kind, RunDir, create_run, runs_called
+from ift_peft.run_ending import ending
+from ift_peft.train.inputs import inputs_of
 from ift_peft.train.prepare import Prepared, prepare
-from ift_peft.train.run import all_inputs, resume, train
-from ift_peft.train.session import Interrupted
+from ift_peft.train.run import resume, train
+from ift_peft.train.session import Interrupted, resume_command
 from ift_peft.train.signals import ending_on_signals
 
 
@@ -38,7 +41,7 @@ def prepare_parts(recipes: Mapping[str, Recipe], reporter: Reporter) -> dict[str
     for name, recipe in recipes.items():
         try:
             prepared = prepare(recipe, reporter)
-            found[name] = Part(recipe, prepared, all_inputs(recipe, prepared))
+            found[name] = Part(recipe, prepared, inputs_of(recipe, prepared))
         except IftPeftError as error:
             faults += faults_of(name, error)
     raise_faults(faults)
@@ -60,7 +63,7 @@ def made_of_parts(recipe: Recipe, kind: Kind, root: Path, *, into: RunDir | None
         raise Interrupted(
             expected="all parts to be trained and measured",
             found=getattr(error, "found", "it was interrupted"),
-            fix=f"go on with: ift train --resume {os.path.relpath(run.path)}",
+            fix=f"go on with: {resume_command(run)}",
         ) from None
     write_report(run)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,9 +15,9 @@ from ift_peft.data.classify import make_renderer
 from ift_peft.data.fit import Fitted, fit_rows
 from ift_peft.data.instructions import Asker, ask_held_out, asked_first, asked_in, askers, unseen_pool
 from ift_peft.data.quality import Cleaned, Finding, apply, find
-from ift_peft.data.render import Rendered, TokenRenderer
+from ift_peft.data.render import TokenRenderer
 from ift_peft.data.row import Row
-from ift_peft.data.rows import held_out_rows, read_rows, set_aside, stream_rows, to_saved
+from ift_peft.data.rows import held_out_rows, read_rows, set_aside, stream_rows
 from ift_peft.data.store import RenderedSet, content_key, render_set
 from ift_peft.evaluate.measure import check_evaluation
 from ift_peft.evaluate.probes import Probe, make_probes
@@ -35,7 +33,6 @@ from ift_peft.model.tokenizer import (
 )
 from ift_peft.recipe import Recipe
 from ift_peft.reporter import Reporter
-from ift_peft.run_dir import RunDir
 from ift_peft.sections import Classes, Data, Quality
 from ift_peft.train.arguments import choose_max_length
 from ift_peft.train.batching import Epochs
@@ -99,26 +96,13 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
     check_adapter(recipe.adapter, bare, quantization=recipe.base.quantization)
     max_length = choose_max_length(recipe, positions(bare.config))
     notes += reach(bare, recipe.adapter, head=recipe.base.head)
-    checked = None
-    if train_rows is not None and data.quality is not None:
-        checked = _check(
-            train_rows, test_rows, data.quality, renderer, by_source, labels=data.classes, max_length=max_length
-        )
-        train_rows = checked.cleaned.rows
-        notes += checked.notes()
-    validation_rows: list[Row] = []
-    if train_rows is not None:  # a stream has none: the recipe was validated
-        train_rows, validation_rows = set_aside(train_rows, recipe.validation)
-    if checked is not None and train_rows is not None:
-        checked = replace(checked, cleaned=replace(checked.cleaned, rows=train_rows))
-    if train_rows is not None and data.augment is not None:
-        copies = changed_copies(train_rows, data, [*test_rows, *validation_rows], by_source)
-        notes.append(f"{len(copies)} changed copies of {len(train_rows)} training rows were added")
-        train_rows = [*train_rows, *copies]
-    variants = _variants(by_source, recipe.training, None if train_rows is None else len(train_rows))
-    reporter.stage("tokenising training rows", 0 if train_rows is None else len(train_rows))
+    chosen = _chosen(train_rows, test_rows, recipe, renderer, by_source, max_length=max_length)
+    notes += chosen.notes
+    count = None if chosen.train is None else len(chosen.train)
+    variants = _variants(by_source, recipe.training, count)
+    reporter.stage("tokenising training rows", count or 0)
     train = render_set(
-        _asked(train_rows, data, by_source, variants, frozenset(row.where for row in test_rows)),
+        _asked(chosen.train, data, by_source, variants, frozenset(row.where for row in test_rows)),
         renderer,
         key=content_key(data, renderer, max_length=max_length, variants=variants, validation=recipe.validation),
         variants=variants,
@@ -133,8 +117,8 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
     for held_out in test.rendered if more_tokens else ():
         require_known_tokens(held_out.input_ids, location, tokenizer, where="a held-out row")
     validation = None
-    if validation_rows:
-        asked = ask_held_out(validation_rows, by_source)
+    if chosen.validation:
+        asked = ask_held_out(chosen.validation, by_source)
         validation = fit_rows(asked, renderer, max_length=max_length, overlong=data.overlong)
     rendered = "training rows" if variants == 1 else f"renderings of training rows ({variants} of each)"
     notes += train.notes
@@ -150,8 +134,45 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
         max_length=max_length,
     )
     notes += [note for probe in probes for note in probe.notes]
-    epochs = _epochs(data, train)
+    epochs, checked = _epochs(data, train), chosen.checked
     return Prepared(location, tokenizer, renderer, train, epochs, test, validation, probes, checked, max_length, notes)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Rows to train on, with their changed copies; those set aside; and what the checks found. Of a stream, nothing."""
+
+    train: list[Row] | None = None
+    validation: Sequence[Row] = ()
+    checked: Checked | None = None
+    notes: Sequence[str] = ()
+
+
+def _chosen(
+    rows: list[Row] | None,
+    test: Sequence[Row],
+    recipe: Recipe,
+    renderer: TokenRenderer,
+    by_source: Sequence[Asker],
+    *,
+    max_length: int | None,
+) -> _Chosen:
+    """Check the rows that were read, set some aside, and add changed copies of the others."""
+    if rows is None:  # the recipe was validated: a stream has no such sections
+        return _Chosen()
+    data, checked, notes = recipe.data, None, []
+    if data.quality is not None:
+        checked = _check(rows, test, data.quality, renderer, by_source, labels=data.classes, max_length=max_length)
+        rows = checked.cleaned.rows
+        notes += checked.notes()
+    rows, validation = set_aside(rows, recipe.validation)
+    if checked is not None:
+        checked = replace(checked, cleaned=replace(checked.cleaned, rows=rows))
+    if data.augment is not None:
+        copies = changed_copies(rows, data, [*test, *validation], by_source)
+        notes.append(f"{len(copies)} changed copies of {len(rows)} training rows were added")
+        rows = [*rows, *copies]
+    return _Chosen(rows, validation, checked, notes)
 
 
 def _check(
@@ -229,63 +250,3 @@ def _epochs(data: Data, train: RenderedSet) -> Epochs:
         return Epochs(rows=train.rows, variants=train.variants)
     sources = train.column("source")[:: train.variants]
     return Epochs(rows=train.rows, variants=train.variants, sources=sources, weights=weights, seed=data.seed)
-
-
-def inputs(prepared: Prepared) -> dict[str, Any]:
-    """What a run was made of, by hash: equal inputs and seeds make equal adapters."""
-    validation = prepared.validation
-    return {
-        "base_fingerprint": prepared.location.fingerprint(),
-        "template_sha256": prepared.renderer.template_hash,
-        "train_sha256": prepared.train.facts["sha256"],
-        "test_sha256": _hash(prepared.test.rendered),
-    } | ({"validation_sha256": _hash(validation.rendered)} if validation else {})
-
-
-def _hash(rendered: Sequence[Rendered]) -> str:
-    digest = hashlib.sha256()
-    for row in rendered:
-        digest.update(json.dumps([row.input_ids, row.labels]).encode())
-    return digest.hexdigest()
-
-
-def record_inputs(run: RunDir, prepared: Prepared, hashes: dict[str, Any]) -> None:
-    """Write the golden example, the rows held out and set aside, and the facts of the inputs into the run."""
-    train = prepared.train.facts
-    renderer, location = prepared.renderer, prepared.location
-    template = {"template_sha256": renderer.template_hash, "template": renderer.template}
-    run.write("golden.json", {**train["golden"], **template})
-    run.write_lines("test.jsonl", [to_saved(row) for row in prepared.test.rows])
-    if prepared.checked is not None:
-        run.write("findings.json", {"findings": [found.to_json() for found in prepared.checked.findings]})
-        run.write_lines("dropped.jsonl", [row.to_json() for row in prepared.checked.cleaned.dropped])
-        run.write_lines("train.jsonl", [to_saved(row) for row in prepared.checked.cleaned.rows])
-    counts = ("rows", "variants", "tokens", "supervised_tokens", "truncated", "dropped")
-    rows = {"train": {name: train[name] for name in counts} | {"tokenised_before": prepared.train.reused}}
-    rows["test"] = _counts(prepared.test)
-    if prepared.validation is not None:
-        run.write_lines("validation.jsonl", [to_saved(row) for row in prepared.validation.rows])
-        rows["validation"] = _counts(prepared.validation)
-    run.update_manifest(
-        inputs=hashes,
-        base={
-            "name": location.public_name,
-            "revision": location.revision,
-            "files": location.files(),
-            "config": location.config(),
-        },
-        template=prepared.renderer.origin,
-        generation_prompt=prepared.renderer.generation_prompt,
-        max_length=prepared.max_length,
-        rows=rows,
-    )
-
-
-def _counts(fitted: Fitted) -> dict[str, int]:
-    return {
-        "rows": len(fitted.rows),
-        "tokens": fitted.tokens,
-        "supervised_tokens": fitted.supervised_tokens,
-        "truncated": fitted.fit.truncated,
-        "dropped": fitted.fit.dropped,
-    }

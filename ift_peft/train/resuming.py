@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from ift_peft.environment import made_on
 from ift_peft.errors import RunError, first_line
 from ift_peft.run_dir import METRICS, RunDir
 from ift_peft.train.checkpoints import MANIFEST, PROGRESS, differences, newest_verified, set_aside_after, step_of, tidy
 from ift_peft.train.progress import Progress
-from ift_peft.train.trainer import made_on
 
 
 @dataclass(frozen=True)

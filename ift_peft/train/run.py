@@ -23,16 +23,18 @@ from ift_peft.report.card import adapter_card
 from ift_peft.report.write import NAME as REPORT
 from ift_peft.report.write import write_report
 from ift_peft.reporter import Reporter
-from ift_peft.run_dir import METRICS, RunDir, create_run, ending, settings
-from ift_peft.train.arguments import checkpoints_kept, sft_config, validation_arguments
+from ift_peft.run_dir import METRICS, RunDir, create_run, settings
+from ift_peft.run_ending import ending
+from ift_peft.train.arguments import arguments_of, checkpoints_kept
 from ift_peft.train.checkpoints import errors_of_writing, newest_verified
-from ift_peft.train.losses import find_teacher
+from ift_peft.train.inputs import inputs_of, record_inputs
 from ift_peft.train.memory import foresee_memory
+from ift_peft.train.opening import open_session
 from ift_peft.train.out_of_memory import memory_for
-from ift_peft.train.prepare import Prepared, inputs, prepare, record_inputs
+from ift_peft.train.prepare import Prepared, prepare
 from ift_peft.train.resuming import changed_settings, take_up
 from ift_peft.train.room import bytes_in, require_room, room_needed
-from ift_peft.train.session import Interrupted, Session, open_session, resume_command
+from ift_peft.train.session import Interrupted, Session, resume_command
 from ift_peft.train.signals import ending_on_signals
 
 _LESS_MEASURED = "lower evaluation.per_device_eval_batch_size, or evaluation.max_new_tokens where answers are generated"
@@ -59,17 +61,10 @@ def train(
     prepared = prepared or prepare(recipe, reporter)
     device = choose_device(recipe.base.device)
     dtype = choose_dtype(recipe.base.compute_dtype, device)
-    sft_config(
-        recipe.training,
-        output_dir=root,
-        device=device,
-        compute_dtype=dtype,
-        max_length=prepared.max_length,
-        validation=validation_arguments(recipe.validation, labels=bool(recipe.data.label_words)),
-    )
+    arguments_of(recipe, output_dir=root, device=device, compute_dtype=dtype, max_length=prepared.max_length)
     general_texts(recipe.evaluation)  # read again when they are measured; what is wrong with them is told now
     safety_prompts(recipe.evaluation)
-    given = all_inputs(recipe, prepared)
+    given = inputs_of(recipe, prepared)
     foreseen = _foresee(recipe, prepared, root, reporter)
     run = create_run(recipe, root)
     opened = partial(open_session, callbacks=callbacks, step_timeout=step_timeout)
@@ -105,7 +100,7 @@ def finish(
     created(run)
     with run.locked():
         with _at_work(run):
-            record_inputs(run, prepared, all_inputs(recipe, prepared))
+            record_inputs(run, prepared, inputs_of(recipe, prepared))
             shutil.copytree(trained.checkpoints, run.checkpoints, symlinks=True)
             shutil.copy(trained.path / METRICS, run.path)
             run.update_manifest(**entries, **foreseen, training_ended=True)
@@ -181,7 +176,7 @@ def _as_it_began(run: RunDir, reporter: Reporter) -> tuple[Recipe, Prepared]:
             fix="restore it, or train it as a run of its own: ift train",
         )
     prepared = prepare(recipe, reporter)
-    recorded, now = run.read("manifest.json").get("inputs"), all_inputs(recipe, prepared)
+    recorded, now = run.read("manifest.json").get("inputs"), inputs_of(recipe, prepared)
     if recorded is None:
         raise RunError(
             expected="a run that got as far as its rows", found=f"none recorded in {run.path}", fix="start a new run"
@@ -206,12 +201,6 @@ def _at_work(run: RunDir) -> Iterator[None]:
         raise Interrupted(
             expected="a run that ends by itself", found="it was interrupted", fix=f"go on with: {resume_command(run)}"
         ) from None
-
-
-def all_inputs(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
-    """The inputs of a run by hash, its teacher's among them. Raises `ModelError` for a teacher that cannot be used."""
-    teacher = find_teacher(recipe.loss, prepared.tokenizer, max_length=prepared.max_length)
-    return inputs(prepared) | ({"teacher_fingerprint": teacher.fingerprint()} if teacher else {})
 
 
 def _foresee(

@@ -4,61 +4,38 @@ from __future__ import annotations
 
 import json
 import math
-import platform
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_optimizer import is_optimizer_factory
 from trl import SFTTrainer
 
-from ift_peft.data.render import Rendered
-from ift_peft.errors import OutOfMemory, RecipeError, RunError, first_line, is_out_of_memory
+from ift_peft.environment import made_on
+from ift_peft.errors import OutOfMemory, RunError, first_line, is_out_of_memory
 from ift_peft.model.initialise import NAME
 from ift_peft.sections import Head, Loss
 from ift_peft.train.allocation import orthogonality
 from ift_peft.train.batching import Epochs, EpochSampler
 from ift_peft.train.checkpoints import PROGRESS, faults_of, rotate, writing
 from ift_peft.train.divergence import Guard
-from ift_peft.train.losses import ClassObjective, Objective, Sums
+from ift_peft.train.losses import ClassObjective, Objective
+from ift_peft.train.method import loraplus_optimizer
 from ift_peft.train.offending import left_over, not_finite, require_finite
 from ift_peft.train.out_of_memory import Batch, give_memory_back, memory_for, parts_of, whole_or_undone
 from ift_peft.train.progress import Progress
+from ift_peft.train.step import Step
+from ift_peft.train.validation import Validate, log_evaluation
 
 Halved = Callable[[int, int, int], None]  # rows at a time before, from now on, and the step in which that was found out
 _LEAST_SCALE = 2.0**-14  # of float16's loss: 30 halvings below where it begins
-Validate = Callable[[Any], dict[str, float]]  # from a PEFT model to its scores on validation rows
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What one forward and backward of a step came to, in one part or several; tensors are single numbers.
-
-    Nothing of it is read before the step ends, and then all at once: reading waits for the device.
-    """
-
-    loss: Tensor
-    read: Tensor
-    correct: Tensor
-    penalty: Tensor | None
-    parts: dict[str, Tensor]
-    tokens: int
-    padded: int
-
-    @property
-    def numbers(self) -> list[Tensor]:
-        own = [self.loss, self.read, self.correct, *self.parts.values()]
-        return own if self.penalty is None else [*own, self.penalty]
 
 
 class SupervisedTrainer(SFTTrainer):
@@ -109,9 +86,7 @@ class SupervisedTrainer(SFTTrainer):
         self._saved_to: Path | None = None
         self.where, self.halved = where, halved
         self.unwatched: Callable[[], AbstractContextManager[None]] = nullcontext  # entered for what is no step
-        self._batches: list[Batch] = []  # of the step that is being taken
-        self._micro_batches: list[MicroBatch] = []
-        self._sums: list[tuple[Sums, Tensor | None]] = []  # of the parts of the micro-batch that is being run
+        self._step = Step()  # that is being taken
 
     @property
     def rows_at_once(self) -> int:
@@ -123,7 +98,7 @@ class SupervisedTrainer(SFTTrainer):
 
         All parts are divided by the same number of tokens, so that only the order of summation depends on them.
         """
-        self._batches.append(inputs)
+        self._step.batches.append(inputs)
         while True:
             try:
                 return self._in_parts(model, inputs, num_items_in_batch)
@@ -138,24 +113,12 @@ class SupervisedTrainer(SFTTrainer):
         assert len(parts) == 1 or num_items_in_batch is not None  # else each would be divided by its own
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         losses: list[Tensor] = []
-        self._sums.clear()
+        self._step.begin_micro_batch()
         with whole_or_undone(trained, self.args.device):
             for part in parts:
                 losses.append(super().training_step(model, dict(part), num_items_in_batch))
         loss = torch.stack(losses).sum() if len(losses) > 1 else losses[0]
-        sums = [one for one, _ in self._sums]
-        mask = inputs["attention_mask"]
-        micro_batch = MicroBatch(
-            loss,
-            mask.sum(),
-            torch.stack([one.correct for one in sums]).sum(),
-            self._sums[0][1],
-            {name: torch.stack([one.parts[name] for one in sums]).sum() for name in sums[0].parts},
-            sum(one.tokens for one in sums),
-            mask.numel(),
-        )
-        self._sums.clear()
-        self._micro_batches.append(micro_batch)
+        self._step.end_micro_batch(loss, inputs["attention_mask"])
         return loss
 
     def _halve(self, rows: int, told: str) -> None:
@@ -187,12 +150,12 @@ class SupervisedTrainer(SFTTrainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         penalty = None
-        if model.training and self.orth_reg_weight and not self._sums:  # once for a micro-batch, in its first part
+        if model.training and self.orth_reg_weight and self._step.in_first_part:  # once for a micro-batch
             penalty = orthogonality(model)
             loss = loss + self.orth_reg_weight * penalty / self.current_gradient_accumulation_steps
             penalty = penalty.detach()
         if model.training:
-            self._sums.append((replace(sums, loss=sums.loss.detach()), penalty))
+            self._step.add_part(sums, penalty)
         return (loss, None) if return_outputs else loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -202,29 +165,16 @@ class SupervisedTrainer(SFTTrainer):
         return norm
 
     def _end_step(self, model: Any, norm: Any) -> None:
-        batches, done = self._batches, self._micro_batches
-        self._batches, self._micro_batches = [], []
-        numbers = [torch.as_tensor(norm), *(number for one in done for number in one.numbers)]
-        found = torch.stack([number.detach().to(self.args.device, torch.float64) for number in numbers]).tolist()
-        size = found.pop(0)
-        loss = entropy = 0.0
-        metrics = self._metrics["train"]
-        for one in done:
-            mine, found = found[: len(one.numbers)], found[len(one.numbers) :]
-            loss += mine[0]
-            entropy += mine[3]  # the first part of a loss is its cross-entropy
-            self.progress.tokens_seen += int(mine[1])
-            self.progress.padded_tokens_seen += one.padded
-            tokens = max(1, one.tokens)
-            metrics["mean_token_accuracy"].append(mine[2] / tokens)
-            for name, part in zip(one.parts, mine[3:], strict=False) if len(one.parts) > 1 else ():
-                metrics[name].append(part / tokens)
-            if one.penalty is not None:
-                metrics["orthogonality"].append(mine[-1])
-        if not math.isfinite(loss) or not (math.isfinite(size) or self._skipped_by_scaler()):
-            raise not_finite(self, model, batches, loss=loss, norm=size)
-        tokens = sum(one.tokens for one in done)
-        self.guard.add(self.progress, entropy / max(1, tokens), tokens=tokens, step=self.state.global_step + 1)
+        step, self._step = self._step, Step()
+        found = step.read(torch.as_tensor(norm), self.args.device)
+        self.progress.tokens_seen += found.read
+        self.progress.padded_tokens_seen += found.padded
+        for name, values in found.metrics.items():
+            self._metrics["train"][name] += values
+        if not math.isfinite(found.loss) or not (math.isfinite(found.norm) or self._skipped_by_scaler()):
+            raise not_finite(self, model, step.batches, loss=found.loss, norm=found.norm)
+        at = self.state.global_step + 1
+        self.guard.add(self.progress, found.cross_entropy / max(1, found.tokens), tokens=found.tokens, step=at)
 
     def _skipped_by_scaler(self) -> bool:
         """Whether a gradient that is not finite is float16's: the scaler of the loss skips the step, and scales less.
@@ -246,27 +196,11 @@ class SupervisedTrainer(SFTTrainer):
         return Guard(int(choices), self.state.max_steps, shuffled=shuffled)
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """As the trainer's own, or with two learning rates (LoRA+, Hayou et al. 2024, arXiv:2402.12354).
-
-        An adapted embedding learns at the rate of A: PEFT's default for it, 1e-6, would hold it still.
-        """
+        """As the trainer's own, or LoRA+'s."""
         if self.loraplus_lr_ratio is None or self.optimizer is not None:
             return super().create_optimizer(model)
         kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        if is_optimizer_factory(kind) or {"params", "model", "optimizer_dict"} & set(arguments):
-            raise RecipeError(
-                expected="adapter.loraplus_lr_ratio with an optimizer that takes groups of weights",
-                found=f"training.optim={self.args.optim}",
-                fix="remove training.optim, or adapter.loraplus_lr_ratio",
-            )
-        self.optimizer: Any = create_loraplus_optimizer(
-            self.model,
-            kind,
-            loraplus_lr_ratio=self.loraplus_lr_ratio,
-            loraplus_weight_decay=self.args.weight_decay,
-            loraplus_lr_embedding=arguments["lr"],
-            **arguments,
-        )
+        self.optimizer: Any = loraplus_optimizer(self.model, self.args, kind, arguments, ratio=self.loraplus_lr_ratio)
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
@@ -346,47 +280,3 @@ class SupervisedTrainer(SFTTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: the run writes one card, into the adapter's folder, when there are scores to put in it."""
-
-
-def log_evaluation(trainer: Any, validate: Validate, *, prefix: str) -> dict[str, float]:
-    """Measure a trainer's model with `validate` and tell log and callbacks, as `Trainer.evaluate` does."""
-    model = trainer.model
-    was_training = model.training
-    model.eval()
-    with without_autocast(model):
-        metrics = {f"{prefix}_{name}": value for name, value in validate(model).items()}
-    trainer.log(dict(metrics))  # in evaluation mode, so that TRL does not take the sums of the training steps for ours
-    model.train(was_training)
-    trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
-    return metrics
-
-
-@contextmanager
-def without_autocast(model: Any) -> Iterator[None]:
-    """The model's own forward: accelerate lays one in autocast over it, and scores before and after are without."""
-    wrapped = model.__dict__.pop("forward", None)
-    try:
-        yield
-    finally:
-        if wrapped is not None:
-            model.forward = wrapped
-
-
-def to_dataset(rendered: Sequence[Rendered]) -> Dataset:
-    """Rendered rows as the columns that the trainer reads."""
-    return Dataset.from_dict(
-        {
-            "input_ids": [row.input_ids for row in rendered],
-            "labels": [row.labels for row in rendered],
-        }
-    )
-
-
-def made_on(device: torch.device) -> dict[str, Any]:
-    """What, beside versions, decides the last bits of a result: the device and the threads that share its sums."""
-    if device.type == "cuda":
-        return {"device": torch.cuda.get_device_name(device)}
-    return {
-        "device": f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        "threads": torch.get_num_threads(),
-    }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from ift_peft.evaluate.compare import Predictions, predict_rows
 from ift_peft.evaluate.intervals import bootstrap_mean_ratio, percentile
 from ift_peft.evaluate.metrics import Metrics, Resampling, classification_metrics, confusion, language_metrics
 from ift_peft.evaluate.rowwise import with_ones
+
+Validate = Callable[[Any], dict[str, float]]  # from a PEFT model to its scores on validation rows
 
 
 @dataclass
@@ -63,6 +66,30 @@ def validation_scores(
     sums = with_ones(nll_rows(truth, predictions.probabilities))
     value, drawn = bootstrap_mean_ratio(sums[:, 0], sums[:, 1], samples=resampling.samples, seed=resampling.seed)
     return {**found, "loss": percentile(value, drawn, confidence=resampling.confidence)}
+
+
+def log_evaluation(trainer: Any, validate: Validate, *, prefix: str) -> dict[str, float]:
+    """Measure a trainer's model with `validate` and tell log and callbacks, as `Trainer.evaluate` does."""
+    model = trainer.model
+    was_training = model.training
+    model.eval()
+    with without_autocast(model):
+        metrics = {f"{prefix}_{name}": value for name, value in validate(model).items()}
+    trainer.log(dict(metrics))  # in evaluation mode, so that TRL does not take the sums of the training steps for ours
+    model.train(was_training)
+    trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
+    return metrics
+
+
+@contextmanager
+def without_autocast(model: Any) -> Iterator[None]:
+    """The model's own forward: accelerate lays one in autocast over it, and scores before and after are without."""
+    wrapped = model.__dict__.pop("forward", None)
+    try:
+        yield
+    finally:
+        if wrapped is not None:
+            model.forward = wrapped
 
 
 class BestCheckpoint(TrainerCallback):

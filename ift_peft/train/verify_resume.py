@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from ift_peft.durable import write_atomically
+from ift_peft.environment import versions
 from ift_peft.errors import RecipeError, TrainingError
 from ift_peft.recipe import Recipe, dump_recipe, require_one_task
 from ift_peft.reporter import Reporter
-from ift_peft.run_dir import RunDir, open_run, versions
+from ift_peft.run_dir import RunDir, open_run
 from ift_peft.train.checkpoints import PARTIAL
 from ift_peft.train.signals import ending_on_signals
 

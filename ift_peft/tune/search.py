@@ -21,7 +21,7 @@ from ift_peft.errors import Faults, IftPeftError, RecipeError, raise_all
 from ift_peft.model.base import choose_device, choose_dtype
 from ift_peft.recipe import Recipe, validate
 from ift_peft.selection import Setting, Span
-from ift_peft.train.arguments import CHECKPOINTING, CHECKPOINTING_NAMES, sft_config, validation_arguments
+from ift_peft.train.arguments import CHECKPOINTING, CHECKPOINTING_NAMES, arguments_of
 from ift_peft.yaml_source import YamlSource
 
 Settings = dict[str, Any]
@@ -55,13 +55,12 @@ def own_settings(recipe: Recipe, paths: Sequence[str], *, max_length: int | None
     ours. `max_length` is what the base makes of that one. Raises `RecipeError` for values that SFTConfig refuses.
     """
     device = choose_device(recipe.base.device)
-    config = sft_config(
-        recipe.training,
+    config = arguments_of(
+        recipe,
         output_dir=Path(),
         device=device,
         compute_dtype=choose_dtype(recipe.base.compute_dtype, device),
         max_length=max_length,
-        validation=validation_arguments(recipe.validation, labels=bool(recipe.data.label_words)),
     )
     values = recipe.model_dump(mode="json")
     return {path: _own_value(values, path, config) for path in paths}

@@ -19,7 +19,8 @@ from ift_peft.recipe import Recipe, dump_recipe, require_one_task
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir
 from ift_peft.selection import Tune, Validation
-from ift_peft.train.run import all_inputs, finish, resume
+from ift_peft.train.inputs import inputs_of
+from ift_peft.train.run import finish, resume
 from ift_peft.tune.asking import Asker, open_study
 from ift_peft.tune.budget import Budget
 from ift_peft.tune.rows import TrialRows
@@ -109,7 +110,7 @@ class _Study:
         rows, plain = TrialRows(self.study, reporter), with_settings(recipe, {})
         write_atomically(folder.path / "recipe.yaml", dump_recipe(recipe))
         prepared = rows.prepared(plain, 0)
-        self._check_inputs(all_inputs(plain, prepared))
+        self._check_inputs(inputs_of(plain, prepared))
         own = own_settings(recipe, list(search), max_length=prepared.max_length)
         self.asker = Asker(self.study, recipe.tune, distributions(search), own, self.budget, reporter.note)
         self.trials = Trials(recipe, self.asker, rows=rows, folder=folder, reporter=reporter)

@@ -9,8 +9,9 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from ift_peft.environment import git_state, versions
 from ift_peft.recipe import Recipe
-from ift_peft.run_dir import RunDir, git_state, versions
+from ift_peft.run_dir import RunDir
 from ift_peft.tune.budget import Budget
 
 LEAST_FOR_IMPORTANCE = 8  # finished trials; fewer say nothing of what mattered

@@ -15,8 +15,9 @@ from ift_peft.model.base import choose_device
 from ift_peft.recipe import Recipe, dump_recipe
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir
+from ift_peft.train.opening import open_session
 from ift_peft.train.resuming import take_up
-from ift_peft.train.session import Interrupted, Session, open_session
+from ift_peft.train.session import Interrupted, Session
 from ift_peft.tune.asking import OVER, Asker
 from ift_peft.tune.rows import TrialRows
 from ift_peft.tune.search import Settings, with_settings

@@ -24,6 +24,7 @@ from trl import SFTConfig
 
 from ift_peft.console import print_scores
 from ift_peft.data.render import IGNORE, Rendered
+from ift_peft.data.store import to_dataset
 from ift_peft.errors import DataError, Faults, ModelError, RecipeError
 from ift_peft.evaluate.forgetting import MOST_TEXTS, general_losses, general_texts, windows
 from ift_peft.evaluate.measure import forgotten, measure_general
@@ -32,7 +33,7 @@ from ift_peft.model.tokenizer import TINY
 from ift_peft.recipe import load_recipe
 from ift_peft.sections import Evaluation, Loss
 from ift_peft.train.losses import Objective, as_base, cross_entropy, divergence, find_teacher
-from ift_peft.train.trainer import SupervisedTrainer, to_dataset
+from ift_peft.train.trainer import SupervisedTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

@@ -20,9 +20,10 @@ from ift_peft.model.base import quiet
 from ift_peft.reporter import Silent
 from ift_peft.run_dir import RunDir
 from ift_peft.train.losses import as_base
+from ift_peft.train.opening import open_session
 from ift_peft.train.prepare import prepare
 from ift_peft.train.run import train
-from ift_peft.train.session import Session, open_session
+from ift_peft.train.session import Session
 from tests.e2e.small_base import make_base
 from tests.train.small import small
 

@@ -15,11 +15,12 @@ from trl import SFTConfig, SFTTrainer
 from ift_peft.data.fit import fit_rows
 from ift_peft.data.render import Rendered, Renderer
 from ift_peft.data.rows import read_rows
+from ift_peft.data.store import to_dataset
 from ift_peft.errors import RecipeError
 from ift_peft.model.tokenizer import TINY
 from ift_peft.recipe import load_recipe
 from ift_peft.train.arguments import choose_max_length, sft_config
-from ift_peft.train.trainer import SupervisedTrainer, to_dataset
+from ift_peft.train.trainer import SupervisedTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

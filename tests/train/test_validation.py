@@ -24,8 +24,7 @@ from ift_peft.run_dir import RunDir
 from ift_peft.train.prepare import prepare
 from ift_peft.train.run import resume, train
 from ift_peft.train.session import Interrupted
-from ift_peft.train.trainer import without_autocast
-from ift_peft.train.validation import validation_scores
+from ift_peft.train.validation import validation_scores, without_autocast
 from tests.train.small import small, write_small
 
 

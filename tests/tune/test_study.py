@@ -27,9 +27,10 @@ from ift_peft.evaluate.run import evaluate_run
 from ift_peft.recipe import load_recipe
 from ift_peft.reporter import Reporter, Silent
 from ift_peft.run_dir import RunDir, RunIsBusy, list_runs, open_run
+from ift_peft.train.opening import open_session
 from ift_peft.train.prepare import prepare
 from ift_peft.train.run import train
-from ift_peft.train.session import Interrupted, open_session
+from ift_peft.train.session import Interrupted
 from ift_peft.tune.asking import open_study
 from ift_peft.tune.study import tune
 from tests.conftest import OFFLINE, ROOT, Ift

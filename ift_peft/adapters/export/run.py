@@ -18,10 +18,10 @@ from ift_peft.adapters.export.public import check_public
 from ift_peft.adapters.merge import scratch_beside
 from ift_peft.adapters.plan import ADAPTER_FILE
 from ift_peft.durable import write_atomically
+from ift_peft.environment import git_state, versions
 from ift_peft.errors import ExportError
 from ift_peft.infer.load import Parts
 from ift_peft.reporter import Reporter
-from ift_peft.run_dir import git_state, versions
 
 Target = Literal["peft", "merged", "gguf", "gguf-adapter", "ollama", "vllm"]
 RECORD = "export.json"

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from ift_peft.data.render import IGNORE, Renderer
 from ift_peft.data.row import Message
+from ift_peft.environment import versions
 from ift_peft.errors import BusyError, Faults, ModelError
 from ift_peft.infer.engine import Engine
 from ift_peft.infer.load import Parts, load_model, open_parts
@@ -21,7 +22,7 @@ from ift_peft.infer.stacked import StackedAdapters
 from ift_peft.model.base import choose_device, choose_dtype, load_section
 from ift_peft.model.tokenizer import BaseLocation, ensure_pad_token, load_tokenizer, locate_base
 from ift_peft.reporter import Silent
-from ift_peft.run_dir import RunDir, versions
+from ift_peft.run_dir import RunDir
 from ift_peft.sections import Base
 from ift_peft.serve.errors import ApiError
 from ift_peft.serve.inference.tokens import TokenNames

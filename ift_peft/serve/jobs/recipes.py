@@ -90,25 +90,14 @@ def plan(
     left = _rows_left(rows, kept, tested=tested)
     found = resolve(given, left)
     defaults = defaults_of(base)
-    assert not isinstance(found.learning_rate_multiplier, str)
     held_out = {"test": VALIDATION_FILE} if tested else {"test_size": max(1, int(rows * HELD_OUT))}
-    ours: dict[str, Any] = {
+    ours = {
         "name": name,
         "base": {"model": base, "device": device},
-        "adapter": dict(defaults.adapter),
+        "adapter": _own_adapter(defaults, kept),
         "data": {"train": TRAINING_FILE, **held_out},
-        "training": {
-            "num_train_epochs": found.n_epochs,
-            "per_device_train_batch_size": found.batch_size,
-            "learning_rate": defaults.learning_rate * found.learning_rate_multiplier,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": 0.05,
-            "seed": seed,
-            "save_total_limit": CHECKPOINTS,
-        },
+        "training": _own_training(found, defaults, seed=seed),
     }
-    if kept.get("adapter", {}).get("method", "lora") != "lora":
-        ours["adapter"] = {"target_modules": "all-linear"}  # what lora is set to is not another method's
     values = laid_over(ours, kept)
     try:
         values["training"]["logging_steps"] = max(1, _steps(values["training"], left) // MOST_LOGGED)
@@ -126,6 +115,25 @@ def plan(
     if values["training"].get("max_steps", -1) > 0:
         shown["n_epochs"] = given.n_epochs  # steps decide: there is no number for an "auto"
     return Planned(values, found.model_copy(update=shown))
+
+
+def _own_adapter(defaults: Defaults, kept: dict[str, Any]) -> dict[str, Any]:
+    if kept.get("adapter", {}).get("method", "lora") != "lora":
+        return {"target_modules": "all-linear"}  # what lora is set to is not another method's
+    return dict(defaults.adapter)
+
+
+def _own_training(found: Hyperparameters, defaults: Defaults, *, seed: int) -> dict[str, Any]:
+    assert not isinstance(found.learning_rate_multiplier, str)
+    return {
+        "num_train_epochs": found.n_epochs,
+        "per_device_train_batch_size": found.batch_size,
+        "learning_rate": defaults.learning_rate * found.learning_rate_multiplier,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "seed": seed,
+        "save_total_limit": CHECKPOINTS,
+    }
 
 
 def _multiplier(rate: Any, defaults: Defaults, faults: list[IftPeftError]) -> float | None:

@@ -54,42 +54,54 @@ def succeed(settings: Settings, store: Store, progress: Progress) -> bool:
             if connection.execute(select(files.c.id).where(files.c.id == result)).first() is None:
                 (settings.files / result).unlink()
             return False
-        connection.execute(
-            files.insert().values(
-                id=result,
-                created_at=now(),
-                filename="step_metrics.csv",
-                purpose="fine-tune-results",
-                bytes=len(content.encode()),
-                rows=content.count("\n") - 1,
-                sha256=hashlib.sha256(content.encode()).hexdigest(),
-            )
-        )
-        connection.execute(
-            models.insert().values(
-                id=derived_id("ftmodel", progress.job),
-                name=progress.name,
-                created_at=now(),
-                job=progress.job,
-                base=progress.base,
-                step=null(),
-                metrics=null(),
-                run=str(run.path.relative_to(settings.data_dir)),
-                adapter=str(run.adapter.relative_to(settings.data_dir)),
-            )
-        )
+        _enter(connection, settings, progress, run, result=result, content=content)
         kept = int(manifest.get("best", {}).get("step", manifest["steps"]))
         _complete_checkpoint(connection, progress.job, kept, scores)
-        told = {name: scores[name] for name in SHOWN_SCORES if name in scores}
-        tell(connection, progress.job, _summary(scores), data={"scores": told})
-        for gate in scores["gates"]:
-            if not gate["met"]:
-                missed = f"Target missed: expected {gate['expected']}; found {gate['found']}"
-                tell(connection, progress.job, missed, level="warn", data=gate)
+        _tell_scores(connection, progress.job, scores)
         tell(connection, progress.job, f"New fine-tuned model created: {progress.name}")
         tell(connection, progress.job, "The job has successfully completed")
     slim(run)
     return True
+
+
+def _enter(
+    connection: Connection, settings: Settings, progress: Progress, run: RunDir, *, result: str, content: str
+) -> None:
+    """The file of metrics, called `result`, and the model, as records."""
+    connection.execute(
+        files.insert().values(
+            id=result,
+            created_at=now(),
+            filename="step_metrics.csv",
+            purpose="fine-tune-results",
+            bytes=len(content.encode()),
+            rows=content.count("\n") - 1,
+            sha256=hashlib.sha256(content.encode()).hexdigest(),
+        )
+    )
+    connection.execute(
+        models.insert().values(
+            id=derived_id("ftmodel", progress.job),
+            name=progress.name,
+            created_at=now(),
+            job=progress.job,
+            base=progress.base,
+            step=null(),
+            metrics=null(),
+            run=str(run.path.relative_to(settings.data_dir)),
+            adapter=str(run.adapter.relative_to(settings.data_dir)),
+        )
+    )
+
+
+def _tell_scores(connection: Connection, job: str, scores: dict[str, Any]) -> None:
+    """As events of the job: what was measured, and each target that was missed."""
+    told = {name: scores[name] for name in SHOWN_SCORES if name in scores}
+    tell(connection, job, _summary(scores), data={"scores": told})
+    for gate in scores["gates"]:
+        if not gate["met"]:
+            missed = f"Target missed: expected {gate['expected']}; found {gate['found']}"
+            tell(connection, job, missed, level="warn", data=gate)
 
 
 def _complete_checkpoint(connection: Connection, job: str, step: int, scores: dict[str, Any]) -> None:
