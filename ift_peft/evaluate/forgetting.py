@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ift_peft.data.lines import text_lines
 from ift_peft.data.render import IGNORE, Rendered
 from ift_peft.data.rows import raise_faults
-from ift_peft.data.sources import read_source, text_lines
+from ift_peft.data.sources import read_source
 from ift_peft.errors import DataError, IftPeftError
 from ift_peft.evaluate.compare import Predictions
 from ift_peft.evaluate.intervals import Floats

@@ -17,10 +17,12 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from ift_peft.data.fields import Record
+from ift_peft.data.lines import text_lines
 from ift_peft.data.render import IGNORE, Rendered, Renderer
 from ift_peft.data.row import Message, language_of
 from ift_peft.data.rows import raise_faults
-from ift_peft.data.sources import Record, read_source, text_lines
+from ift_peft.data.sources import read_source
 from ift_peft.errors import DataError, Faults, IftPeftError
 from ift_peft.evaluate.intervals import Floats, paired_change, wilson
 from ift_peft.evaluate.metrics import Resampling
