@@ -26,7 +26,10 @@ from ift_peft.data.fit import Fitted
 from ift_peft.errors import MergeError, ModelError
 from ift_peft.evaluate.intervals import Estimate
 from ift_peft.infer.load import Parts, class_head, held_out_rows, load_model
-from ift_peft.model.base import DTYPES, ClassHead, LoadedBase, dequantize, load_base, load_section, quiet
+from ift_peft.model.base import DTYPES, LoadedBase, load_base, load_section
+from ift_peft.model.heads import ClassHead
+from ift_peft.model.quantization import dequantize
+from ift_peft.model.quiet import quiet
 from ift_peft.model.tokenizer import BaseLocation
 from ift_peft.reporter import Reporter
 from ift_peft.sections import Quantization
@@ -206,10 +209,10 @@ class _Merging:
         packed = self._load(location, "nf4", packed=True)
         with quiet():
             packed.model.save_pretrained(target, max_shard_size=self.max_shard_size)
-        before = self._answer(dequantize(packed), f"{NAMES[onto]}, merged, quantised to nf4 in memory")
+        before = self._answer(dequantize(packed.model), f"{NAMES[onto]}, merged, quantised to nf4 in memory")
         del packed
         reloaded = self._load(replace(location, folder=target), "nf4", packed=True)
-        after = self._answer(dequantize(reloaded), f"{NAMES[onto]}, merged, quantised to nf4, reloaded")
+        after = self._answer(dequantize(reloaded.model), f"{NAMES[onto]}, merged, quantised to nf4, reloaded")
         difference = diverge(before, after).max_logit_difference
         _check_bound(difference, BOUND["float32"], "the nf4 model", len(after.tokens))
         return self._candidate(onto, "nf4", target, after, run, difference, BOUND["float32"])
@@ -244,7 +247,7 @@ class _Merging:
         folder = self.scratch / "base"
         base = load_section(self.parts.location, self.parts.recipe.base, head=self._head)
         with quiet():
-            dequantize(base).save_pretrained(folder, max_shard_size=self.max_shard_size)
+            dequantize(base.model).save_pretrained(folder, max_shard_size=self.max_shard_size)
         return replace(self.parts.location, folder=folder)
 
     def _write(self, location: BaseLocation, folder: Path) -> None:

@@ -20,7 +20,7 @@ from ift_peft.evaluate.intervals import Floats
 from ift_peft.evaluate.metrics import Resampling, language_change, language_metrics, to_json
 from ift_peft.infer.batches import Progress
 from ift_peft.infer.likelihood import answer_likelihoods
-from ift_peft.model.base import positions
+from ift_peft.model.configuration import positions
 from ift_peft.recipe import recipes_root
 from ift_peft.sections import Evaluation
 

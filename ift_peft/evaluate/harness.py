@@ -24,7 +24,7 @@ from ift_peft.evaluate.intervals import Estimate
 from ift_peft.evaluate.metrics import Resampling
 from ift_peft.evaluate.rowwise import compared, mean, with_ones
 from ift_peft.infer.load import Parts, load_model, open_parts
-from ift_peft.model.base import quiet
+from ift_peft.model.quiet import quiet
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir
 

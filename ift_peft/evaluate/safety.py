@@ -31,7 +31,7 @@ from ift_peft.evaluate.rowwise import compared, mean, with_ones
 from ift_peft.infer.batches import Progress
 from ift_peft.infer.generation import generate_all
 from ift_peft.infer.likelihood import answer_likelihoods
-from ift_peft.model.base import positions
+from ift_peft.model.configuration import positions
 from ift_peft.recipe import recipes_root
 from ift_peft.sections import Evaluation
 
