@@ -20,7 +20,7 @@ def quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl)\b")
             # PEFT puts the whole embedding into checkpoints of an adapter on it; the final adapter goes without.
             warnings.filterwarnings("ignore", message="Setting `save_embedding_layers` to `True`")
-            # An adapter on a tied embedding: merging unties it (adapters/merge.py).
+            # An adapter on a tied embedding: merging unties it (adapters/plan.py, in_memory.py).
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True` and a tied layer")
             # PEFT sets it right by itself, for each module.
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
