@@ -29,7 +29,7 @@ from ift_peft.adapter_methods import Method
 from ift_peft.adapters.merge import merge
 from ift_peft.errors import Faults, RecipeError
 from ift_peft.infer.load import open_parts
-from ift_peft.model.base import quiet
+from ift_peft.model.quiet import quiet
 from ift_peft.model.tokenizer import locate_base
 from ift_peft.recipe import Recipe, load_recipe
 from ift_peft.reporter import Silent

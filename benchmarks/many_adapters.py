@@ -29,7 +29,7 @@ from ift_peft.infer.engine import Engine
 from ift_peft.infer.request import Request
 from ift_peft.infer.rows import RowsCache, RowsModel, padded
 from ift_peft.infer.stacked import StackedAdapters
-from ift_peft.model.base import quiet
+from ift_peft.model.quiet import quiet
 from ift_peft.model.tokenizer import TINY
 
 ROWS, ADAPTERS, PROMPT = 16, 32, 32

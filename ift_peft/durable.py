@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ift_peft.errors import DiskFull, first_line, is_full
@@ -92,3 +94,14 @@ def point(link: Path, name: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def scratch_beside(output: Path) -> Iterator[Path]:
+    """A hidden folder beside `output`, gone at the end whatever happens."""
+    folder = output.parent / f".{output.name}.{secrets.token_hex(4)}"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

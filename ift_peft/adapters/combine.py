@@ -28,7 +28,7 @@ from ift_peft.errors import IftPeftError, RunError, first_line, raise_all
 from ift_peft.evaluate.arms import short
 from ift_peft.evaluate.run import evaluate_run
 from ift_peft.infer.load import Parts, load_members, open_parts, rows_trained_on
-from ift_peft.model.base import quiet
+from ift_peft.model.quiet import quiet
 from ift_peft.recipe import Recipe
 from ift_peft.report.card import adapter_card
 from ift_peft.report.write import write_report

@@ -5,34 +5,32 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from transformers import AutoTokenizer
 
+from ift_peft.adapters.bounds import BOUND, check_bound, check_labels, check_metric
 from ift_peft.adapters.certificate import NAMES, Candidate, Onto, Prefer, choose, write_certificate
-from ift_peft.adapters.checkpoint import DEFAULT_SHARD, default_shard_size, recast
+from ift_peft.adapters.checkpoint import default_shard_size, recast
 from ift_peft.adapters.fidelity import Answered, agreement, answer, change, diverge, score
+from ift_peft.adapters.in_memory import write_in_memory
 from ift_peft.adapters.plan import check_tensors, plan_merge, why_in_memory
 from ift_peft.adapters.shards import write_merged
 from ift_peft.adapters.weights import Probed, check_weights, probe_weights
 from ift_peft.data.fit import Fitted
+from ift_peft.durable import scratch_beside
 from ift_peft.errors import MergeError, ModelError
 from ift_peft.evaluate.intervals import Estimate
 from ift_peft.infer.load import Parts, class_head, held_out_rows, load_model
-from ift_peft.model.base import DTYPES, ClassHead, LoadedBase, dequantize, load_base, load_section, quiet
+from ift_peft.model.base import DTYPES, LoadedBase, load_base, load_section
+from ift_peft.model.heads import ClassHead
+from ift_peft.model.quantization import dequantize
+from ift_peft.model.quiet import quiet
 from ift_peft.model.tokenizer import BaseLocation
 from ift_peft.reporter import Reporter
 from ift_peft.sections import Quantization
-
-BOUND = {"float32": 1e-3, "bfloat16": 1.0, "float16": 0.1}  # largest logit difference allowed after rounding to a type
-WORSE_LOSS = 0.01  # nats per supervised token by which a merged model may certainly be worse than the run
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ def merge(
         plan_merge(parts.location, parts.run.adapter, head=head)
     output.parent.mkdir(parents=True, exist_ok=True)
     with scratch_beside(output) as scratch:
-        size = _shard_size(parts, max_shard_size)
+        size = default_shard_size(parts.location.folder) if max_shard_size is None else max_shard_size
         merging = _Merging(parts, held_out_rows(parts), scratch, dtype, quantize, size, reason is not None, reporter)
         result = merging.result(output, prefer)
         with quiet():
@@ -105,21 +103,6 @@ def merge(
             path.chmod(0o644)  # safetensors writes 0600
         os.replace(result.written.folder, output)
     return result
-
-
-@contextmanager
-def scratch_beside(output: Path) -> Iterator[Path]:
-    """A hidden folder beside `output`, gone at the end whatever happens."""
-    folder = output.parent / f".{output.name}.{secrets.token_hex(4)}"
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _shard_size(parts: Parts, given: int | str | None) -> int | str:
-    return default_shard_size(parts.location.folder) if given is None else given
 
 
 @dataclass
@@ -147,21 +130,19 @@ class _Merging:
             bases.append(("dequantized", self._store_dequantized()))
         if parts.recipe.adapter.method != "loftq":
             bases.append(("unquantized", parts.location))
-        references, candidates, floats = {}, [], []
+        references, candidates = {}, []
         for onto, location in bases:
             model, _ = load_model(replace(parts, location=location), quantization="none", compute_dtype="float32")
             references[onto] = self._answer(model, f"adapter on {NAMES[onto]} base")
             weights = probe_weights(model)
             del model
             run = run or references[onto]
-            found = self._candidates(onto, location, references[onto], run, weights)
-            floats.append(found[0])
-            candidates += found
+            candidates += self._candidates(onto, location, references[onto], run, weights)
         assert run is not None
         writable = candidates if self.quantize is None else [one for one in candidates if one.quantization != "none"]
         written = choose(writable, prefer=prefer, metric=metric)
         run_metric = score(parts, self.held_out.rows, run)
-        _check_metric(written, run_metric, metric)
+        check_metric(written, run_metric, metric)
         how = {"shard_by_shard": not self.in_memory, "untied": self.untied, "left_out": list(self.left_out)}
         how["weights_checked"] = self.weights_checked
         write_certificate(parts, written, candidates, run_metric=run_metric, metric=metric, prefer=prefer, how=how)
@@ -180,9 +161,9 @@ class _Merging:
         self._write(location, exact)
         answered, probed = self._reloaded(exact, f"model merged into {NAMES[onto]} base")
         difference = diverge(reference, answered).max_logit_difference
-        _check_bound(difference, BOUND["float32"], f"the merged model ({NAMES[onto]} base)", len(answered.tokens))
+        check_bound(difference, BOUND["float32"], f"the merged model ({NAMES[onto]} base)", len(answered.tokens))
         self.weights_checked = check_weights(weights, probed, dtype="float32", what="the merged model")
-        self._check_labels(reference, answered)
+        check_labels(reference, answered)
         folder = exact
         if self.dtype != "float32":
             folder = self.scratch / onto / self.dtype
@@ -192,7 +173,7 @@ class _Merging:
             shutil.rmtree(exact)
             answered, probed = self._reloaded(folder, f"model merged into {NAMES[onto]} base, {self.dtype}")
             difference = diverge(reference, answered).max_logit_difference
-            _check_bound(difference, BOUND[self.dtype], f"the merged {self.dtype} model", len(answered.tokens))
+            check_bound(difference, BOUND[self.dtype], f"the merged {self.dtype} model", len(answered.tokens))
             check_weights(weights, probed, dtype=self.dtype, what=f"the merged {self.dtype} model")
         found = [self._candidate(onto, "none", folder, answered, run, difference, BOUND[self.dtype])]
         if self.quantize is not None:
@@ -206,12 +187,12 @@ class _Merging:
         packed = self._load(location, "nf4", packed=True)
         with quiet():
             packed.model.save_pretrained(target, max_shard_size=self.max_shard_size)
-        before = self._answer(dequantize(packed), f"{NAMES[onto]}, merged, quantised to nf4 in memory")
+        before = self._answer(dequantize(packed.model), f"{NAMES[onto]}, merged, quantised to nf4 in memory")
         del packed
         reloaded = self._load(replace(location, folder=target), "nf4", packed=True)
-        after = self._answer(dequantize(reloaded), f"{NAMES[onto]}, merged, quantised to nf4, reloaded")
+        after = self._answer(dequantize(reloaded.model), f"{NAMES[onto]}, merged, quantised to nf4, reloaded")
         difference = diverge(before, after).max_logit_difference
-        _check_bound(difference, BOUND["float32"], "the nf4 model", len(after.tokens))
+        check_bound(difference, BOUND["float32"], "the nf4 model", len(after.tokens))
         return self._candidate(onto, "nf4", target, after, run, difference, BOUND["float32"])
 
     def _candidate(
@@ -244,14 +225,14 @@ class _Merging:
         folder = self.scratch / "base"
         base = load_section(self.parts.location, self.parts.recipe.base, head=self._head)
         with quiet():
-            dequantize(base).save_pretrained(folder, max_shard_size=self.max_shard_size)
+            dequantize(base.model).save_pretrained(folder, max_shard_size=self.max_shard_size)
         return replace(self.parts.location, folder=folder)
 
     def _write(self, location: BaseLocation, folder: Path) -> None:
         folder.mkdir(parents=True)
         if self.in_memory:
             with quiet():
-                _write_in_memory(replace(self.parts, location=location), folder, self.max_shard_size)
+                write_in_memory(replace(self.parts, location=location), folder, self.max_shard_size)
             return
         plan = plan_merge(location, self.parts.run.adapter, head=self._head)
         self.untied, self.left_out = plan.untied, plan.left_out
@@ -303,36 +284,6 @@ class _Merging:
         folder = self.scratch / "logits" / secrets.token_hex(4)
         return answer(model, self.parts, self.held_out, folder, who=who, reporter=self.reporter)
 
-    def _check_labels(self, reference: Answered, merged: Answered) -> None:
-        same = agreement(reference, merged)
-        if same is not None and same < len(merged.tokens):
-            raise MergeError(
-                expected="the same label on every held-out row",
-                found=f"{len(merged.tokens) - same} changed",
-                fix="nothing was written; is the base deterministic on this device?",
-            )
-
-
-def _check_bound(difference: float, bound: float, what: str, rows: int) -> None:
-    if not difference <= bound:
-        raise MergeError(
-            expected=f"logits of {what} within {bound:g} of what was merged, after reloading",
-            found=f"a difference of {difference:.3g} on {rows} held-out rows",
-            fix="merge with --dtype float32; nothing was written",
-        )
-
-
-def _check_metric(written: Candidate, run: Estimate, metric: str) -> None:
-    """Of a model quantised again the cost is measured and told; of any other, none is allowed."""
-    worse = written.change.high < 0 if metric == "accuracy" else written.change.low > WORSE_LOSS
-    if worse and written.quantization == "none":
-        raise MergeError(
-            expected=f"{metric} of the run, {run.value:.3f}, after merging",
-            found=f"{written.metric.value:.3f}; the interval of the change is {written.change.low:.3f} to "
-            f"{written.change.high:.3f}",
-            fix="merge with --dtype float32 or --prefer fidelity; nothing was written",
-        )
-
 
 def _set_dtype(folder: Path, dtype: str) -> None:
     from transformers import AutoConfig
@@ -340,26 +291,3 @@ def _set_dtype(folder: Path, dtype: str) -> None:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     config.dtype = DTYPES[dtype]
     config.save_pretrained(folder)
-
-
-@torch.no_grad()
-def _write_in_memory(parts: Parts, folder: Path, max_shard_size: int | str) -> None:
-    """What PEFT makes of adapters that are not merged weight by weight: the whole model in float32."""
-    model, _ = load_model(parts, quantization="none", compute_dtype="float32")
-    _untie(model)
-    merged = model.merge_and_unload(safe_merge=True)
-    merged.config.dtype = torch.float32
-    merged.save_pretrained(folder, max_shard_size=max_shard_size or DEFAULT_SHARD)
-
-
-def _untie(model: Any) -> None:
-    """Give the head weights of its own where it shares them with an embedding, and the adapter changes one of them."""
-    base = model.get_base_model()
-    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
-    if head is None or not base.config.tie_word_embeddings:
-        return
-    if not any(isinstance(one, BaseTunerLayer | ModulesToSaveWrapper) for one in (head, embedding)):
-        return
-    if not isinstance(head, ModulesToSaveWrapper):  # whose trained copy is its own already
-        head.weight = torch.nn.Parameter(head.weight.detach().clone())
-    base.config.tie_word_embeddings = False

@@ -22,7 +22,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from ift_peft.adapters.checkpoint import Stored, stored_tensors, tensors_of
 from ift_peft.errors import IftPeftError, MergeError, raise_all
 from ift_peft.infer.adapter_files import told_as_ours, try_patterns
-from ift_peft.model.base import ClassHead, quiet, skeleton
+from ift_peft.model.configuration import skeleton
+from ift_peft.model.heads import ClassHead
+from ift_peft.model.quiet import quiet
 from ift_peft.model.tokenizer import BaseLocation
 
 ADAPTER_FILE = "adapter_model.safetensors"

@@ -19,8 +19,8 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.utils import ModulesToSaveWrapper, merge_utils
 from torch import Tensor
 
-from ift_peft.model.base import quiet
 from ift_peft.model.initialise import whole_in_float32
+from ift_peft.model.quiet import quiet
 from ift_peft.stages import Method
 
 RANDOM: tuple[Method, ...] = ("dare_linear", "dare_ties")

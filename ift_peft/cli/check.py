@@ -92,7 +92,7 @@ def _check(loaded: Recipe, *, rows: int) -> dict[str, Any]:
 def _tokenizing(recipe: Recipe) -> tuple[TokenRenderer, int | None]:
     """How the recipe's base renders rows, and how long they may be. Loads no weights."""
     from ift_peft.data.classify import make_renderer
-    from ift_peft.model.base import positions, read_config
+    from ift_peft.model.configuration import positions, read_config
     from ift_peft.model.tokenizer import ensure_pad_token, load_tokenizer, locate_base
     from ift_peft.train.arguments import choose_max_length
 
@@ -124,7 +124,7 @@ def _find(
 
 def _fit(rows: Sequence[Row], renderer: TokenRenderer, max_length: int | None, recipe: Recipe) -> Fitted:
     from ift_peft.data.fit import fit_rows
-    from ift_peft.model.base import quiet
+    from ift_peft.model.quiet import quiet
 
     with quiet():
         return fit_rows(rows, renderer, max_length=max_length, overlong=recipe.data.overlong)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from ift_peft.data.render import IGNORE, Prompt, Rendered, Renderer, TokenRenderer
+from ift_peft.data.render import IGNORE, Prompt, Rendered, Renderer, TokenRenderer, require_fast
 from ift_peft.data.row import Message
-from ift_peft.errors import DataError, ModelError
+from ift_peft.errors import DataError
 from ift_peft.sections import Head
 
 
@@ -27,12 +27,7 @@ class ClassRenderer:
     generation_prompt = "none"
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, classes: Sequence[str]) -> None:
-        if not tokenizer.is_fast:
-            raise ModelError(
-                expected="a fast tokenizer (tokenizer.json)",
-                found=type(tokenizer).__name__,
-                fix="convert it: AutoTokenizer.from_pretrained(…, use_fast=True).save_pretrained(…)",
-            )
+        require_fast(tokenizer)
         self.tokenizer = tokenizer
         self.classes = tuple(classes)
         self.template_hash = hashlib.sha256(json.dumps(["sequence-classification", *classes]).encode()).hexdigest()

@@ -5,11 +5,19 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from ift_peft.data.sources import Record
 from ift_peft.errors import DataError, IftPeftError
 from ift_peft.stages import HOLE
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row as stored: column to value, and where it stood (`file:line`, or `file row n`)."""
+
+    values: dict[str, Any]
+    where: str
 
 
 class RecordFault(Exception):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Literal
 
-from ift_peft.data.render import Rendered, TokenRenderer, without_labels
+from ift_peft.data.render import Rendered, TokenRenderer
 from ift_peft.data.row import Row
 from ift_peft.data.rows import SHOWN_FAULTS, raise_faults
 from ift_peft.errors import DataError, IftPeftError
@@ -119,7 +119,7 @@ def _fitted(
         fit.truncated += 1
         row, ids = shorter
     if ids.supervised == 0:
-        fit.fault(without_labels(row.where))
+        fit.fault(_without_labels(row.where))
         return None
     return row, ids
 
@@ -172,3 +172,12 @@ def shorten(row: Row, ids: Rendered, renderer: TokenRenderer, *, max_length: int
         if len(ids.input_ids) <= max_length:
             return shorter, ids
     return None
+
+
+def _without_labels(where: str) -> DataError:
+    """The fault of a row in which nothing would be learnt."""
+    return DataError(
+        expected="at least one supervised token",
+        found=f"none at {where}",
+        fix="check the answer, the chat template and training.max_length",
+    )

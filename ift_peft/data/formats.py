@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ift_peft.data.fields import RecordFault, cell, kind, string, text_of, unfold
+from ift_peft.data.fields import Record, RecordFault, cell, kind, string, text_of, unfold
 from ift_peft.data.row import Message, Row, ask
-from ift_peft.data.sources import Record
 from ift_peft.errors import DataError, IftPeftError
 from ift_peft.plain_files import NOT_TEXT
 from ift_peft.sections import Columns, Data

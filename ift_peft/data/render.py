@@ -18,38 +18,21 @@ from typing import Any, NamedTuple, Protocol
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.chat_template_utils import has_generation_markers
 
+from ift_peft.data.answer_spans import Span, answer_span, holds_text, special_tokens
 from ift_peft.data.row import Message
-from ift_peft.data.template import SECONDS, TooSlow, of_one_day, try_template, within
+from ift_peft.data.template import SECONDS, TooSlow, of_one_day, within
+from ift_peft.data.template_choice import choose_template
 from ift_peft.errors import DataError, ModelError, first_line
 
 IGNORE = -100
-
-# For tokenizers that come without a template. The answer's leading space belongs to the answer, so that tokenizers
-# which join a space to the word after it split the same way with and without the answer.
-FALLBACK_TEMPLATE = (
-    "{%- if bos_token is defined and bos_token -%}{{ bos_token }}{%- endif -%}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'assistant' -%}"
-    "{{- 'Assistant:' -}}{%- generation -%}{{- ' ' + message['content'] + eos_token -}}{%- endgeneration -%}"
-    "{{- '\\n' -}}"
-    "{%- elif message['role'] == 'system' -%}"
-    "{{- message['content'] + '\\n' -}}"
-    "{%- else -%}"
-    "{{- 'User: ' + message['content'] + '\\n' -}}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}"
-)
 
 # transformers keeps one compiled template, with one tracker of where answers lie, for all threads.
 _RENDERING = threading.Lock()
 
 _QUESTION: tuple[Message, ...] = ({"role": "user", "content": "1"},)
 _PROBE: Message = {"role": "assistant", "content": "1"}
-
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -103,20 +86,12 @@ class Renderer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        if not tokenizer.is_fast:
-            raise ModelError(
-                expected="a fast tokenizer (tokenizer.json)",
-                found=type(tokenizer).__name__,
-                fix="convert it: AutoTokenizer.from_pretrained(…, use_fast=True).save_pretrained(…)",
-            )
+        require_fast(tokenizer)
         self.tokenizer = tokenizer
-        chosen, self.origin = _choose_template(tokenizer)
+        chosen, self.origin = choose_template(tokenizer)
         self.template = of_one_day(chosen)
         self.marked = has_generation_markers(self.template)
-        specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        self._specials = sorted(
-            specials | {token for token in tokenizer.all_special_tokens if token}, key=len, reverse=True
-        )
+        self._specials = special_tokens(tokenizer)
         added = tokenizer.added_tokens_decoder.values()
         self._walls = tuple(token.content for token in added if token.special and not token.rstrip)
         self.template_hash = hashlib.sha256(self.template.encode()).hexdigest()
@@ -210,7 +185,7 @@ class Renderer:
         if self.marked:
             texts, marks = self._render(conversations, return_assistant_tokens_mask=True)
             marks = [
-                [mark for mark in marked if self._holds_text(text[mark[0] : mark[1]])]
+                [mark for mark in marked if holds_text(text[mark[0] : mark[1]], self._specials)]
                 for text, marked in zip(texts, marks, strict=True)
             ]
             if [len(marked) for marked in marks] != [len(contents) for contents in answers]:
@@ -224,7 +199,7 @@ class Renderer:
             texts, marks = self._marks_by_prefix(conversations)
         return texts, [
             [
-                self._answer_span(text, start, end, content)
+                answer_span(text, start, end, content, specials=self._specials)
                 for (start, end), content in zip(marked, contents, strict=True)
             ]
             for text, marked, contents in zip(texts, marks, answers, strict=True)
@@ -250,37 +225,6 @@ class Renderer:
                 found.append((found[-1][1] if found else 0, len(until.rstrip())))
             marks.append(found)
         return texts, marks
-
-    def _holds_text(self, marked: str) -> bool:
-        """False for a marked piece of special tokens only, as some templates put after the last answer."""
-        for token in self._specials:
-            marked = marked.replace(token, "")
-        return bool(marked.strip())
-
-    def _answer_span(self, text: str, start: int, end: int, content: str) -> Span:
-        """The answer and the special tokens that close it, at the end of `text[start:end]`.
-
-        One space before the answer is part of it, as in many tokenizers it is part of the answer's first token.
-        """
-        body = end
-        while body > start:
-            shorter = len(text[start:body].rstrip()) + start
-            closing = next((token for token in self._specials if text.endswith(token, start, shorter)), None)
-            if closing is None:
-                break
-            body = shorter - len(closing)
-        stripped = start + len(text[start:body].rstrip())
-        closed = body
-        while token := next((token for token in self._specials if text.startswith(token, closed, end)), None):
-            closed += len(token)
-        if not text.endswith(content, start, stripped) or closed == body or stripped != body:
-            raise DataError(
-                expected="the chat template to end an answer with its text and a special token",
-                found=repr(text[max(start, end - 60) : end]),
-                fix="correct the template, or remove special tokens from the answer",
-            )
-        first = body - len(content)
-        return (first - 1 if first > start and text[first - 1] == " " else first, closed)
 
     def _check_prompts(
         self, conversations: Sequence[Sequence[Message]], rendered: Sequence[Rendered], starts: Sequence[str]
@@ -311,32 +255,6 @@ class Renderer:
                 )
 
 
-def _choose_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default") or next(iter(template.values()))
-    if not template:
-        if tokenizer.eos_token is None:
-            raise ModelError(
-                expected="a chat template or an end-of-sequence token",
-                found="a tokenizer with neither",
-                fix="set eos_token in tokenizer_config.json",
-            )
-        return FALLBACK_TEMPLATE, "fallback (the tokenizer has no chat template)"
-    named = tokenizer.special_tokens_map
-    try_template(str(template), tuple((name, str(token)) for name, token in named.items()))
-    if has_generation_markers(template):
-        return str(template), "the tokenizer's, with generation markers"
-    try:
-        with within(SECONDS):
-            known = get_training_chat_template(tokenizer)
-    except Exception:  # TRL knows no marked version of it, or it fails where TRL renders it, and will again
-        known = None
-    if known is not None:
-        return known, "TRL's marked version of the tokenizer's"
-    return str(template), "the tokenizer's, without generation markers"
-
-
 def _labels(ids: Sequence[int], offsets: Sequence[Span], spans: Sequence[Span], text: str) -> list[int]:
     """The ids inside `spans`, IGNORE elsewhere; `offsets` are the characters that each token covers."""
     labels = [IGNORE] * len(ids)
@@ -358,10 +276,11 @@ def _labels(ids: Sequence[int], offsets: Sequence[Span], spans: Sequence[Span], 
     return labels
 
 
-def without_labels(where: str) -> DataError:
-    """The fault of a row in which nothing would be learnt."""
-    return DataError(
-        expected="at least one supervised token",
-        found=f"none at {where}",
-        fix="check the answer, the chat template and training.max_length",
-    )
+def require_fast(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises `ModelError` for a tokenizer that does not tell which characters a token covers."""
+    if not tokenizer.is_fast:
+        raise ModelError(
+            expected="a fast tokenizer (tokenizer.json)",
+            found=type(tokenizer).__name__,
+            fix="convert it: AutoTokenizer.from_pretrained(…, use_fast=True).save_pretrained(…)",
+        )

@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ift_peft.data.lines import text_lines
 from ift_peft.data.render import IGNORE, Rendered
 from ift_peft.data.rows import raise_faults
-from ift_peft.data.sources import read_source, text_lines
+from ift_peft.data.sources import read_source
 from ift_peft.errors import DataError, IftPeftError
 from ift_peft.evaluate.compare import Predictions
 from ift_peft.evaluate.intervals import Floats
 from ift_peft.evaluate.metrics import Resampling, language_change, language_metrics, to_json
 from ift_peft.infer.batches import Progress
 from ift_peft.infer.likelihood import answer_likelihoods
-from ift_peft.model.base import positions
+from ift_peft.model.configuration import positions
 from ift_peft.recipe import recipes_root
 from ift_peft.sections import Evaluation
 

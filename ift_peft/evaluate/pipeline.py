@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ift_peft.data.fields import RecordFault, filled_with, unfold
+from ift_peft.data.fields import Record, RecordFault, filled_with, unfold
 from ift_peft.data.formats import to_row
 from ift_peft.data.rows import raise_faults, sampled
-from ift_peft.data.sources import Record, read_source
+from ift_peft.data.sources import read_source
 from ift_peft.errors import DataError, IftPeftError
 from ift_peft.evaluate import metrics
 from ift_peft.evaluate.measure import resampling

@@ -17,10 +17,12 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from ift_peft.data.fields import Record
+from ift_peft.data.lines import text_lines
 from ift_peft.data.render import IGNORE, Rendered, Renderer
 from ift_peft.data.row import Message, language_of
 from ift_peft.data.rows import raise_faults
-from ift_peft.data.sources import Record, read_source, text_lines
+from ift_peft.data.sources import read_source
 from ift_peft.errors import DataError, Faults, IftPeftError
 from ift_peft.evaluate.intervals import Floats, paired_change, wilson
 from ift_peft.evaluate.metrics import Resampling
@@ -29,7 +31,7 @@ from ift_peft.evaluate.rowwise import compared, mean, with_ones
 from ift_peft.infer.batches import Progress
 from ift_peft.infer.generation import generate_all
 from ift_peft.infer.likelihood import answer_likelihoods
-from ift_peft.model.base import positions
+from ift_peft.model.configuration import positions
 from ift_peft.recipe import recipes_root
 from ift_peft.sections import Evaluation
 

@@ -17,7 +17,7 @@ from ift_peft.explain.pieces import Piece, prompt_pieces
 from ift_peft.explain.score import ClassScore, Score, answer_loss, answer_score, class_loss
 from ift_peft.infer.load import Parts
 from ift_peft.infer.predict import answer_all
-from ift_peft.model.base import quiet
+from ift_peft.model.quiet import quiet
 from ift_peft.reporter import Reporter
 
 DIGITS = 6

@@ -11,7 +11,8 @@ from typing import Literal
 
 import rjieba
 
-from ift_peft.data.render import Prompt, Span, TokenRenderer
+from ift_peft.data.answer_spans import Span
+from ift_peft.data.render import Prompt, TokenRenderer
 from ift_peft.data.row import Message
 from ift_peft.errors import DataError
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ift_peft.errors import IftPeftError, ModelError, first_line, raise_all
-from ift_peft.model.base import quiet
+from ift_peft.model.quiet import quiet
 from ift_peft.plain_files import read_text
 from ift_peft.run_dir import ADAPTER_FILES
 from ift_peft.trial import SECONDS, TakesMore, tried

@@ -62,8 +62,12 @@ class Row:
         return None
 
     def cancel(self) -> None:
-        self._last("cancelled")
-        self.stream.end("cancelled")
+        """End the answer with what there is of it."""
+        try:
+            self._last("cancelled")
+            self.stream.end("cancelled")
+        except Exception as error:  # as of a tokenizer that cannot decode what is held back
+            self.stream.fail(error)
 
     def _last(self, reason: FinishReason, text: str = "") -> FinishReason:
         text += self.text.finish()

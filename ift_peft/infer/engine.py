@@ -5,19 +5,16 @@ from __future__ import annotations
 import operator
 import secrets
 import threading
-import traceback
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, suppress
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ift_peft.errors import BusyError, IftPeftError, ModelError, raise_all
 from ift_peft.infer.answering import Row
+from ift_peft.infer.decoding import Batch
 from ift_peft.infer.request import Completion, Request, Stream
-from ift_peft.infer.rows import RowsCache, RowsModel, alike_positions
+from ift_peft.infer.rows import alike_positions
 from ift_peft.infer.stacked import StackedAdapters
 
 
@@ -51,16 +48,13 @@ class Engine:
         self._tokenizer, self._end_tokens = tokenizer, frozenset(end_token_ids)
         self._vocabulary = len(model.get_input_embeddings().weight)
         self._lock = threading.RLock()
+        pad = tokenizer.pad_token_id
+        if pad is None or pad >= self._vocabulary:  # an added one may have no embedding
+            pad = min(self._end_tokens)
         with self._running():
-            self._select([0])
-            pad = tokenizer.pad_token_id
-            known = pad is not None and pad < self._vocabulary  # an added one may have no embedding
-            self._model = RowsModel(model, pad if known else min(self._end_tokens))
+            self._batch = Batch(model, pad_token_id=pad, end_token_ids=self._end_tokens, adapters=adapters)
         self.positions = alike_positions(model.config)
         self._max_prompt_tokens = max_prompt_tokens
-        self._cache = RowsCache()
-        self._rows: list[Row] = []
-        self._joining: list[Row] = []  # no longer waiting, and not yet in the batch
         self._waiting: deque[Row] = deque()
         self._wake = threading.Condition()  # guards `_waiting` and the following
         self._thread: threading.Thread | None = None
@@ -69,7 +63,7 @@ class Engine:
     @property
     def running(self) -> int:
         """Rows in the batch."""
-        return len(self._rows)
+        return len(self._batch.rows)
 
     @property
     def waiting(self) -> int:
@@ -113,14 +107,14 @@ class Engine:
             try:
                 self._drop_cancelled()
                 self._take_prompts()
-                if self._joining:
-                    self._run_prompts(list(self._joining))
-                if self._rows:
-                    self._run_step()
+                self._batch.step()
             except BaseException as error:
-                self._lose(error, waiting=True)
+                with self._wake:
+                    waiting = list(self._waiting)
+                    self._waiting.clear()
+                self._batch.lose(error, waiting)
                 raise
-        return bool(self._rows or self._waiting)
+        return bool(self._batch.rows or self._waiting)
 
     def run(self, requests: Sequence[Request]) -> list[Completion]:
         """The answers to all, in order. Raises what the first failed request failed with."""
@@ -177,9 +171,9 @@ class Engine:
     def _drive(self) -> None:
         while True:
             with self._wake:
-                while not (self._waiting or self._rows or self._stopping):
+                while not (self._waiting or self._batch.rows or self._stopping):
                     self._wake.wait()
-                if self._stopping and not (self._waiting or self._rows):
+                if self._stopping and not (self._waiting or self._batch.rows):
                     return
             with suppress(BaseException):  # whoever asked was told; those who ask next are answered
                 self.step()
@@ -225,150 +219,29 @@ class Engine:
         return limit
 
     def _drop_cancelled(self) -> None:
-        for row in [row for row in self._rows if self._is_cancelled(row)]:
-            self._cancel(row)
-            self._leave(row)
+        for row in [row for row in self._batch.rows if self._is_cancelled(row)]:
+            row.cancel()
+            self._batch.leave(row)
         with self._wake:
             gone = [row for row in self._waiting if self._is_cancelled(row)]
             if gone:
                 self._waiting = deque(row for row in self._waiting if row not in gone)
         for row in gone:
-            self._cancel(row)
-            self._release(row)
+            row.cancel()
+            self._batch.release(row)
 
     def _is_cancelled(self, row: Row) -> bool:
         return self._cancelling or row.stream.cancelled
 
-    def _cancel(self, row: Row) -> None:
-        try:
-            row.cancel()
-        except Exception as error:  # as of a tokenizer that cannot decode what is held back
-            row.stream.fail(error)
-
     def _take_prompts(self) -> None:
         """Take from the queue what there are rows for."""
-        longest = 0
+        longest, batch = 0, self._batch
         with self._wake:
-            while self._waiting and len(self._rows) + len(self._joining) < self.max_rows:
+            while self._waiting and len(batch.rows) + len(batch.joining) < self.max_rows:
                 longest = max(longest, len(self._waiting[0].stream.request.prompt))
-                if self._joining and longest * (len(self._joining) + 1) > self._max_prompt_tokens:
+                if batch.joining and longest * (len(batch.joining) + 1) > self._max_prompt_tokens:
                     break
-                self._joining.append(self._waiting.popleft())
-
-    def _run_prompts(self, rows: list[Row]) -> None:
-        """Run prompts together, take the first token of each, and let those that go on join the batch."""
-        failed: Exception | None = None
-        try:
-            self._select([row.slot for row in rows])
-            logits, cache = self._model.prompts([row.stream.request.prompt for row in rows])
-            likeliest = _likeliest(logits)
-        except Exception as error:
-            failed = _emptied(error)
-        if failed is not None:
-            if len(rows) == 1:  # one that fails leaves the others as they are
-                self._joining.remove(rows[0])
-                self._fail(rows[0], failed)
-            else:  # outside of the `except`, which would hold what the failed batch took
-                for row in rows:
-                    if row in self._joining:
-                        self._run_prompts([row])
-            return
-        ended = self._advance(rows, logits, likeliest)
-        try:
-            for number, row in enumerate(rows):
-                if row not in ended:
-                    self._cache.join(cache, number, len(row.stream.request.prompt))
-                    self._rows.append(row)
-                self._joining.remove(row)
-                if row in ended:
-                    self._release(row)
-        except Exception as error:
-            self._lose(error)
-
-    def _run_step(self) -> None:
-        try:
-            self._select([row.slot for row in self._rows], keep=True)
-            logits = self._model.step([row.token for row in self._rows], self._cache)
-            likeliest = _likeliest(logits)
-        except Exception as error:
-            self._lose(error)
-            return
-        for row in self._advance(self._rows, logits, likeliest):
-            self._leave(row)
-
-    def _lose(self, error: BaseException, *, waiting: bool = False) -> None:
-        """Fail the batch and what was to join it, as what the cache holds is unknown; or those that wait as well."""
-        lost = list(dict.fromkeys([*self._joining, *self._rows]))
-        if waiting:
-            with self._wake:
-                lost += self._waiting
-                self._waiting.clear()
-        self._joining, self._rows, self._cache = [], [], RowsCache()
-        if not isinstance(error, Exception):
-            error = RuntimeError(f"the engine was interrupted by {type(error).__name__}")
-        for row in lost:
-            self._fail(row, error)
-
-    def _advance(self, rows: Sequence[Row], logits: Tensor, likeliest: Sequence[int | None]) -> list[Row]:
-        """One more token for each row; the rows that ended, or failed, with it."""
-        ended = []
-        for row, token, own in zip(rows, likeliest, logits, strict=True):
-            try:
-                if token is None:
-                    raise ModelError(
-                        expected="finite logits",
-                        found=f"NaN or infinity for {row.stream.request.adapter or 'the base'}",
-                        fix="check the adapter's weights, or load the base in float32 or bfloat16",
-                    )
-                reason = row.take(row.choose(own, token), self._end_tokens)
-            except Exception as error:
-                row.stream.fail(_emptied(error))
-                ended.append(row)
-                continue
-            if reason is not None:
-                row.stream.end(reason)
-                ended.append(row)
-        return ended
-
-    def _leave(self, row: Row) -> None:
-        """Take a row out of the batch; the last takes its place."""
-        at = self._rows.index(row)
-        self._cache.leave(at)
-        last = self._rows.pop()
-        if at < len(self._rows):
-            self._rows[at] = last
-        self._release(row)
-
-    def _fail(self, row: Row, error: Exception) -> None:
-        if not row.stream.done:
-            row.stream.fail(_emptied(error))
-        self._release(row)
-
-    def _release(self, row: Row) -> None:
-        if self.adapters is not None:
-            self.adapters.release(row.slot)
+                batch.joining.append(self._waiting.popleft())
 
     def _running(self) -> AbstractContextManager[Any]:
         return self._lock if self.adapters is None else self.adapters.running()
-
-    def _select(self, slots: Sequence[int], *, keep: bool = False) -> None:
-        if self.adapters is not None:
-            self.adapters.select(slots, keep=keep)
-
-
-def _likeliest(logits: Tensor) -> list[int | None]:
-    """The likeliest token of each row; None where a logit is no number. Where the model failed late, this raises."""
-    greatest, tokens = logits.max(dim=-1)
-    finite = torch.isfinite(greatest).tolist()
-    return [token if whole else None for token, whole in zip(tokens.tolist(), finite, strict=True)]
-
-
-def _emptied(error: Exception) -> Exception:
-    """The error, to be kept, without the frames that it came through and their tensors; a note tells of them."""
-    if error.__traceback__ is not None:
-        error.add_note("".join(traceback.format_tb(error.__traceback__)).rstrip())
-    one: BaseException | None = error
-    while one is not None:
-        one.__traceback__ = None
-        one = one.__context__
-    return error

@@ -16,7 +16,7 @@ from ift_peft.data.render import Renderer
 from ift_peft.data.row import Message
 from ift_peft.errors import ModelError
 from ift_peft.infer.batches import Progress
-from ift_peft.model.base import positions
+from ift_peft.model.configuration import positions
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,10 @@ from ift_peft.errors import Faults, ModelError, RunError, raise_all
 from ift_peft.infer.adapter_files import adapter_faults, add_adapter, load_adapter
 from ift_peft.infer.parity import parity_faults
 from ift_peft.infer.stacked import StackedAdapters
-from ift_peft.model.base import ClassHead, LoadedBase, load_section, quiet
+from ift_peft.model.base import LoadedBase, load_section
+from ift_peft.model.heads import ClassHead
 from ift_peft.model.initialise import whole_in_float32
+from ift_peft.model.quiet import quiet
 from ift_peft.model.tokenizer import (
     BaseLocation,
     ensure_pad_token,

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ift_peft.data.render import TokenRenderer
 from ift_peft.errors import DataError, IftPeftError, RunError, first_line
 from ift_peft.infer.adapter_files import adapter_faults
-from ift_peft.model.base import quiet
+from ift_peft.model.quiet import quiet
 from ift_peft.model.tokenizer import BaseLocation
 from ift_peft.run_dir import RunDir
 

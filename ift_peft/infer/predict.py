@@ -16,7 +16,7 @@ from ift_peft.infer.generation import continue_all, room
 from ift_peft.infer.likelihood import label_probabilities
 from ift_peft.infer.load import Parts, Question
 from ift_peft.infer.request import Request
-from ift_peft.model.base import positions
+from ift_peft.model.configuration import positions
 
 
 @dataclass(frozen=True)

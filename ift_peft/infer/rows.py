@@ -17,7 +17,7 @@ from transformers.cache_utils import (
 )
 
 from ift_peft.errors import ModelError
-from ift_peft.model.base import positions
+from ift_peft.model.configuration import positions
 
 ROOM, MOST_ROOM = 64, 512  # columns that are allocated beyond those in use
 

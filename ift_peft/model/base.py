@@ -2,76 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
 import torch
-from accelerate.utils import recursively_apply
 from safetensors import SafetensorError
-from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-)
-from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from ift_peft.errors import ModelError, first_line
+from ift_peft.model.heads import HEAD_NAMES, ClassHead, check_classes, widen_head
+from ift_peft.model.quantization import dequantize_once, quantization_config
+from ift_peft.model.quiet import quiet
 from ift_peft.model.tokenizer import BaseLocation
-from ift_peft.sections import Base, Head, Quantization
+from ift_peft.sections import Base, Quantization
 
-# Model types whose position embeddings begin after `pad_token_id` (create_position_ids_from_input_ids).
-COUNTED_FROM_PADDING = frozenset(
-    {
-        "camembert",
-        "data2vec-text",
-        "ibert",
-        "longformer",
-        "luke",
-        "mpnet",
-        "roberta",
-        "roberta-prelayernorm",
-        "xlm-roberta",
-        "xlm-roberta-xl",
-        "xmod",
-    }
-)
-# Names of what transformers puts on top of a base to make a classifier of it.
-HEAD_NAMES = (
-    "score",
-    "classifier",
-    "pre_classifier",
-    "classification_head",
-    "pooler",
-    "sequence_summary",
-    "logits_proj",
-)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class ClassHead:
-    """What a classifier's head is made with: its classes, the token that pads texts, and the seed of its weights."""
-
-    classes: tuple[str, ...]
-    pad_token_id: int
-    seed: int
-
-    def settings(self) -> dict[str, Any]:
-        """As transformers' configurations have it."""
-        return {
-            "num_labels": len(self.classes),
-            "id2label": dict(enumerate(self.classes)),
-            "label2id": {name: number for number, name in enumerate(self.classes)},
-            "pad_token_id": self.pad_token_id,
-        }
 
 
 @dataclass
@@ -129,7 +74,7 @@ def load_base(
     notes: list[str] = []
     arguments: dict[str, Any] = {"dtype": dtype}
     if quantization != "none":
-        settings = _quantization_config(quantization, double_quantization, dtype)
+        settings = quantization_config(quantization, double_quantization, dtype)
         if head is not None:
             settings.llm_int8_skip_modules = [*HEAD_NAMES]  # a head is trained whole, which packed weights cannot be
         arguments |= {"quantization_config": settings, "device_map": {"": str(place)}}
@@ -149,7 +94,7 @@ def load_base(
         if stacks:
             notes.append(f"{quantization} packs linear modules; {stacks:,} weights of experts stay as they are")
         if place.type == "cpu" and quantization in ("nf4", "fp4") and not packed:
-            notes.append(_dequantize_once(model, dtype, quantization))
+            notes.append(dequantize_once(model, dtype, quantization))
     if quantization == "none":
         model.to(place)
     model.eval()
@@ -166,7 +111,7 @@ def _from_weights(
     """
     kind = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
     if head is not None:
-        _check_classes(location, head)
+        check_classes(location, head)
     with torch.random.fork_rng():
         torch.manual_seed(0 if head is None else head.seed)
         model, info = kind.from_pretrained(
@@ -190,57 +135,8 @@ def _from_weights(
             else "for a BERT base: base.head=sequence-classification",
         )
     if head is not None:
-        _in_float32(model)
+        widen_head(model)
     return model, tuple(sorted({name.rpartition(".")[0] for name in info["missing_keys"]}))
-
-
-def _check_classes(location: BaseLocation, head: ClassHead) -> None:
-    """Raise where the base brings a head for other classes, or for the same in another order."""
-    config = read_config(location)
-    if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
-        return
-    own = tuple(config.id2label[number] for number in sorted(config.id2label))
-    unnamed = all(name == f"LABEL_{number}" for number, name in enumerate(own))
-    if len(own) != len(head.classes) or (not unnamed and own != head.classes):
-        raise ModelError(
-            expected=f"the classes of the base's own head in data.labels: {', '.join(own)}",
-            found=", ".join(head.classes),
-            fix="set data.labels to them, in order (a mapping renames stored values), or give a base without a head",
-        )
-
-
-def _in_float32(model: PreTrainedModel) -> None:
-    """Make what stands on top of a base float32, as PEFT makes adapters: it is trained, and steps are small."""
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] in HEAD_NAMES and any(True for _ in module.parameters()):
-            module.float()
-            module.register_forward_pre_hook(_in_its_type, with_kwargs=True)
-
-
-def wide_inside(module: nn.Module, *, outside: torch.dtype) -> None:
-    """Make `module` float32 amid others of the type `outside`: what goes in is cast, and what comes out cast back.
-
-    Autocast would do so in training alone; measurements, and a CPU, have none.
-    """
-
-    def back(_: nn.Module, __: Any, given: Any) -> Any:
-        return _cast(given, outside)
-
-    module.float()
-    module.register_forward_pre_hook(_in_its_type, with_kwargs=True)
-    module.register_forward_hook(back)
-
-
-def _in_its_type(
-    module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    dtype = next(module.parameters()).dtype
-    return _cast(arguments, dtype), _cast(named, dtype)
-
-
-def _cast(values: Any, dtype: torch.dtype) -> Any:
-    """Every tensor of floats in `values` in this type; what else is in there as it is."""
-    return recursively_apply(lambda one: one.to(dtype) if one.is_floating_point() else one, values)
 
 
 def load_section(
@@ -260,133 +156,3 @@ def load_section(
         device=section.device,
         head=head,
     )
-
-
-def _quantization_config(quantization: Quantization, double: bool, dtype: torch.dtype) -> BitsAndBytesConfig:
-    if quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantization,
-        bnb_4bit_use_double_quant=double,
-        bnb_4bit_compute_dtype=dtype,
-    )
-
-
-def _dequantize_once(model: PreTrainedModel, dtype: torch.dtype, quantization: str) -> str:
-    from bitsandbytes.nn import Linear4bit
-
-    quantised = [module for module in model.modules() if isinstance(module, Linear4bit)]
-    needed = sum(module.in_features * module.out_features for module in quantised) * dtype.itemsize
-    available = psutil.virtual_memory().available
-    if 2 * needed > available:
-        return (
-            f"{quantization} weights stay packed and are dequantised in every step, which is slow on CPU: "
-            f"unpacked they take {needed / 1e9:.1f} GB and {available / 1e9:.1f} GB are free"
-        )
-    model.dequantize(dtype=dtype)
-    model.config.dtype = dtype
-    model.is_loaded_in_4bit = False  # transformers leaves it set, and TRL would then round the adapter to bfloat16
-    name = str(dtype).removeprefix("torch.")
-    return f"{quantization} weights dequantised once to {name}: same numbers, no unpacking in every step"
-
-
-def positions(config: Any) -> int | None:
-    """How many tokens a base can take, None where nothing limits them.
-
-    Bases like RoBERTa count positions from after the number of their padding token, so that their table is longer.
-    """
-    config = config.get_text_config()  # of a base that also sees or hears, the part that reads
-    table = getattr(config, "max_position_embeddings", None)
-    if not table or table < 0:
-        return None
-    return int(table) - (int(config.pad_token_id) + 1 if config.model_type in COUNTED_FROM_PADDING else 0)
-
-
-def dequantize(loaded: LoadedBase) -> PreTrainedModel:
-    """The weights of a quantised base as plain float32, unpacked by bitsandbytes, on any device."""
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
-
-    model = loaded.model
-    with quiet():
-        if any(isinstance(module, Linear4bit | Linear8bitLt) for module in model.modules()):
-            model.dequantize(dtype=torch.float32)
-        for parameter in model.parameters():
-            parameter.data = parameter.data.float()
-    model.config.dtype = torch.float32
-    _transpose_back(model)
-    return model
-
-
-def _transpose_back(model: PreTrainedModel) -> None:
-    """Make Conv1D again of what bitsandbytes made linear modules of, so that the model is stored as its base is."""
-    with torch.device("meta"):
-        bare = type(model)(model.config)
-    for name, module in bare.named_modules():
-        linear = model.get_submodule(name)
-        if isinstance(module, Conv1D) and isinstance(linear, nn.Linear):
-            again = Conv1D(linear.out_features, linear.in_features)
-            again.weight, again.bias = nn.Parameter(linear.weight.detach().T.contiguous()), linear.bias
-            model.set_submodule(name, again)
-
-
-def read_config(location: BaseLocation, **settings: Any) -> Any:
-    """The base's configuration, with `settings` in the place of its own. Raises `ModelError`; runs none of its code."""
-    try:
-        with quiet():
-            return AutoConfig.from_pretrained(
-                location.folder, trust_remote_code=False, local_files_only=True, **settings
-            )
-    except Exception as error:  # what stands in the file is for any class of transformers to fail on
-        raise ModelError(
-            expected=f"the configuration of a base in {location.folder}",
-            found=f"{first_line(error):.300}",
-            fix="choose a base that the installed transformers knows without code of its own",
-        ) from error
-
-
-def skeleton(
-    location: BaseLocation, head: Head = "causal-lm", *, settings: dict[str, Any] | None = None
-) -> PreTrainedModel:
-    """The base's modules without weights (on the meta device): enough to check what an adapter would match.
-
-    `settings` replace those of its configuration, as those of a `ClassHead`.
-    """
-    kind = AutoModelForCausalLM if head == "causal-lm" else AutoModelForSequenceClassification
-    with quiet():
-        try:
-            config = read_config(location, **(settings or {}))
-            with torch.device("meta"):
-                return kind.from_config(config, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(
-                expected=f"the config of a base for {head} in {location.folder}",
-                found=first_line(error),
-                fix=f"choose a base that transformers' {kind.__name__} knows",
-            ) from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' progress bars and advice; errors still show."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl)\b")
-            # PEFT puts the whole embedding into checkpoints of an adapter on it; the final adapter goes without.
-            warnings.filterwarnings("ignore", message="Setting `save_embedding_layers` to `True`")
-            # An adapter on a tied embedding: merging unties it (adapters/merge.py).
-            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True` and a tied layer")
-            # PEFT sets it right by itself, for each module.
-            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-            # PEFT's own patterns, for experts: it looks for them among modules, where they are among parameters.
-            warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys .*gate_up_proj")
-            # A merged model quantised again says how; load_base says the same.
-            warnings.filterwarnings("ignore", message="You passed `quantization_config` or equivalent")
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ift_peft.errors import ModelError
-from ift_peft.model.base import wide_inside
+from ift_peft.model.precision import wide_inside
 from ift_peft.sections import Adapter, Head
 
 NAME = "default"  # of a run's adapter, in PEFT

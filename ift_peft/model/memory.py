@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 
 from ift_peft.errors import ModelError, first_line
 from ift_peft.model.adapter import peft_config
-from ift_peft.model.base import quiet, skeleton
+from ift_peft.model.configuration import skeleton
+from ift_peft.model.quiet import quiet
 from ift_peft.model.tokenizer import BaseLocation
 from ift_peft.sections import Adapter, Head, Quantization
 

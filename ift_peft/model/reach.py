@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ift_peft.errors import ModelError, first_line
 from ift_peft.model.adapter import matched_modules, peft_config
-from ift_peft.model.base import quiet
+from ift_peft.model.quiet import quiet
 from ift_peft.sections import Adapter, Head
 
 _DECOMPOSES = ("pissa", "olora", "loftq", "eva")  # begun as directions of each linear module's weight or inputs

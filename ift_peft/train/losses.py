@@ -21,7 +21,7 @@ from ift_peft.data.render import IGNORE
 from ift_peft.errors import ModelError, RecipeError
 from ift_peft.infer.classes import class_logits
 from ift_peft.infer.likelihood import supervised_logits
-from ift_peft.model.base import positions, skeleton
+from ift_peft.model.configuration import positions, skeleton
 from ift_peft.model.tokenizer import BaseLocation, load_tokenizer, locate_base
 from ift_peft.sections import Loss
 

@@ -22,7 +22,7 @@ from ift_peft.data.store import RenderedSet, content_key, render_set
 from ift_peft.evaluate.measure import check_evaluation
 from ift_peft.evaluate.probes import Probe, make_probes
 from ift_peft.model.adapter import check_adapter
-from ift_peft.model.base import positions, skeleton
+from ift_peft.model.configuration import positions, skeleton
 from ift_peft.model.reach import reach
 from ift_peft.model.tokenizer import (
     BaseLocation,

@@ -16,8 +16,9 @@ from ift_peft.errors import RunError, TrainingError
 from ift_peft.evaluate.forgetting import general_texts
 from ift_peft.evaluate.run import Measuring
 from ift_peft.evaluate.safety import safety_prompts
-from ift_peft.model.base import choose_device, choose_dtype, quiet
+from ift_peft.model.base import choose_device, choose_dtype
 from ift_peft.model.memory import TRAINED_BYTES, Meter
+from ift_peft.model.quiet import quiet
 from ift_peft.recipe import Recipe, require_one_task
 from ift_peft.report.card import adapter_card
 from ift_peft.report.write import NAME as REPORT

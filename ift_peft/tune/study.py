@@ -14,7 +14,7 @@ from ift_peft.evaluate.forgetting import general_texts
 from ift_peft.evaluate.gates import reached
 from ift_peft.evaluate.measure import check_metrics
 from ift_peft.evaluate.safety import safety_prompts
-from ift_peft.model.base import quiet
+from ift_peft.model.quiet import quiet
 from ift_peft.recipe import Recipe, dump_recipe, require_one_task
 from ift_peft.reporter import Reporter
 from ift_peft.run_dir import RunDir

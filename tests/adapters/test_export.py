@@ -31,8 +31,8 @@ from ift_peft.adapters.merge import merge
 from ift_peft.data.render import Renderer
 from ift_peft.errors import ExportError, IftPeftError
 from ift_peft.infer.load import Parts, load_model, open_parts
-from ift_peft.model.base import quiet
 from ift_peft.model.initialise import base_weight
+from ift_peft.model.quiet import quiet
 from ift_peft.model.tokenizer import TINY
 from ift_peft.reporter import Silent
 from ift_peft.run_dir import RunDir

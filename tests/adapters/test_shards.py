@@ -29,7 +29,8 @@ from ift_peft.adapters.checkpoint import INDEX, shard_files
 from ift_peft.adapters.plan import plan_merge, why_in_memory
 from ift_peft.adapters.shards import write_merged
 from ift_peft.errors import Faults, MergeError
-from ift_peft.model.base import ClassHead, quiet
+from ift_peft.model.heads import ClassHead
+from ift_peft.model.quiet import quiet
 from ift_peft.model.tokenizer import BaseLocation
 
 LLAMA = {

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen2Conf
 from ift_peft.adapters.weights import check_weights, probe_weights
 from ift_peft.errors import MergeError
 from ift_peft.model.adapter import peft_config
-from ift_peft.model.base import quiet
+from ift_peft.model.quiet import quiet
 from ift_peft.sections import Adapter
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from ift_peft.data.fields import Record
 from ift_peft.data.formats import to_rows
 from ift_peft.data.row import Row
 from ift_peft.data.rows import read_rows_of
-from ift_peft.data.sources import Record
 from ift_peft.errors import DataError, IftPeftError
 from ift_peft.sections import Columns, Data
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ift_peft.data.render import FALLBACK_TEMPLATE, IGNORE, Renderer
+from ift_peft.data.render import IGNORE, Renderer
+from ift_peft.data.template_choice import FALLBACK_TEMPLATE
 from ift_peft.errors import DataError, ModelError
 from ift_peft.model.tokenizer import TINY
 

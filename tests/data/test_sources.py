@@ -7,7 +7,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from ift_peft.data.sources import folder_has_split, read_source, text_lines
+from ift_peft.data.lines import text_lines
+from ift_peft.data.sources import folder_has_split, read_source
 from ift_peft.errors import Faults, IftPeftError
 
 

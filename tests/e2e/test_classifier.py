@@ -25,7 +25,8 @@ from transformers import (
 
 from ift_peft.errors import ModelError, RecipeError
 from ift_peft.evaluate.ensemble import evaluate_ensemble
-from ift_peft.model.base import ClassHead, load_base
+from ift_peft.model.base import load_base
+from ift_peft.model.heads import ClassHead
 from ift_peft.model.tokenizer import locate_base
 from ift_peft.recipe import load_recipe, recipes_root
 from ift_peft.reporter import Silent

@@ -40,7 +40,7 @@ from ift_peft.infer.generation import generate_all
 from ift_peft.infer.likelihood import label_probabilities
 from ift_peft.infer.load import Parts, load_model, open_parts
 from ift_peft.infer.predict import answer_all
-from ift_peft.model.base import quiet
+from ift_peft.model.quiet import quiet
 from ift_peft.model.tokenizer import TINY
 from ift_peft.recipe import load_recipe
 from ift_peft.reporter import Silent

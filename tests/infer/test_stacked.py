@@ -15,7 +15,7 @@ from transformers import BitsAndBytesConfig, GPT2Config, LlamaConfig, OPTConfig
 
 from ift_peft.errors import BusyError, Faults, ModelError
 from ift_peft.infer.stacked import StackedAdapters
-from ift_peft.model.base import quiet
+from ift_peft.model.quiet import quiet
 from tests.infer.adapters import make_adapter, out_of_memory, random_base
 
 VOCABULARY = 96

@@ -14,8 +14,9 @@ from peft import get_peft_model
 from torch.nn import functional as F
 
 from ift_peft.model.adapter import peft_config
-from ift_peft.model.base import load_base, quiet
+from ift_peft.model.base import load_base
 from ift_peft.model.memory import Batch, Meter, foresee
+from ift_peft.model.quiet import quiet
 from ift_peft.model.tokenizer import locate_base
 from ift_peft.sections import Adapter
 

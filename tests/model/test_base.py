@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 from ift_peft.errors import ModelError
 from ift_peft.model.adapter import matched_modules
-from ift_peft.model.base import choose_device, load_base, skeleton
+from ift_peft.model.base import choose_device, load_base
+from ift_peft.model.configuration import skeleton
 from ift_peft.model.tokenizer import locate_base
 
 TOKENS = torch.arange(40).view(2, 20) + 5

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ift_peft.model.base import skeleton
+from ift_peft.model.configuration import skeleton
 from ift_peft.model.memory import TRAINED_BYTES, Batch, foresee, weight_bytes
 from ift_peft.model.tokenizer import locate_base
 from ift_peft.sections import Adapter

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 
 from ift_peft.errors import Faults, IftPeftError, ModelError
 from ift_peft.model.adapter import check_adapter, peft_config
-from ift_peft.model.base import load_base, skeleton
+from ift_peft.model.base import load_base
+from ift_peft.model.configuration import skeleton
 from ift_peft.model.initialise import base_weight, begin_with_base, begin_with_residual, freeze_second_half
 from ift_peft.model.reach import reach
 from ift_peft.model.tokenizer import locate_base

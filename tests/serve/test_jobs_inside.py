@@ -19,12 +19,13 @@ from sqlalchemy import select, update
 from ift_peft.errors import RunError
 from ift_peft.serve.errors import ApiError
 from ift_peft.serve.files.records import delete_file, keep_file
-from ift_peft.serve.jobs import jobs as module
+from ift_peft.serve.jobs import creating
 from ift_peft.serve.jobs.attempt import Attempt
 from ift_peft.serve.jobs.body import CreateJob
 from ift_peft.serve.jobs.folder import TRAINING_FILE
-from ift_peft.serve.jobs.jobs import Caller, Jobs
+from ift_peft.serve.jobs.jobs import Jobs
 from ift_peft.serve.jobs.progress import Progress
+from ift_peft.serve.jobs.repeated import Caller
 from ift_peft.serve.jobs.trainer import _device, lock_of
 from ift_peft.serve.operations import backup
 from ift_peft.serve.operations.backup import restore_backup, write_backup
@@ -159,8 +160,8 @@ def test_a_file_that_is_deleted_while_a_job_is_made_was_deleted_before(
         delete_file(made.settings, made.store, file)
         return real(**given)
 
-    real = module.plan
-    monkeypatch.setattr(module, "plan", delete_and_plan)
+    real = creating.plan
+    monkeypatch.setattr(creating, "plan", delete_and_plan)
     with pytest.raises(ApiError, match="No such file") as refused:
         made.create(training_file=file)
     assert (refused.value.status, refused.value.param) == (400, "training_file")

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from ift_peft.data.fields import Record
 from ift_peft.data.formats import to_row
-from ift_peft.data.sources import Record
 from ift_peft.sections import Data
 from ift_peft.serve.files.lines import LineChecker, LineFault, check_line, parse
 from ift_peft.serve.files.upload import Upload

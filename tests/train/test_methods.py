@@ -16,7 +16,7 @@ from ift_peft.adapters.merge import merge
 from ift_peft.adapters.weighted import Combination, add_combined
 from ift_peft.infer.likelihood import label_probabilities
 from ift_peft.infer.load import held_out_rows, load_members, load_model, open_parts
-from ift_peft.model.base import quiet
+from ift_peft.model.quiet import quiet
 from ift_peft.reporter import Silent
 from ift_peft.run_dir import RunDir
 from ift_peft.train.losses import as_base

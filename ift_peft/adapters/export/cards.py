@@ -10,7 +10,7 @@ import yaml
 
 from ift_peft.adapters.export.gguf_file import About
 from ift_peft.infer.load import Parts, class_head
-from ift_peft.model.base import HEAD_NAMES
+from ift_peft.model.heads import HEAD_NAMES
 from ift_peft.model.tokenizer import TINY
 
 _FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)

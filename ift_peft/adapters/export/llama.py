@@ -17,7 +17,8 @@ from ift_peft.adapters.export.vocabulary import Vocabulary, vocabulary_of
 from ift_peft.adapters.plan import why_in_memory
 from ift_peft.errors import ExportError
 from ift_peft.infer.load import load_model
-from ift_peft.model.base import load_base, positions
+from ift_peft.model.base import load_base
+from ift_peft.model.configuration import positions
 from ift_peft.model.tokenizer import BaseLocation
 
 UNPROVED = "llama-cpp-python is not installed"

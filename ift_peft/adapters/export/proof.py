@@ -17,7 +17,7 @@ from ift_peft.adapters.export.vocabulary import Vocabulary
 from ift_peft.data.render import Renderer
 from ift_peft.errors import ExportError
 from ift_peft.infer.load import Parts, held_out_rows
-from ift_peft.model.base import positions
+from ift_peft.model.configuration import positions
 
 # The largest difference of a logit that is allowed. llama.cpp adds up in another order, and rounds not only weights but
 # activations to the type of the weights; q8_0 is 8 bits by blocks of 32.

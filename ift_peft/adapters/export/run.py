@@ -15,9 +15,8 @@ from ift_peft.adapters.export.cards import about
 from ift_peft.adapters.export.gguf_file import Outtype
 from ift_peft.adapters.export.llama import gguf, gguf_adapter, ollama
 from ift_peft.adapters.export.public import check_public
-from ift_peft.adapters.merge import scratch_beside
 from ift_peft.adapters.plan import ADAPTER_FILE
-from ift_peft.durable import write_atomically
+from ift_peft.durable import scratch_beside, write_atomically
 from ift_peft.environment import git_state, versions
 from ift_peft.errors import ExportError
 from ift_peft.infer.load import Parts

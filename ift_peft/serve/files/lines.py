@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-from ift_peft.data.fields import RecordFault
+from ift_peft.data.fields import Record, RecordFault
 from ift_peft.data.formats import to_row
-from ift_peft.data.sources import Record
 from ift_peft.sections import Data
 from ift_peft.serve.settings import Limits
 

@@ -185,7 +185,14 @@ def stackable(opened: Opened) -> str | None:
     return None
 
 
-def host_of_base(opened: Opened, limits: Limits) -> Host:
+def host_of_shared(opened: Opened, public_name: str, settings: Settings) -> Host:
+    """A base for many models: of this process, or of the vLLM server. Raises `ModelError` where that has none."""
+    if settings.engine == "vllm":
+        return _host_of_vllm(opened, public_name, settings)
+    return _host_of_base(opened, settings.limits)
+
+
+def _host_of_base(opened: Opened, limits: Limits) -> Host:
     """The base loaded, with room for adapters, and an engine that runs."""
     loaded = load_section(opened.location, opened.section)
     stack = StackedAdapters(loaded.model, max_adapters=limits.adapters)
@@ -219,7 +226,7 @@ def _running(model: object, renderer: Renderer, section: Base, limits: Limits, s
     return Host(renderer, engine, stack, whole=stack is None)
 
 
-def host_of_vllm(opened: Opened, public_name: str, settings: Settings) -> Host:
+def _host_of_vllm(opened: Opened, public_name: str, settings: Settings) -> Host:
     """A vLLM server that has the base. Raises `ModelError` where there is none, or none with this base."""
     server, renderer = VllmServer(settings.vllm_url), renderer_of(opened.location)
     served = server.models()

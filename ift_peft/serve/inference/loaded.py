@@ -13,8 +13,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ift_peft.errors import BusyError, Faults, IftPeftError, ModelError
+from ift_peft.errors import BusyError, Faults, ModelError
 from ift_peft.serve.errors import ApiError, as_api_error, not_found
+from ift_peft.serve.inference.failures import Failures
 from ift_peft.serve.inference.models import Named, find
 from ift_peft.serve.settings import Settings
 from ift_peft.serve.store import Store
@@ -23,7 +24,6 @@ if TYPE_CHECKING:  # it imports torch, which a service has no need of before the
     from ift_peft.serve.inference.hosts import Host, Model, Opened
 
 log = logging.getLogger("ift_peft.serve")
-FAILED_SECONDS = 10.0  # for which a model that could not be loaded is not tried again
 FRESH_SECONDS = 1.0  # for which one is kept for those who waited for it
 
 
@@ -34,6 +34,7 @@ class LoadedModels:
         self._settings, self._store = settings, store
         self._threads = ThreadPoolExecutor(8, thread_name_prefix="loading")
         self.tokenising = ThreadPoolExecutor(2, thread_name_prefix="tokenising")  # long prompts wait for each other
+        self._failures = Failures()
         self._one_whole = threading.Lock()
         self._lock = threading.Lock()  # of the following
         self._models: OrderedDict[str, Model] = OrderedDict()  # the last used at the end
@@ -41,7 +42,6 @@ class LoadedModels:
         self._hosts: dict[tuple[str, str], Future[Host]] = {}
         self._loads: Counter[tuple[str, str]] = Counter()  # of models that are being loaded onto a host
         self._forgotten: set[str] = set()
-        self._failed: dict[str, tuple[float, ApiError]] = {}
         self._opening: dict[str, asyncio.Future[None]] = {}  # of the event loop alone
         self._whole_hosts = self._asking = 0
 
@@ -122,11 +122,7 @@ class LoadedModels:
 
     def _load(self, named: Named) -> None:
         """Load a model and keep it for those who wait. In a thread of its own."""
-        name = named.name
-        with self._lock:
-            until, error = self._failed.get(name, (0.0, None))
-        if error is not None and time.monotonic() < until:
-            raise error.with_traceback(None)
+        self._failures.check(named.name)
         with ExitStack() as until_kept:
             self._keep(named, until_kept)
 
@@ -139,16 +135,13 @@ class LoadedModels:
         except BusyError as busy:
             raise as_api_error(busy) from None
         except Exception as unforeseen:
-            failed = self._failure(named, unforeseen)
-            with self._lock:
-                self._failed[name] = (time.monotonic() + FAILED_SECONDS, failed)
-            raise failed from None
+            raise self._failures.keep(name, unforeseen) from None
         with self._lock:
             forgotten = name in self._forgotten
             if not forgotten:
                 self._models[name] = model
                 self._holds[name] += 1
-                self._failed.pop(name, None)
+                self._failures.forget(name)
         if forgotten:
             self._put_out(model)
             raise not_found("model", name, param="model", code="model_not_found")
@@ -167,9 +160,7 @@ class LoadedModels:
         fingerprint = opened.system_fingerprint()  # first, as it may fail where files are gone
         if self._settings.engine == "vllm":
             host = self._shared(opened, named.record["base"], until_kept)
-            hosts.give_to_vllm(
-                host, opened, named.name, self._settings.data_dir / "cache" / "vllm" / named.record["id"]
-            )
+            hosts.give_to_vllm(host, opened, named.name, folder / "cache" / "vllm" / named.record["id"])
             return hosts.Model(host, named.name, opened.over(host), fingerprint)
         reason = hosts.stackable(opened)
         if reason is None:
@@ -186,17 +177,14 @@ class LoadedModels:
 
     def _shared(self, opened: Opened, base: str, until_kept: ExitStack) -> Host:
         """The base in memory, loaded by whoever asks first. It stays there until `until_kept` ends."""
-        from ift_peft.serve.inference.hosts import host_of_base, host_of_vllm
+        from ift_peft.serve.inference.hosts import host_of_shared
 
-        settings, key = self._settings, opened.key
+        key = opened.key
         future, mine = self._place(key)
         until_kept.callback(self._loaded_onto, key)
         if mine:
             try:
-                vllm = settings.engine == "vllm"
-                future.set_result(
-                    host_of_vllm(opened, base, settings) if vllm else host_of_base(opened, settings.limits)
-                )
+                future.set_result(host_of_shared(opened, base, self._settings))
             except BaseException as error:
                 with self._lock:
                     del self._hosts[key]
@@ -306,15 +294,6 @@ class LoadedModels:
         if model.adapter is not None:
             model.host.drop(model.adapter)
         self._end_unused(model.host)
-
-    def _failure(self, named: Named, error: Exception) -> ApiError:
-        """What is told of a model that cannot be loaded; the log says why, without what rows hold."""
-        if isinstance(error, IftPeftError):
-            log.error("model not loaded: expected %s; %s", error.expected, error.fix, extra={"model": named.name})
-        else:
-            log.error("model not loaded", exc_info=error, extra={"model": named.name})
-        message = f"The model {named.name!r} cannot be loaded; the server's log says why."
-        return ApiError(503, message, code="model_unavailable", param="model")
 
 
 def _end(ending: list[Host]) -> None:

@@ -15,10 +15,10 @@ from statistics import median
 
 import anyio.to_thread
 
+from ift_peft.data.fields import Record
 from ift_peft.data.formats import to_rows
 from ift_peft.data.quality.finding import Finding
 from ift_peft.data.row import Row
-from ift_peft.data.sources import Record
 from ift_peft.errors import DataError, IftPeftError
 from ift_peft.report.examples import Text, cut
 from ift_peft.sections import Data, Quality

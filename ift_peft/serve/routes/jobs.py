@@ -10,8 +10,8 @@ from sqlalchemy import null, select
 
 from ift_peft.serve.errors import ApiError
 from ift_peft.serve.jobs.body import CreateJob
-from ift_peft.serve.jobs.jobs import Caller
 from ift_peft.serve.jobs.records import checkpoint_object, event_object, job_object, job_record
+from ift_peft.serve.jobs.repeated import Caller
 from ift_peft.serve.objects import Job, JobCheckpoint, JobEvent, Page, page_of
 from ift_peft.serve.service import Service, Serving
 from ift_peft.serve.store import Record
