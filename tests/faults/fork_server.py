@@ -114,9 +114,9 @@ def become(request: dict[str, Any]) -> None:
 
 
 def bound_memory(more: int) -> None:
-    """Let this process take no more than so many bytes beyond those that it has."""
+    """Let this process take no more than so many bytes beyond those that it has, until the limit is set back."""
     size = int(Path("/proc/self/statm").read_text("utf-8").split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + more, size + more))
+    resource.setrlimit(resource.RLIMIT_AS, (size + more, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
 def give_up_capabilities() -> None:

@@ -4,6 +4,7 @@ finds little memory."""
 from __future__ import annotations
 
 import os
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,12 +32,16 @@ def into_pipe_without_reader(*arguments: str) -> None:
 
 
 def with_little_memory(more: str, *arguments: str) -> None:
-    """A command that takes no more than so many bytes beyond those that it has when training begins."""
+    """A command that in training takes no more than so many bytes beyond those that it has when that begins."""
 
     @contextmanager
     def bounded() -> Iterator[None]:
+        limits = resource.getrlimit(resource.RLIMIT_AS)
         bound_memory(int(more))
-        yield
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, limits)
 
     wrap(Trainer, "train", bounded)
     _command(*arguments)

@@ -14,6 +14,7 @@ from ift_peft.run_dir import RunDir, open_run
 from ift_peft.train.out_of_memory import has_dropout
 from ift_peft.train.run import resume, train
 from ift_peft.train.session import Interrupted
+from tests.e2e.small_base import make_base
 from tests.train.scarce import OutOfRows, Telling
 from tests.train.small import small
 from tests.train.test_checkpoints import At, interrupt, logged
@@ -25,13 +26,19 @@ SETTINGS = (  # of dropout the recipe has a tenth
 )
 
 
-def run_of(folder: Path, *callbacks: Any, reporter: Silent | None = None) -> RunDir:
-    return train(small(folder, *SETTINGS), root=folder, reporter=reporter or Silent(), callbacks=callbacks)
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base") / "base")
 
 
-def interrupted(folder: Path, *callbacks: Any) -> RunDir:
+def run_of(folder: Path, base: Path, *callbacks: Any, reporter: Silent | None = None) -> RunDir:
+    recipe = small(folder, *SETTINGS, f"base.model={base}")
+    return train(recipe, root=folder, reporter=reporter or Silent(), callbacks=callbacks)
+
+
+def interrupted(folder: Path, base: Path, *callbacks: Any) -> RunDir:
     with pytest.raises(Interrupted):
-        run_of(folder, *callbacks)
+        run_of(folder, base, *callbacks)
     return open_run(folder / "small", finished=False)
 
 
@@ -42,9 +49,9 @@ def learnt(run: RunDir) -> tuple[Any, ...]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """With memory for all rows."""
-    return run_of(tmp_path_factory.mktemp("whole"))
+    return run_of(tmp_path_factory.mktemp("whole"), base)
 
 
 @pytest.fixture(scope="module")
@@ -53,19 +60,23 @@ def told() -> Telling:
 
 
 @pytest.fixture(scope="module")
-def cut(tmp_path_factory: pytest.TempPathFactory, told: Telling) -> RunDir:
+def cut(base: Path, tmp_path_factory: pytest.TempPathFactory, told: Telling) -> RunDir:
     """With memory for one row of four, from step 4 on."""
-    return run_of(tmp_path_factory.mktemp("cut"), OutOfRows(1, since=3), reporter=told)
+    return run_of(tmp_path_factory.mktemp("cut"), base, OutOfRows(1, since=3), reporter=told)
 
 
-def test_wherever_in_a_step_memory_runs_out_nothing_is_left_of_the_attempt(cut: RunDir, tmp_path: Path) -> None:
+def test_wherever_in_a_step_memory_runs_out_nothing_is_left_of_the_attempt(
+    base: Path, cut: RunDir, tmp_path: Path
+) -> None:
     scarce = OutOfRows(1, since=3, at="backward")
-    assert learnt(run_of(tmp_path, scarce)) == learnt(cut)
+    assert learnt(run_of(tmp_path, base, scarce)) == learnt(cut)
     assert scarce.refused == 2
 
 
-def test_a_run_that_was_cut_and_interrupted_goes_on_in_parts_to_the_same_bits(cut: RunDir, tmp_path: Path) -> None:
-    run = interrupted(tmp_path, OutOfRows(1, since=3), At(5, interrupt))
+def test_a_run_that_was_cut_and_interrupted_goes_on_in_parts_to_the_same_bits(
+    base: Path, cut: RunDir, tmp_path: Path
+) -> None:
+    run = interrupted(tmp_path, base, OutOfRows(1, since=3), At(5, interrupt))
     rows, told = OutOfRows(), Telling()  # from here on there is memory for all
     resume(run, reporter=told, callbacks=[rows])
     assert run.read("manifest.json")["resumed"][0]["from"] == "checkpoint-4"
@@ -75,8 +86,10 @@ def test_a_run_that_was_cut_and_interrupted_goes_on_in_parts_to_the_same_bits(cu
     assert run.read("manifest.json")["micro_batch"] == cut.read("manifest.json")["micro_batch"]
 
 
-def test_of_a_cut_after_the_checkpoint_that_is_gone_on_from_nothing_stays(whole: RunDir, tmp_path: Path) -> None:
-    run = interrupted(tmp_path, OutOfRows(1, since=4), At(5, interrupt))
+def test_of_a_cut_after_the_checkpoint_that_is_gone_on_from_nothing_stays(
+    base: Path, whole: RunDir, tmp_path: Path
+) -> None:
+    run = interrupted(tmp_path, base, OutOfRows(1, since=4), At(5, interrupt))
     assert run.read("manifest.json")["micro_batch"]["since_step"] == 5
     rows = OutOfRows()
     resume(run, reporter=Silent(), callbacks=[rows])
