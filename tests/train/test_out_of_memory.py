@@ -65,17 +65,13 @@ def cut(base: Path, tmp_path_factory: pytest.TempPathFactory, told: Telling) -> 
     return run_of(tmp_path_factory.mktemp("cut"), base, OutOfRows(1, since=3), reporter=told)
 
 
-def test_wherever_in_a_step_memory_runs_out_nothing_is_left_of_the_attempt(
-    base: Path, cut: RunDir, tmp_path: Path
-) -> None:
+def test_wherever_memory_runs_out_nothing_is_left_of_the_attempt(base: Path, cut: RunDir, tmp_path: Path) -> None:
     scarce = OutOfRows(1, since=3, at="backward")
     assert learnt(run_of(tmp_path, base, scarce)) == learnt(cut)
     assert scarce.refused == 2
 
 
-def test_a_run_that_was_cut_and_interrupted_goes_on_in_parts_to_the_same_bits(
-    base: Path, cut: RunDir, tmp_path: Path
-) -> None:
+def test_a_run_that_was_cut_goes_on_in_parts_to_the_same_bits(base: Path, cut: RunDir, tmp_path: Path) -> None:
     run = interrupted(tmp_path, base, OutOfRows(1, since=3), At(5, interrupt))
     rows, told = OutOfRows(), Telling()  # from here on there is memory for all
     resume(run, reporter=told, callbacks=[rows])
@@ -86,9 +82,7 @@ def test_a_run_that_was_cut_and_interrupted_goes_on_in_parts_to_the_same_bits(
     assert run.read("manifest.json")["micro_batch"] == cut.read("manifest.json")["micro_batch"]
 
 
-def test_of_a_cut_after_the_checkpoint_that_is_gone_on_from_nothing_stays(
-    base: Path, whole: RunDir, tmp_path: Path
-) -> None:
+def test_of_a_cut_after_the_checkpoint_nothing_stays(base: Path, whole: RunDir, tmp_path: Path) -> None:
     run = interrupted(tmp_path, base, OutOfRows(1, since=4), At(5, interrupt))
     assert run.read("manifest.json")["micro_batch"]["since_step"] == 5
     rows = OutOfRows()
