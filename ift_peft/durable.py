@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ift_peft.errors import DiskFull, first_line, is_full
+from ift_peft.errors import FULL, DiskFull, first_line, is_full
 
 _OF_WRITING = ("PytorchStreamWriter", "inline_container", "iostream error")  # what torch says where it cannot write
 _PROBED_BYTES = 1024 * 1024
@@ -59,7 +59,7 @@ def disk_full(error: BaseException, folder: Path) -> DiskFull | None:
     torch does not say why it could not write: it is tried whether `folder` takes any more.
     """
     told = f"{type(error).__name__}: {error}"
-    full = is_full(error) or "No space left on device" in told
+    full = is_full(error) or any(os.strerror(number) in told for number in FULL)  # safetensors and tokenizers: in words
     if not full and isinstance(error, RuntimeError) and any(words in told for words in _OF_WRITING):
         full = not _takes_more(folder)
     if not full:

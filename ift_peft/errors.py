@@ -5,8 +5,13 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 
-# Of torch on a CPU, of CUDA and its libraries, and of C++, which torch passes on as a RuntimeError.
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "_status_alloc_failed")
+# Of torch on a CPU, of CUDA and its libraries, of C++, which torch passes on as a RuntimeError, and of Python where
+# there is none for a thread's stack.
+_NO_MEMORY = (
+    *("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "_status_alloc_failed"),
+    "can't start new thread",
+)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class IftPeftError(Exception):
@@ -63,7 +68,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def is_full(error: BaseException) -> bool:
     """Whether an error of the system says that a disk, or a share of it, has no room, or no file may be so long."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return isinstance(error, OSError) and error.errno in FULL
 
 
 class RecipeError(IftPeftError, ValueError):

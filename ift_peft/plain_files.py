@@ -30,8 +30,10 @@ def read_text(path: Path, *, most: int = 64 * MiB) -> str:
     """
     try:
         require_ordinary(path)
-        with path.open("rb") as file:
-            content = file.read(most + 1)
+        content = bytearray()
+        with path.open("rb") as file:  # in pieces: as much memory as is asked for is taken, however short the file is
+            while len(content) <= most and (piece := file.read(MiB)):
+                content += piece
     except ValueError as error:  # a NUL in the name
         raise OSError(errno.EINVAL, str(error), str(path)) from None
     if len(content) > most:

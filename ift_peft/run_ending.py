@@ -44,9 +44,9 @@ def _record_end(run: RunDir, error: BaseException) -> None:
     told = {} if status == "interrupted" else {"error": f"{type(error).__name__}: {error}"[:2000]}
     try:
         run.update_manifest(status=status, **told)
-    except (OSError, RunError):  # of a full disk
+    except (OSError, RunError, MemoryError):  # of a full disk, or what has ended it
         (run.path / RESERVE).unlink(missing_ok=True)
-        with suppress(OSError, RunError):  # it stays `running`, which can be gone on with just as well
+        with suppress(OSError, RunError, MemoryError):  # it stays `running`, which can be gone on with just as well
             run.update_manifest(status=status, **told)
 
 

@@ -37,7 +37,11 @@ SHARING = {
     "memory": ("model/test_memory",),
     "methods": ("e2e/test_methods",),
     "faults of a service": ("faults/test_service",),
-    "kills": tuple(f"faults/test_{name}" for name in ("checkpoints", "endings", "forks", "kills", "runs")),
+    "kills": tuple(
+        f"faults/test_{name}"
+        for name in ("artefacts", "checkpoints", "endings", "forks", "inputs", "kills", "memory", "runs")
+    ),
+    "out of memory": ("train/test_out_of_memory",),
 }
 OFFLINE = ROOT / "tests" / "offline"  # holds a sitecustomize that refuses sockets
 

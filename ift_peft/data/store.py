@@ -26,7 +26,7 @@ from ift_peft.data.fit import Fit, Overlong, fit_batches, raise_unfit
 from ift_peft.data.render import Rendered, TokenRenderer
 from ift_peft.data.row import Row
 from ift_peft.environment import version_of
-from ift_peft.errors import first_line
+from ift_peft.errors import DiskFull, IftPeftError, first_line, is_full
 from ift_peft.sections import Data
 from ift_peft.selection import Validation
 
@@ -152,44 +152,64 @@ def render_set(
 ) -> RenderedSet:
     """The renderings of `rows`, which yields `variants` of each row in turn; from the cache where `key` is in it.
 
-    Raises `Faults` naming rows that cannot be rendered or do not fit.
+    Where the cache cannot be written, or is full, they are made in a temporary folder, with a note. Raises `Faults`
+    naming rows that cannot be rendered or do not fit, and `DiskFull` where there is no room in that folder either.
     """
-    kept = cache_root() / "rendered" / key if key is not None else None
-    if kept is not None and (kept / "facts.json").is_file():
-        return _open(kept, reused=True)
-    folder, notes = _new_folder(kept)
-    try:
-        facts = _write(
-            rows(), renderer, folder, variants=variants, max_length=max_length, overlong=overlong, progress=progress
-        )
-        (folder / "facts.json").write_text(json.dumps(facts, ensure_ascii=False), "utf-8")
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    if kept is not None and folder.parent == kept.parent:
+
+    def write(folder: Path) -> None:
         try:
-            folder.rename(kept)
-        except OSError:  # another process has just put the same rows there
-            if not (kept / "facts.json").is_file():
-                raise
+            facts = _write(
+                rows(), renderer, folder, variants=variants, max_length=max_length, overlong=overlong, progress=progress
+            )
+            (folder / "facts.json").write_text(json.dumps(facts, ensure_ascii=False), "utf-8")
+        except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
-        folder = kept
-    return _open(folder, reused=False, notes=notes)
+            raise
 
-
-def _new_folder(kept: Path | None) -> tuple[Path, tuple[str, ...]]:
-    """Beside its place in the cache; or, with a note that says why, a temporary folder."""
-    notes = ("token ids of rows from the Hub are not kept: they are made again in every run",)
-    if kept is not None:
-        folder = kept.parent / f".{kept.name[:16]}-{secrets.token_hex(4)}"
+    if key is None:
+        why = "token ids of rows from the Hub are not kept: they are made again in every run"
+    else:
+        kept = cache_root() / "rendered" / key
+        if (kept / "facts.json").is_file():
+            return _open(kept, reused=True)
         try:
-            folder.mkdir(parents=True)
-            return folder, ()
+            _keep(write, kept)
+            return _open(kept, reused=False)
         except OSError as error:
-            notes = (f"token ids are not kept, the cache cannot be written ({first_line(error)}); set IFT_PEFT_CACHE",)
-    folder = Path(tempfile.mkdtemp(prefix="ift_peft-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder, notes
+            if isinstance(error, IftPeftError):
+                raise
+            why = f"token ids are not kept, the cache cannot be written ({first_line(error)}); set IFT_PEFT_CACHE"
+    return _open(_temporary(write), reused=False, notes=(why,))
+
+
+def _keep(write: Callable[[Path], None], kept: Path) -> None:
+    """Write the folder `kept` of the cache, beside its place first. Raises `OSError`, and leaves nothing then."""
+    folder = kept.parent / f".{kept.name[:16]}-{secrets.token_hex(4)}"
+    folder.mkdir(parents=True)
+    write(folder)
+    try:
+        folder.rename(kept)
+    except OSError:  # another process has just put the same rows there
+        shutil.rmtree(folder, ignore_errors=True)
+        if not (kept / "facts.json").is_file():
+            raise
+
+
+def _temporary(write: Callable[[Path], None]) -> Path:
+    """Write a folder that goes with this process. Raises `DiskFull`."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="ift_peft-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        write(folder)
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise DiskFull(
+            expected=f"room for the token ids of the training rows in {tempfile.gettempdir()}",
+            found=first_line(error),
+            fix="make room there or in the cache, or set IFT_PEFT_CACHE or TMPDIR to a folder that has some",
+        ) from error
+    return folder
 
 
 def _open(folder: Path, *, reused: bool, notes: tuple[str, ...] = ()) -> RenderedSet:

@@ -18,7 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ift_peft.durable import disk_full, point, sync_file, sync_folder
+from ift_peft.durable import disk_full, point, sync_file, sync_folder, write_atomically
 from ift_peft.environment import versions
 from ift_peft.errors import IftPeftError, RunError, first_line, is_out_of_memory
 
@@ -96,11 +96,7 @@ def _seal(partial: Path, facts: dict[str, Any]) -> None:
         path.chmod(0o644)  # safetensors writes 0600
         sync_file(path)
         files[path.name] = _entry(path)
-    manifest = partial / MANIFEST
-    manifest.write_text(json.dumps({**facts, "files": files}, indent=2) + "\n", "utf-8")
-    manifest.chmod(0o644)  # as the others, whatever the umask
-    sync_file(manifest)
-    sync_folder(partial)
+    write_atomically(partial / MANIFEST, json.dumps({**facts, "files": files}, indent=2) + "\n")
 
 
 def _put(partial: Path, folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd
 
 from ift_peft.errors import OutOfMemory, first_line, is_out_of_memory
 
@@ -21,6 +22,20 @@ def parts_of(batch: Batch, rows: int) -> list[Batch]:
     if count <= rows:
         return [batch]
     return [{name: column[at : at + rows] for name, column in batch.items()} for at in range(0, count, rows)]
+
+
+def has_dropout(model: Any) -> bool:
+    """Whether training draws masks: by modules, as adapters do, or, as many bases do, by a number in the config."""
+    if any(module.p > 0 for module in model.modules() if isinstance(module, _DropoutNd)):
+        return True
+    settings = model.config.get_text_config().to_dict()
+    return any(
+        value > 0 for name, value in settings.items() if ("dropout" in name or "pdrop" in name) and _is_number(value)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @contextmanager

@@ -12,7 +12,8 @@ class Progress:
     """How far a training has come, over all processes that worked at it.
 
     `order` is the sha256, in hex, of the token ids of every batch so far, each hashed over the one before it: equal
-    values mean equal rows in an equal order. `halvings`: how often the micro-batch was halved for lack of memory.
+    values mean equal rows in an equal order. `halvings`: how often the micro-batch was halved for lack of memory,
+    the last time in the step `halved_at`.
     `first_losses` are those of the first steps, each over so many `first_tokens`, and `recent_losses` of the newest,
     the oldest first: cross-entropies in nats per supervised token.
     """
@@ -21,6 +22,7 @@ class Progress:
     padded_tokens_seen: int = 0
     order: str = ""
     halvings: int = 0
+    halved_at: int = 0
     first_losses: list[float] = field(default_factory=list)
     first_tokens: list[int] = field(default_factory=list)
     recent_losses: list[float] = field(default_factory=list)

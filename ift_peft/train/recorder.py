@@ -36,6 +36,11 @@ class RunRecorder(TrainerCallback):
         if self.resumed is not None:
             self.trainer.restore(self.resumed)
             self.seen_before = self.resumed.tokens_seen
+            if self.resumed.halvings:
+                self.reporter.note(
+                    f"{_rows(self.trainer.rows_at_once)} at a time: memory ran out at step {self.resumed.halved_at}"
+                )
+        self.record_micro_batch()
         self.started = time.monotonic()
         self.reporter.stage("training", state.max_steps)
 
@@ -99,12 +104,32 @@ class RunRecorder(TrainerCallback):
 
     def halved(self, rows: int, now: int, step: int) -> None:
         """Tell that memory ran out with `rows` rows at a time, and that there are `now` from `step` on."""
+        assert self.trainer is not None
+        drawn = " and ".join(self.trainer.drawn_for_rows)
+        others = f"; what is drawn for them ({drawn}) is not what whole batches would have had" if drawn else ""
         self.reporter.note(
             f"warning: out of memory with {_rows(rows)} at a time at step {step}; from here on {_rows(now)}, the same "
-            "rows in each step"
+            f"rows in each step{others}"
         )
-        if (self.run.path / "manifest.json").is_file():  # a trial of a search has none
-            self.run.update_manifest(micro_batch={"rows_at_once": now, "since_step": step})
+        self.record_micro_batch()
+
+    def record_micro_batch(self) -> None:
+        """Have the manifest say how many rows go through the model together, where these are not all of a batch.
+
+        Of a run that is gone on with, and of the best trial of a search, that is what the checkpoint knows of.
+        """
+        assert self.trainer is not None
+        if not (self.run.path / "manifest.json").is_file():  # a trial of a search has none
+            return
+        entry = None
+        if self.trainer.progress.halvings:
+            entry = {
+                "rows_at_once": self.trainer.rows_at_once,
+                "since_step": self.trainer.progress.halved_at,
+                "drawn_otherwise": self.trainer.drawn_for_rows,
+            }
+        if self.run.read("manifest.json").get("micro_batch") != entry:
+            self.run.update_manifest(micro_batch=entry)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.ended = time.monotonic()

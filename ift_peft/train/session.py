@@ -142,6 +142,7 @@ class Session:
         """Leave the model with the weights that training which ended in `checkpoint` kept, without a further step."""
         self.trainer.progress = read_progress(checkpoint)
         self.recorder.seen_before = self.trainer.progress.tokens_seen
+        self.recorder.record_micro_batch()
         self.trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         point_to_best(self.trainer.state, checkpoint.parent)
         self.trainer.state.best_model_checkpoint = self.trainer.state.best_model_checkpoint or str(checkpoint)

@@ -29,7 +29,7 @@ from ift_peft.train.divergence import Guard
 from ift_peft.train.losses import ClassObjective, Objective
 from ift_peft.train.method import loraplus_optimizer
 from ift_peft.train.offending import left_over, not_finite, require_finite
-from ift_peft.train.out_of_memory import Batch, give_memory_back, memory_for, parts_of, whole_or_undone
+from ift_peft.train.out_of_memory import Batch, give_memory_back, has_dropout, memory_for, parts_of, whole_or_undone
 from ift_peft.train.progress import Progress
 from ift_peft.train.step import Step
 from ift_peft.train.validation import Validate, log_evaluation
@@ -93,6 +93,12 @@ class SupervisedTrainer(SFTTrainer):
         """Rows that go through the model together."""
         return max(1, -(-int(self.args.train_batch_size) // (1 << self.progress.halvings)))
 
+    @property
+    def drawn_for_rows(self) -> list[str]:
+        """What of training is drawn at random for the rows that go through the model together."""
+        noise = ["NEFTune's noise"] if self.args.neftune_noise_alpha else []
+        return (["dropout"] if has_dropout(self.model) else []) + noise
+
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Forward and backward of one micro-batch, in as many parts as its memory asks for.
 
@@ -134,6 +140,7 @@ class SupervisedTrainer(SFTTrainer):
             )
         while self.rows_at_once >= tried:
             self.progress.halvings += 1
+        self.progress.halved_at = step
         if self.halved is not None:
             self.halved(tried, self.rows_at_once, step)
 

@@ -10,7 +10,7 @@ import torch
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from ift_peft.durable import write_atomically
-from ift_peft.errors import Diverged, IftPeftError, RunError, TrainingError, first_line
+from ift_peft.errors import DiskFull, Diverged, IftPeftError, RunError, TrainingError, first_line
 from ift_peft.model.base import choose_device
 from ift_peft.recipe import Recipe, dump_recipe
 from ift_peft.reporter import Reporter
@@ -36,7 +36,8 @@ class Trials:
         """Train a trial, from its newest checkpoint where it has one, and tell the study how it ended.
 
         A trial that cannot be trained has failed, and the search goes on. Raises what is wrong with the recipe's own
-        settings, `RunError`, and `Interrupted` after a signal; where that came too late to stop it, the trial is over.
+        settings, `RunError`, `DiskFull`, and `Interrupted` after a signal; where that came too late to stop it, the
+        trial is over.
         """
         settings, previous = trial.user_attrs["settings"], trial.user_attrs.get("continued_from")
         kind = "" if previous is None else f" (trial {previous} continued)"
@@ -47,7 +48,7 @@ class Trials:
         stopped = False
         try:
             stopped = self._train_and_tell(trial)
-        except (Interrupted, RunError):
+        except (Interrupted, RunError, DiskFull):
             raise
         except (IftPeftError, torch.OutOfMemoryError) as error:
             if trial.number == 0 and not isinstance(error, TrainingError | torch.OutOfMemoryError):

@@ -39,6 +39,12 @@ def observed(request: pytest.FixtureRequest) -> Observed:
     return say
 
 
+@pytest.fixture(scope="session")
+def every(pytestconfig: pytest.Config) -> bool:
+    """Whether all that can be struck at is: --all-faults."""
+    return bool(pytestconfig.getoption("--all-faults"))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the rows with `rare=True`, unless all are asked for."""
     if config.getoption("--all-faults"):

@@ -1,8 +1,9 @@
 """The process that `Forks` forks from: it imports all that a training needs, then makes a child for each command.
 
 Started as `python -m tests.faults.fork_server`. It reads requests, a JSON object a line, from its stdin; to its stdout
-go `{"pid": …}` for each child made and `{"pid": …, "status": …}`, as waitpid has it, for each that ended. It makes no
-thread, and ends with its children where its stdin is closed.
+go `{"pid": …}` for each child made and `{"pid": …, "status": …, "megabytes": …}` for each that ended, the status as
+waitpid has it and the most memory that it held. It makes no thread, and ends with its children where its stdin is
+closed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import io
 import json
 import os
 import platform
+import resource
 import select
 import signal
 import struct
@@ -23,7 +25,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-IMPORTED = ("torch", "transformers", "peft", "trl", "ift_peft.train.run", "ift_peft.cli")
+IMPORTED = (
+    *("torch", "transformers", "peft", "trl", "ift_peft.train.run", "ift_peft.cli"),
+    *("ift_peft.adapters.combine", "ift_peft.adapters.merge"),
+)
 PR_SET_PDEATHSIG = 1
 SYS_CAPSET = {"x86_64": 126, "aarch64": 91}
 
@@ -40,8 +45,8 @@ def serve(requests: int, answers: int) -> dict[str, Any]:
         ready, _, _ = select.select([requests, woken], [], [])
         if woken in ready:
             os.read(woken, 4096)
-            for pid, status in ended(children):
-                os.write(answers, json.dumps({"pid": pid, "status": status}).encode() + b"\n")
+            for answer in ended(children):
+                os.write(answers, json.dumps(answer).encode() + b"\n")
         if requests not in ready:
             continue
         read = os.read(requests, 65536)
@@ -70,13 +75,13 @@ def fork() -> int:
     return os.fork()
 
 
-def ended(children: set[int]) -> list[tuple[int, int]]:
-    """Pid and status of each child that has ended; they are taken out of `children`."""
+def ended(children: set[int]) -> list[dict[str, int]]:
+    """What is answered of each child that has ended; they are taken out of `children`."""
     found = []
     for pid in list(children):
-        done, status = os.waitpid(pid, os.WNOHANG)
+        done, status, used = os.wait4(pid, os.WNOHANG)
         if done:
-            found.append((pid, status))
+            found.append({"pid": pid, "status": status, "megabytes": used.ru_maxrss // 1024})
             children.remove(pid)
     return found
 
@@ -96,11 +101,22 @@ def become(request: dict[str, Any]) -> None:
     sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), encoding="utf-8")
     sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)), encoding="utf-8")
     sys.stderr = io.TextIOWrapper(
-        io.BufferedWriter(io.FileIO(2, "w", closefd=False)), encoding="utf-8", line_buffering=True
+        io.BufferedWriter(io.FileIO(2, "w", closefd=False)),
+        encoding="utf-8",
+        errors="backslashreplace",  # as Python itself has it
+        line_buffering=True,
     )
     sys.argv = ["ift", *request["arguments"]]
+    if request["memory"] is not None:
+        bound_memory(request["memory"])
     if request["unprivileged"]:
         give_up_capabilities()
+
+
+def bound_memory(more: int) -> None:
+    """Let this process take no more than so many bytes beyond those that it has, until the limit is set back."""
+    size = int(Path("/proc/self/statm").read_text("utf-8").split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + more, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
 def give_up_capabilities() -> None:

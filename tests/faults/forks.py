@@ -51,7 +51,7 @@ class Forked:
 
     def __init__(self, forks: Forks, own: Path, request: dict[str, Any]) -> None:
         self._forks, self.own = forks, own
-        self.started, self.seconds = time.monotonic(), 0.0
+        self.started, self.seconds, self.megabytes = time.monotonic(), 0.0, 0
         self.returncode: int | None = None
         self.pid = forks._made(self, request)
 
@@ -142,12 +142,13 @@ class Forks:
         arm: Arm | None = None,
         env: Mapping[str, str] | None = None,
         unprivileged: bool = False,
+        memory: int | None = None,
         target: str = "ift_peft.cli:app",
     ) -> Forked:
         """Start `ift` with these arguments, or another function `target`, which gets them.
 
-        `env` is set beside the environment of the server; `unprivileged` lets rights of
-        files hold for root.
+        `env` is set beside the environment of the server; `unprivileged` lets rights of files hold for root; `memory`
+        caps the bytes that it may take beyond what it begins with.
         """
         if arm is not None and arm.pattern and self.shim is None:
             raise RuntimeError("nothing can be armed without the shim: there was no C compiler")
@@ -162,14 +163,20 @@ class Forks:
             "env": {**self.environment, **(env or {})},
             "own": str(own),
             "unprivileged": unprivileged,
+            "memory": memory,
             "target": target,
         }
         return Forked(self, own, request)
 
     def run(self, *arguments: str, timeout: float = PATIENCE, **options: Any) -> Forked:
-        """Start and wait."""
+        """Start and wait. Raises `TimeoutError` after `timeout` seconds, and kills it."""
         process = self.start(*arguments, **options)
-        process.wait(timeout)
+        try:
+            process.wait(timeout)
+        except TimeoutError:
+            process.kill()
+            process.wait()
+            raise
         return process
 
     def stop(self) -> None:
@@ -219,7 +226,7 @@ class Forks:
         for answer in [one for one in self._answers if "status" in one and one["pid"] in self._children]:
             self._answers.remove(answer)
             process = self._children.pop(answer["pid"])
-            process.returncode = os.waitstatus_to_exitcode(answer["status"])
+            process.returncode, process.megabytes = os.waitstatus_to_exitcode(answer["status"]), answer["megabytes"]
             process.seconds = time.monotonic() - process.started
 
     def _said(self) -> str:

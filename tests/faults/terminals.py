@@ -1,13 +1,19 @@
-"""What a forked process does other than a command: its stderr is a terminal, or a pipe, or one of its steps hangs."""
+"""What a forked process does other than a command: its stderr is a terminal, or a pipe, or one of its steps hangs, or
+finds little memory."""
 
 from __future__ import annotations
 
 import os
+import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
+
+from tests.faults.fork_server import bound_memory, wrap
 
 
 def on_terminal(terminal: str, *arguments: str) -> None:
@@ -22,6 +28,22 @@ def into_pipe_without_reader(*arguments: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     _into_stderr(writer)
+    _command(*arguments)
+
+
+def with_little_memory(more: str, *arguments: str) -> None:
+    """A command that in training takes no more than so many bytes beyond those that it has when that begins."""
+
+    @contextmanager
+    def bounded() -> Iterator[None]:
+        limits = resource.getrlimit(resource.RLIMIT_AS)
+        bound_memory(int(more))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, limits)
+
+    wrap(Trainer, "train", bounded)
     _command(*arguments)
 
 

@@ -23,15 +23,12 @@ import yaml
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors.torch import load_file, save_file
 
-import ift_peft.adapters.combine
-import ift_peft.adapters.merge
-import ift_peft.cli.check
-import ift_peft.train.run  # noqa: F401 - what every fork would import again
 from ift_peft.data.template import TooSlow, of_one_day, try_template, within
 from ift_peft.errors import ModelError
 from tests.e2e.small_base import make_base
 from tests.faults.conftest import Observed
-from tests.faults.hostile import ift
+from tests.faults.forks import Forks
+from tests.faults.trained import IN_TIME, came_to, succeeded, told
 from tests.train.small import write_small
 
 Change = Callable[[Path], object]
@@ -184,24 +181,21 @@ RUNS = [
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(server: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps over a base of one layer."""
     folder = tmp_path_factory.mktemp("trained")
-    base = make_base(folder / "base")
-    ended = ift(
-        *(
-            "train",
-            str(write_small(folder)),
-            f"base.model={base}",
-            "adapter.embeddings=false",
-            "data.max_train_rows=16",
-        ),
-        "training.max_steps=2",
-        cwd=folder,
-        seconds=120,
-    )
-    assert ended.code == 0, ended.err
+    settings = (f"base.model={make_base(folder / 'base')}", "adapter.embeddings=false", "data.max_train_rows=16")
+    succeeded(server.run("train", str(write_small(folder)), *settings, "training.max_steps=2", cwd=folder))
     return (folder / "runs" / "small" / "latest").resolve()
+
+
+@pytest.fixture(scope="module")
+def answered(server: Forks, trained: Path) -> str:
+    """What `ift predict` answers of it."""
+    process = server.run("predict", str(trained), "好", cwd=trained)
+    succeeded(process)
+    assert process.stdout
+    return process.stdout
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -222,7 +216,16 @@ def recorded_again(run: Path) -> None:
 
 
 @pytest.mark.fault("artefacts", "{fault}", expected="{expected}")
-def test_run(fault: str, expected: str, case: Case, trained: Path, tmp_path: Path, observed: Observed) -> None:
+def test_run(
+    fault: str,
+    expected: str,
+    case: Case,
+    server: Forks,
+    trained: Path,
+    answered: str,
+    tmp_path: Path,
+    observed: Observed,
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     case.change(run)
@@ -231,15 +234,12 @@ def test_run(fault: str, expected: str, case: Case, trained: Path, tmp_path: Pat
     more = {"predict": ("好",), "combine": (str(trained), "--output-name", "x"), "export": ("--to", "peft")}  # fmt: skip
     seen = []
     for command in case.commands:
-        ended = ift(command, str(run), *more.get(command, ()), cwd=tmp_path)
-        assert not ended.crashed, ended.err
-        assert ended.code == case.code, (command, ended.code, ended.out, ended.err)
-        for words in case.words:
-            assert words in " ".join(ended.err.split()), (command, ended.err)
+        process = server.run(command, str(run), *more.get(command, ()), cwd=tmp_path, timeout=IN_TIME)
+        came_to(process, case.code, case.words)
+        assert command != "predict" or process.stdout == ("" if case.code else answered)
         assert not list(tmp_path.rglob("pwned"))
-        seen.append(f"{command}: exit {ended.code}")
-    told = f" {ended.told[:140]}" if case.code else ""
-    observed("; ".join(seen) + told)
+        seen.append(f"{command}: exit {process.returncode}")
+    observed("; ".join(seen) + (f" {told(process)[:140]}" if case.code else ""))
 
 
 TEXTS = {
@@ -251,20 +251,19 @@ TEXTS = {
 
 @pytest.mark.fault("inputs", "{fault}", expected="exit 3, naming the line, before a model is loaded")
 @pytest.mark.parametrize("fault", TEXTS)
-def test_texts_to_answer(fault: str, trained: Path, tmp_path: Path, observed: Observed) -> None:
+def test_texts_to_answer(fault: str, server: Forks, trained: Path, tmp_path: Path, observed: Observed) -> None:
     (tmp_path / "texts.jsonl").write_text(TEXTS[fault], "utf-8")
-    ended = ift("predict", str(trained), "--input", "texts.jsonl", cwd=tmp_path)
-    assert not ended.crashed, ended.err
-    assert (ended.code, ended.out) == (3, "")
-    assert f"texts.jsonl:{TEXTS[fault].count(chr(10))}" in ended.err
-    observed(f"exit 3: {ended.told[:140]}")
+    process = server.run("predict", str(trained), "--input", "texts.jsonl", cwd=tmp_path, timeout=IN_TIME)
+    came_to(process, 3, (f"texts.jsonl:{TEXTS[fault].count(chr(10))}",))
+    assert not process.stdout
+    observed(f"exit 3: {told(process)[:140]}")
 
 
 @pytest.mark.fault("inputs", "orders for the terminal in a text that is answered", expected="unchanged in a pipe")
-def test_orders_in_a_pipe(trained: Path, tmp_path: Path, observed: Observed) -> None:
-    ended = ift("predict", str(trained), "\x1b[31m好", cwd=tmp_path)
-    assert ended.code == 0, ended.err
-    assert ended.out.rstrip("\n").endswith("\t\x1b[31m好")
+def test_orders_in_a_pipe(server: Forks, trained: Path, tmp_path: Path, observed: Observed) -> None:
+    process = server.run("predict", str(trained), "\x1b[31m好", cwd=tmp_path, timeout=IN_TIME)
+    succeeded(process)
+    assert process.stdout.rstrip("\n").endswith("\t\x1b[31m好")
     observed("the text as it was given; a terminal gets \\x1b[31m")
 
 
@@ -344,23 +343,23 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.fault("artefacts", "{fault}", expected="{expected}")
-def test_base(fault: str, expected: str, case: Case, base: Path, tmp_path: Path, observed: Observed) -> None:
+def test_base(
+    fault: str, expected: str, case: Case, server: Forks, base: Path, tmp_path: Path, observed: Observed
+) -> None:
     own = tmp_path / "base"
     shutil.copytree(base, own)
     case.change(own)
-    recipe = write_small(tmp_path)
+    arguments = (str(write_small(tmp_path)), f"base.model={own}", "adapter.embeddings=false")
     seen = []
     for command in case.commands:
         more = ("training.max_steps=1",) if command == "train" else ()
-        ended = ift(command, str(recipe), f"base.model={own}", "adapter.embeddings=false", *more, cwd=tmp_path)
-        assert not ended.crashed, ended.err
-        assert ended.code == case.code, (command, ended.code, ended.out, ended.err)
-        assert ended.megabytes < 2500
-        for words in case.words:
-            assert words in " ".join(ended.err.split()), (command, ended.err)
+        process = server.run(command, *arguments, *more, cwd=tmp_path, timeout=IN_TIME)
+        came_to(process, case.code, case.words)
+        assert process.megabytes < 2500
         assert not list(tmp_path.rglob("pwned"))
-        seen.append(f"{command}: exit {ended.code}")
-    observed("; ".join(seen) + f" {ended.told[:140]}")
+        assert not list(tmp_path.rglob("adapter"))
+        seen.append(f"{command}: exit {process.returncode}")
+    observed("; ".join(seen) + f" {told(process)[:140]}")
 
 
 @pytest.mark.fault("artefacts", "a template that writes today's date", expected="the same prompt on any day")

@@ -49,14 +49,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     "a file of the newest checkpoint {harm}, each in turn",
     expected="checkpoint and file are named, the checkpoint before is taken, and the end is that of an undisturbed run",
 )
-def test_a_file_of_the_newest(
-    lab: Lab, tmp_path: Path, pytestconfig: pytest.Config, observed: Observed, harm: str
-) -> None:
+def test_a_file_of_the_newest(lab: Lab, tmp_path: Path, every: bool, observed: Observed, harm: str) -> None:
     newest = lab.half / "checkpoints" / "checkpoint-4"
-    names = (
-        sorted(path.name for path in newest.iterdir()) if pytestconfig.getoption("--all-faults") else ["scheduler.pt"]
-    )
-    assert not pytestconfig.getoption("--all-faults") or {MANIFEST, "optimizer.pt", "rng_state.pth"} < set(names)
+    names = sorted(path.name for path in newest.iterdir()) if every else ["scheduler.pt"]
+    assert not every or {MANIFEST, "optimizer.pt", "rng_state.pth"} < set(names)
     for name in names:
         run = lab.half_done(tmp_path / name)
         HARMS[harm](run / "checkpoints" / "checkpoint-4" / name)
@@ -64,6 +60,7 @@ def test_a_file_of_the_newest(
         succeeded(resumed)
         told = said(resumed, "checkpoint-4", "" if name == MANIFEST else name)  # it may be another file that it harms
         said(resumed, "resuming from checkpoint-2")
+        assert (run / "checkpoints" / "broken-checkpoint-4").is_dir()
         lab.check_same(run)
         shutil.rmtree(tmp_path / name)
     told = told.removeprefix("warning: ")
@@ -101,10 +98,7 @@ def test_clock_jumps(lab: Lab, tmp_path: Path, observed: Observed) -> None:
     for name, shift in (("checkpoint-2", years), ("checkpoint-4", -years)):
         for path in (*(run / "checkpoints" / name).iterdir(), run / "checkpoints" / name):
             os.utime(path, (time.time() + shift,) * 2)
-    resumed = lab.resume(run)
-    succeeded(resumed)
-    told = said(resumed, "resuming from checkpoint-4")
-    lab.check_same(run)
+    told = said(lab.go_on(run), "resuming from checkpoint-4")
     left = sorted(path.name for path in (run / "checkpoints").glob("checkpoint-*"))
     assert left == ["checkpoint-6", f"checkpoint-{STEPS}"]
     observed(f"{told}; {' and '.join(left)} are left in the end")
@@ -122,10 +116,7 @@ def test_stale_partial(lab: Lab, tmp_path: Path, observed: Observed) -> None:
     shutil.copytree(run / "checkpoints" / "checkpoint-4", stale)
     (stale / "left-over").write_text("of a save that was killed", "utf-8")
     truncate(stale / "optimizer.pt")
-    resumed = lab.resume(run)
-    succeeded(resumed)
-    told = said(resumed, "resuming from checkpoint-4")
-    lab.check_same(run)
+    told = said(lab.go_on(run), "resuming from checkpoint-4")
     assert not list(run.rglob("left-over")) and not stale.exists()
     observed(f"{told}; the same end; .partial is gone")
 
@@ -174,7 +165,8 @@ def test_pickle_bomb(lab: Lab, tmp_path: Path, observed: Observed, name: str) ->
     forge(run / "checkpoints" / "checkpoint-4", name, pickle.dumps(Bomb(mark), protocol=2))
     resumed = lab.resume(run)
     assert not mark.exists()
-    refused(resumed)
+    refused(resumed, 5)
+    said(resumed, "pickled files of", "checkpoint-4")
     observed(f"{found(resumed)}; nothing ran")
 
 
@@ -189,7 +181,8 @@ def test_forged_garbage(lab: Lab, tmp_path: Path, observed: Observed, content: s
     run = lab.half_done(tmp_path)
     forge(run / "checkpoints" / "checkpoint-4", "optimizer.pt", b"" if content == "nothing" else b"not a tensor\n")
     resumed = lab.resume(run)
-    refused(resumed)
+    refused(resumed, 5)
+    said(resumed, "pickled files of", "checkpoint-4")
     observed(found(resumed))
 
 
@@ -207,9 +200,7 @@ def test_other_versions(lab: Lab, tmp_path: Path, observed: Observed) -> None:
         text = path.read_text("utf-8")
         assert f'"{torch.__version__}"' in text
         path.write_text(text.replace(f'"{torch.__version__}"', '"2.0.0"'), "utf-8")
-    resumed = lab.resume(run)
-    succeeded(resumed)
-    told = said(resumed, "torch", "2.0.0", torch.__version__)
+    told = said(lab.go_on(run), "torch", "2.0.0", torch.__version__)
     observed(f"“{told}”")
 
 
@@ -231,10 +222,7 @@ def test_full_disk(lab: Lab, tmp_path: Path, observed: Observed) -> None:
         manifest = json.loads((run / "manifest.json").read_text("utf-8"))
         assert manifest["status"] == "disk_full"
         ballast.unlink()
-        resumed = lab.resume(run)
-        succeeded(resumed)
-        said(resumed, "resuming from checkpoint-4")
-        lab.check_same(run)
+        said(lab.go_on(run), "resuming from checkpoint-4")
     observed(
         f"exit code {process.returncode}, {manifest['status']}; "
         "with the room given back resumed from checkpoint-4 to the same end"

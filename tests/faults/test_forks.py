@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ift_peft.plain_files import MiB
 from tests.faults.forks import Arm
 from tests.faults.trained import Lab
 
@@ -25,6 +26,11 @@ def tell(*arguments: str) -> None:
     if arguments[0] == "sleep":
         time.sleep(600)
     sys.exit(int(arguments[0]))
+
+
+def take(size: str) -> None:
+    """In the fork: take so many bytes."""
+    print(len(bytearray(int(size))), flush=True)
 
 
 def write(folder: str) -> None:
@@ -68,6 +74,18 @@ def test_a_fork_is_a_process_like_another(lab: Lab, tmp_path: Path) -> None:
             assert code in (1, -number) and "KeyboardInterrupt" in process.stderr
         else:
             assert code == -number
+
+
+def test_a_fork_is_bounded_in_time_and_memory(lab: Lab, tmp_path: Path) -> None:
+    run = lab.forks.run
+    for size, fits in ((8 * MiB, True), (128 * MiB, False)):
+        process = run(str(size), cwd=tmp_path, memory=64 * MiB, target=f"{HERE}:take")
+        assert (process.returncode == 0, process.stdout) == (fits, f"{size}\n" if fits else "")
+        assert fits or "MemoryError" in process.stderr
+        assert 100 < process.megabytes < 2500  # of what it was forked from
+    with pytest.raises(TimeoutError, match="has not ended after") as caught:
+        run("sleep", cwd=tmp_path, timeout=0.3, target=f"{HERE}:tell")
+    assert not Path("/proc", str(caught.value).split()[0]).exists()
 
 
 def test_the_shim_sees_every_way_to_write(shimmed: Lab, tmp_path: Path) -> None:

@@ -13,12 +13,11 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-import ift_peft.cli.check
-import ift_peft.data.quality
-import ift_peft.train.run  # noqa: F401
 from ift_peft.console import visible
+from ift_peft.plain_files import MiB
 from tests.faults.conftest import Observed
-from tests.faults.hostile import Ended, MiB, ift, without_rights
+from tests.faults.forks import Forked, Forks
+from tests.faults.trained import IN_TIME, came_to, told
 from tests.train.small import SMALL, write_small
 
 Make = Callable[[Path], object]
@@ -39,7 +38,7 @@ class Case:
     fast: bool = True
     rows: int = 20
     memory: int | None = None
-    before: Callable[[], None] | None = None
+    unprivileged: bool = False
 
     @property
     def expected(self) -> str:
@@ -177,8 +176,8 @@ ROWS = [
     Case("a link in a folder to nothing", inside(lambda d: (d / "train-2.jsonl").symlink_to("gone")), 3, ("train-2.jsonl", "No such file")),
     Case("a link to itself", link("rows.jsonl", "rows.jsonl"), 3, ("rows.jsonl",)),
     Case("a folder called .jsonl", lambda f: (f / "x.jsonl").mkdir() or f / "x.jsonl", 3, ("found none",), fast=False),
-    Case("a file that may not be read", shut, 3, ("Permission denied", "train-shut.jsonl"), before=without_rights),
-    Case("a file in a folder that may not be read", inside(shut), 3, ("Permission denied", "train-shut.jsonl"), before=without_rights, fast=False),
+    Case("a file that may not be read", shut, 3, ("Permission denied", "train-shut.jsonl"), unprivileged=True),
+    Case("a file in a folder that may not be read", inside(shut), 3, ("Permission denied", "train-shut.jsonl"), unprivileged=True, fast=False),
     Case("a file in a folder whose name is not UTF-8", inside(badly_named), 3, ("\\udcff", "not in UTF-8")),
     Case("an address", lambda f: "https://example.com/rows.jsonl", 3, ("the address", "download it first")),
     Case("a name of 5,000 characters", lambda f: "a" * 5000, 3, ("name a file, a folder",)),
@@ -264,39 +263,46 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         )
 
 
-def judged(case: Case, ended: Ended, folder: Path, observed: Observed) -> None:
-    """The command ended as expected, with nothing for the terminal to obey, and left nothing behind."""
-    assert not ended.crashed, ended.err
-    assert ended.code == case.code, (ended.out, ended.err)
-    assert visible(ended.out + ended.err) == ended.out + ended.err
-    told = " ".join(ended.err.split())
-    for words in case.words:
-        assert words in told, told
-    assert len(ended.err) < 20_000
+def judged(case: Case, process: Forked, folder: Path) -> str:
+    """That a command ended as expected, with nothing for the terminal to obey, and left nothing behind; what it said."""
+    came_to(process, case.code, case.words)
+    assert visible(process.stdout + process.stderr) == process.stdout + process.stderr
+    assert len(process.stderr) < 20_000
     assert not list(folder.rglob("pwned"))
     assert not (folder / "runs").exists()
-    observed(f"exit {ended.code}" + (f": {ended.told[:160]}" if ended.code else ""))
+    return f"exit {process.returncode}" + (f": {told(process)[:160]}" if process.returncode else "")
 
 
 @pytest.mark.fault("inputs", "{fault}", expected="{expected}")
-def test_rows(fault: str, expected: str, case: Case, tmp_path: Path, observed: Observed) -> None:
+def test_rows(fault: str, expected: str, case: Case, server: Forks, tmp_path: Path, observed: Observed) -> None:
     written = write_small(tmp_path / "recipe")
     (tmp_path / "data").mkdir()
     source = case.make(tmp_path / "data")
-    ended = ift(
+    process = server.run(
         *("check", str(written), f"data.train={source}", *OWN, "--json", str(tmp_path / "found.json")),
         cwd=tmp_path,
+        timeout=IN_TIME,
         memory=case.memory,
-        before=case.before,
+        unprivileged=case.unprivileged,
     )
-    judged(case, ended, tmp_path, observed)
+    seen = judged(case, process, tmp_path)
     if not case.code:
-        found = json.loads((tmp_path / "found.json").read_text("utf-8"))["rows"]
-        assert sum(part["rows"] for part in found.values()) == case.rows
+        assert sum(part["rows"] for part in rows_read(tmp_path).values()) == case.rows
+    observed(seen)
+
+
+def rows_read(folder: Path) -> dict[str, dict[str, int]]:
+    """What `ift check --json found.json` tells of each part of the rows."""
+    found: dict[str, dict[str, int]] = json.loads((folder / "found.json").read_text("utf-8"))["rows"]
+    return found
 
 
 @pytest.mark.fault("inputs", "{fault}", expected="{expected}")
-def test_recipe(fault: str, expected: str, case: Case, tmp_path: Path, observed: Observed) -> None:
+def test_recipe(fault: str, expected: str, case: Case, server: Forks, tmp_path: Path, observed: Observed) -> None:
     folder = tmp_path / "recipe"
     folder.mkdir()
-    judged(case, ift("check", str(case.make(folder)), cwd=folder, memory=case.memory), folder, observed)
+    arguments = ("check", str(case.make(folder)), "--json", str(folder / "found.json"))
+    seen = judged(case, server.run(*arguments, cwd=folder, timeout=IN_TIME, memory=case.memory), folder)
+    if not case.code:
+        assert rows_read(folder)["train"]["rows"] == case.rows
+    observed(seen)

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from tests.faults.forks import Arm, Forked, Forks, forks
 from tests.train.small import write_small
 
 STEPS, EVERY = 8, 2
+IN_TIME = 60.0  # seconds in which hostile input is taken or refused
 SETTINGS = (
     f"training.max_steps={STEPS}",
     "training.save_strategy=steps",
@@ -64,6 +65,16 @@ class Lab:
         process.wait()
         return process
 
+    def go_on(self, run: Path, **options: Any) -> Forked:
+        """Resume a run, which has to go on from its newest checkpoint, and come to the end of the undisturbed one."""
+        newest = newest_named(run)
+        assert newest is not None
+        resumed = self.resume(run, **options)
+        succeeded(resumed)
+        said(resumed, f"resuming from {newest}")
+        self.check_same(run)
+        return resumed
+
     def half_done(self, runs: Path) -> Path:
         """A copy of the run that was killed when step 6 was to be saved: it has the checkpoints of steps 2 and 4."""
         run = runs / "small" / self.half.name
@@ -82,6 +93,12 @@ class Lab:
         ), kept
 
 
+def newest_named(run: Path) -> str | None:
+    """The last by its steps of what lies in a run under the name of a checkpoint, whatever is in it."""
+    names = [path.name for path in (run / "checkpoints").glob("checkpoint-*")]
+    return max(names, key=lambda name: int(name.rpartition("-")[2]), default=None)
+
+
 def losses(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without what depends on the clock."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
@@ -95,7 +112,7 @@ def the_run(runs: Path) -> Path:
 
 
 def succeeded(process: Forked) -> None:
-    assert process.returncode == 0, process.stderr
+    assert process.returncode == 0 and "Traceback" not in process.stderr, process.stderr
 
 
 def refused(process: Forked, *codes: int) -> None:
@@ -103,6 +120,22 @@ def refused(process: Forked, *codes: int) -> None:
     assert process.returncode in (codes or range(2, 15)), (process.returncode, process.stderr)
     assert "Traceback" not in process.stderr, process.stderr
     assert "expected" in process.stderr and "fix" in process.stderr, process.stderr
+
+
+def came_to(process: Forked, code: int, words: Sequence[str] = ()) -> None:
+    """That a process ended with this exit code: 0, or that of an error that we wrote, which has all of `words`."""
+    if code:
+        refused(process, code)
+    else:
+        succeeded(process)
+    line = " ".join(process.stderr.split())
+    for one in words:
+        assert one in line, line
+
+
+def told(process: Forked) -> str:
+    """The error of a process as one line."""
+    return " ".join(process.stderr.partition("error: ")[2].split())[:300]
 
 
 def said(process: Forked, *words: str) -> str:
