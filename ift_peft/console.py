@@ -6,7 +6,8 @@ import os
 import re
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import IO, Any, cast
 
 from rich import box
@@ -15,6 +16,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.table import Table
+
+from ift_peft.loading import imports
 
 _WIDTH = None if "COLUMNS" in os.environ or sys.stdout.isatty() else 120  # rich wraps tables in a pipe at 80
 
@@ -66,6 +69,14 @@ err = Console(file=cast(IO[str], _Stderr()), soft_wrap=True, highlight=False)
 PLAIN_EVERY_SECONDS = 10.0
 # What a terminal takes as an order, in texts and names of files that came from anywhere, and what it cannot be sent.
 _ORDERS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+@contextmanager
+def loading(libraries: str) -> Iterator[None]:
+    """Tell what is imported in the block."""
+    err.print(f"loading {libraries} …", style="dim")
+    with imports():
+        yield
 
 
 def visible(text: str) -> str:

@@ -49,15 +49,16 @@ def evaluate(
 
     Example: ift evaluate runs/sentiment/latest --data more_reviews.jsonl
     """
-    from ift_peft.console import ConsoleReporter, print_scores
+    from ift_peft.console import ConsoleReporter, loading, print_scores
     from ift_peft.errors import raise_all
     from ift_peft.run_dir import open_run
 
     opened = [open_run(run) for run in runs]
     if ensemble is not None:
         from ift_peft.cli.tables import print_ensemble
-        from ift_peft.evaluate.ensemble import evaluate_ensemble
 
+        with loading("torch, transformers, peft"):
+            from ift_peft.evaluate.ensemble import evaluate_ensemble
         reporter = ConsoleReporter()
         scores = evaluate_ensemble(
             opened, ensemble.value, data=data, source=source, reporter=reporter, calibrate=calibrate
@@ -70,8 +71,9 @@ def evaluate(
             expected="one run, or --ensemble", found=f"{len(opened)} runs", fix="set runs side by side: ift compare"
         )
     from ift_peft.evaluate.gates import missed
-    from ift_peft.evaluate.run import evaluate_run
 
+    with loading("torch, transformers, peft"):
+        from ift_peft.evaluate.run import evaluate_run
     scores = evaluate_run(opened[0], data=data, source=source, reporter=ConsoleReporter())
     print_scores(scores, title=f"{opened[0].recipe().name}: {scores['rows']} rows of {data or 'its held-out set'}")
     raise_all(missed(scores))
@@ -101,13 +103,14 @@ def merge(
 
     Example: ift merge runs/sentiment/latest --output sentiment-merged
     """
-    from ift_peft.adapters.merge import merge as merge_run
     from ift_peft.cli.tables import print_merge
-    from ift_peft.console import ConsoleReporter
-    from ift_peft.infer.load import open_parts
+    from ift_peft.console import ConsoleReporter, loading
     from ift_peft.run_dir import open_run
 
     opened = open_run(run)
+    with loading("torch, transformers, peft"):
+        from ift_peft.adapters.merge import merge as merge_run
+        from ift_peft.infer.load import open_parts
     parts = open_parts(opened)
     result = merge_run(
         parts,

@@ -49,16 +49,16 @@ def combine(
 
     Example: ift combine runs/topics/latest runs/sst2/latest --method ties --output-name both
     """
-    from ift_peft.console import ConsoleReporter, err, out, print_scores
+    from ift_peft.console import ConsoleReporter, loading, out, print_scores
     from ift_peft.errors import raise_all
     from ift_peft.evaluate.gates import missed
     from ift_peft.run_dir import open_run
 
     given = None if weights is None else _numbers(weights)
     opened = [open_run(run) for run in runs]
-    err.print("loading torch, transformers, peft …", style="dim")
-    from ift_peft.adapters.combine import Asked
-    from ift_peft.adapters.combine import combine as combine_runs
+    with loading("torch, transformers, peft"):
+        from ift_peft.adapters.combine import Asked
+        from ift_peft.adapters.combine import combine as combine_runs
 
     asked = Asked(method.value, given, density, rank, seed, trials if search else None)
     run = combine_runs(opened, asked, name=output_name, root=runs_dir, reporter=ConsoleReporter())

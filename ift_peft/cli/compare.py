@@ -78,7 +78,7 @@ def curve(
 
     Example: ift curve sentiment --rows 100,300,1000,3000 --output curve
     """
-    from ift_peft.console import ConsoleReporter, err, out
+    from ift_peft.console import ConsoleReporter, loading, out
     from ift_peft.recipe import load_recipe
 
     try:
@@ -89,8 +89,8 @@ def curve(
         raise RecipeError(expected="--rows as numbers with commas", found=repr(rows), fix="--rows 100,300,1000")
     loaded = load_recipe(recipe, overrides or ())
     folder = output or runs_dir / "curves" / loaded.name
-    err.print("loading torch, transformers, peft, trl …", style="dim")
-    from ift_peft.train.curve import learning_curve
+    with loading("torch, transformers, peft, trl"):
+        from ift_peft.train.curve import learning_curve
 
     points = learning_curve(loaded, rows=numbers, seeds=seeds, root=runs_dir, output=folder, reporter=ConsoleReporter())
     for point in points:

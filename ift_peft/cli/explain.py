@@ -61,7 +61,7 @@ def explain(
 
     Example: ift explain runs/sentiment/latest --text "The room was spotless, the staff rude."
     """
-    from ift_peft.console import ConsoleReporter, err
+    from ift_peft.console import ConsoleReporter, loading
     from ift_peft.durable import write_atomically
     from ift_peft.run_dir import open_run
 
@@ -69,12 +69,12 @@ def explain(
         if file is not None and not file.absolute().parent.is_dir():
             raise RunError(expected=f"the folder of {file}", found="none", fix="make it first")
     opened = open_run(run)
-    err.print("loading torch, transformers, captum …", style="dim")
-    from ift_peft.explain.explanation import explain as explain_one
-    from ift_peft.explain.explanation import with_training_rows
-    from ift_peft.explain.influence import training_rows
-    from ift_peft.explain.page import page
-    from ift_peft.infer.load import load_model, open_parts
+    with loading("torch, transformers, captum"):
+        from ift_peft.explain.explanation import explain as explain_one
+        from ift_peft.explain.explanation import with_training_rows
+        from ift_peft.explain.influence import training_rows
+        from ift_peft.explain.page import page
+        from ift_peft.infer.load import load_model, open_parts
 
     parts = as_asked(open_parts(opened), source)
     model, _ = load_model(parts)

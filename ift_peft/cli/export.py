@@ -43,13 +43,13 @@ def export(
 
     Example: ift export runs/sentiment/latest --to gguf --output sentiment-gguf
     """
-    from ift_peft.console import ConsoleReporter, err, out
+    from ift_peft.console import ConsoleReporter, loading, out
     from ift_peft.run_dir import open_run
 
     opened = open_run(run)
-    err.print("loading torch, transformers, peft …", style="dim")
-    from ift_peft.adapters.export.run import export as export_run
-    from ift_peft.infer.load import open_parts
+    with loading("torch, transformers, peft"):
+        from ift_peft.adapters.export.run import export as export_run
+        from ift_peft.infer.load import open_parts
 
     found = export_run(
         open_parts(opened),

@@ -36,7 +36,7 @@ def lm_eval(
 
     Example: ift lm-eval runs/sentiment/latest --tasks arc_easy,hellaswag --limit 200
     """
-    from ift_peft.console import ConsoleReporter, err, out
+    from ift_peft.console import ConsoleReporter, loading, out
     from ift_peft.durable import write_atomically
     from ift_peft.run_dir import open_run
 
@@ -46,9 +46,9 @@ def lm_eval(
     if not names:
         raise RecipeError(expected="--tasks as names with commas", found=repr(tasks), fix="--tasks arc_easy,hellaswag")
     opened = open_run(run)
-    err.print("loading torch, transformers, peft, lm_eval …", style="dim")
-    from ift_peft.evaluate.harness import BOTH, harness_scores
-    from ift_peft.evaluate.measure import resampling
+    with loading("torch, transformers, peft, lm_eval"):
+        from ift_peft.evaluate.harness import BOTH, harness_scores
+        from ift_peft.evaluate.measure import resampling
 
     who: tuple[Who, ...] = ("base",) if base_only else ("adapter",) if adapter_only else BOTH
     scores = harness_scores(

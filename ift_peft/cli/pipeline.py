@@ -36,8 +36,8 @@ def pipeline(
     Example: ift pipeline runs/article/latest "请介绍竹编是怎么来的。"
     """
     from ift_peft.cli.predict import given_texts
+    from ift_peft.console import loading
     from ift_peft.durable import write_atomically
-    from ift_peft.infer.pipeline import fill, open_chain, walk
     from ift_peft.run_dir import PIPELINE, json_lines, open_run
     from ift_peft.stages import AT_ONCE
 
@@ -46,6 +46,8 @@ def pipeline(
     opened = open_run(run, kinds=PIPELINE)
     if at_once and AT_ONCE not in opened.parts:
         raise RunError(expected="a pipeline with at_once", found="none in its recipe", fix="leave out --at-once")
+    with loading("torch, transformers, peft"):
+        from ift_peft.infer.pipeline import fill, open_chain, walk
     chain, _ = open_chain(opened, at_once=at_once)
     if input_file is None and output_file is None:
         for text in given_texts(texts):

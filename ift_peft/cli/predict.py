@@ -53,8 +53,8 @@ def predict(
 
     Example: echo "The room was spotless." | ift predict runs/sentiment/latest
     """
+    from ift_peft.console import loading
     from ift_peft.durable import write_atomically
-    from ift_peft.infer.load import load_model, open_parts
     from ift_peft.run_dir import json_lines, open_run
 
     runs = [run]
@@ -62,12 +62,15 @@ def predict(
         runs, texts = [run, *map(Path, texts or ())], None
     if output_file is not None and not output_file.absolute().parent.is_dir():
         raise RunError(expected=f"the folder of {output_file}", found="none", fix="make it first")
+    opened = [open_run(run)] if ensemble is None else _open_all(runs)
+    with loading("torch, transformers, peft"):
+        from ift_peft.infer.load import load_model, open_parts
     items = (
         iter(_items_of_file(input_file)) if input_file is not None else ({"text": text} for text in given_texts(texts))
     )
     if ensemble is not None:
         as_json = input_file is not None or output_file is not None
-        lines = _answers_together(_open_all(runs), items, ensemble.value, source=source, calibrate=calibrate)
+        lines = _answers_together(opened, items, ensemble.value, source=source, calibrate=calibrate)
         if output_file is not None:
             write_atomically(output_file, json_lines(list(lines)))
             return
@@ -75,7 +78,7 @@ def predict(
             _print_answer(line, as_json=as_json)
         return
     require_ensemble(calibrate)
-    parts = as_asked(open_parts(open_run(run)), source)
+    parts = as_asked(open_parts(opened[0]), source)
     model, _ = load_model(parts)
     as_json = input_file is not None or output_file is not None
     if output_file is None:

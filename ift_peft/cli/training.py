@@ -37,7 +37,7 @@ def train(
 
     Example: ift train sentiment training.num_train_epochs=2
     """
-    from ift_peft.console import ConsoleReporter, err, out, print_scores
+    from ift_peft.console import ConsoleReporter, loading, out, print_scores
     from ift_peft.errors import raise_all
     from ift_peft.evaluate.gates import missed
     from ift_peft.recipe import load_recipe
@@ -56,12 +56,11 @@ def train(
     if whole.pipeline is not None or whole.merging is not None:
         _train_parts(whole, unfinished, seeds=seeds, root=runs_dir, step_timeout=step_timeout)
         return
-    err.print("loading torch, transformers, peft, trl …", style="dim")
+    with loading("torch, transformers, peft, trl"):
+        from ift_peft.train import run as training
     if seeds > 1:
         _train_seeds(whole, seeds, root=runs_dir, step_timeout=step_timeout)
         return
-    from ift_peft.train import run as training
-
     reporter = ConsoleReporter()
     if unfinished is None:
         run = training.train(whole, root=runs_dir, reporter=reporter, step_timeout=step_timeout)
@@ -102,7 +101,7 @@ def _train_parts(recipe: Recipe, into: RunDir | None, *, seeds: int, root: Path,
     """Train a recipe of several adapters, or go on with `into`."""
     from ift_peft.cli.merging import print_merging
     from ift_peft.cli.pipeline import print_pipeline
-    from ift_peft.console import ConsoleReporter, err, out
+    from ift_peft.console import ConsoleReporter, loading, out
     from ift_peft.errors import raise_all
     from ift_peft.evaluate.gates import missed_parts
 
@@ -110,10 +109,10 @@ def _train_parts(recipe: Recipe, into: RunDir | None, *, seeds: int, root: Path,
         raise RecipeError(
             expected="--seeds with the recipe of one task", found="one of several adapters", fix="leave out --seeds"
         )
-    err.print("loading torch, transformers, peft, trl …", style="dim")
-    from ift_peft.merging import train_merging
-    from ift_peft.train.once import unfinished
-    from ift_peft.train.pipeline import train_pipeline
+    with loading("torch, transformers, peft, trl"):
+        from ift_peft.merging import train_merging
+        from ift_peft.train.once import unfinished
+        from ift_peft.train.pipeline import train_pipeline
 
     root = root if into is None else unfinished(into).path.parent.parent
     make, tell = (train_merging, print_merging) if recipe.merging is not None else (train_pipeline, print_pipeline)

@@ -31,7 +31,7 @@ def tune(
 
     Example: ift tune sentiment evaluation.target.accuracy=0.7 --minutes 60
     """
-    from ift_peft.console import ConsoleReporter, err, out, print_scores
+    from ift_peft.console import ConsoleReporter, loading, out, print_scores
     from ift_peft.errors import raise_all
     from ift_peft.evaluate.gates import missed
     from ift_peft.recipe import load_recipe
@@ -44,8 +44,8 @@ def tune(
     if limits:  # what the command line says stands for all that the recipe says
         section = (loaded.tune or Tune()).model_copy(update={name: limits.get(name) for name in given})
         loaded = loaded.model_copy(update={"tune": section})
-    err.print("loading torch, transformers, peft, trl, optuna …", style="dim")
-    from ift_peft.tune.study import tune as search
+    with loading("torch, transformers, peft, trl, optuna"):
+        from ift_peft.tune.study import tune as search
 
     study = search(loaded, root=runs_dir, fresh=fresh, reporter=ConsoleReporter())
     found = study.read("study.json")

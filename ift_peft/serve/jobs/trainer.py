@@ -36,6 +36,7 @@ from ift_peft.errors import (
     is_full,
     is_out_of_memory,
 )
+from ift_peft.loading import imports
 from ift_peft.reporter import Silent
 from ift_peft.serve.jobs.endings import UNTOLD, code_of, error_of
 from ift_peft.serve.jobs.folder import JobFolder, newest_run
@@ -114,10 +115,11 @@ def _leave(folder: JobFolder, error: dict[str, Any]) -> None:
 
 def _work(folder: JobFolder, task: dict[str, Any]) -> None:
     from ift_peft.recipe import dump_recipe, validate
-    from ift_peft.report.write import write_report
-    from ift_peft.train.run import resume, train
     from ift_peft.yaml_source import YamlSource
 
+    with imports():
+        from ift_peft.report.write import write_report
+        from ift_peft.train.run import resume, train
     reporter, runs = FileReporter(folder), Path(task["runs"])
     recipe = validate(YamlSource("recipe", task["recipe"]))
     run = newest_run(runs, recipe.name)
