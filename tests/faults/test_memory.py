@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
-from ift_peft.errors import OutOfMemory
+from ift_peft.data.render import Renderer
+from ift_peft.data.row import Message
+from ift_peft.errors import OutOfMemory, is_out_of_memory
+from ift_peft.model.tokenizer import TINY
 from ift_peft.plain_files import MiB
 from ift_peft.reporter import Silent
 from ift_peft.run_dir import RunDir, runs_called
@@ -127,3 +132,16 @@ def test_a_full_cache_is_gone_on_without(
         assert "room for the token ids" in " ".join(full.stderr.split()) and not (tmp_path / "others").exists()
         assert {path.name for path in disk.rglob("*")} == {"ballast", "rendered"}
     observed(f"“{note}”, {run.status}; exit code {full.returncode}, no folder")
+
+
+def test_no_memory_for_the_clock_of_a_template_is_no_fault_of_the_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    renderer = Renderer(AutoTokenizer.from_pretrained(TINY))
+
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    messages: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "好"}]
+    with pytest.raises(RuntimeError, match="new thread") as caught:
+        renderer.render([messages])
+    assert is_out_of_memory(caught.value)

@@ -189,15 +189,13 @@ def test_a_second_service_is_refused(server: Server, client: OpenAI, ift: Ift, o
     "slow clients: 200 idle connections, 40 half heads, 40 half bodies, 8 answers that are not read",
     expected="others are answered",
 )
-def test_slow_clients_hold_up_nobody_else(
-    server: Server, client: OpenAI, observed: Observed, request: pytest.FixtureRequest
-) -> None:
+def test_slow_clients_hold_up_nobody_else(server: Server, client: OpenAI, observed: Observed, every: bool) -> None:
     large = client.files.create(file=("rows.jsonl", rows(30_000)), purpose="fine-tune")
     with _slow_clients(server, large.id) as slow:
         file = client.files.create(file=("rows.jsonl", rows(12)), purpose="fine-tune")
         assert client.files.content(file.id).content == rows(12)
         assert httpx.get(f"{server.url}/healthz").status_code == 200
-        if request.config.getoption("--all-faults"):  # for which the server imports torch
+        if every:  # for which the server imports torch
             Watched(server).answers("tiny")
         still = sum(_is_open(one) for one in slow[:200])
     observed(f"an upload and a download were answered beside {len(slow)} of them, {still} idle ones still open")

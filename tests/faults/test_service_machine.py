@@ -289,18 +289,17 @@ class ServiceMachine(RuleBasedStateMachine):
     "kill -9 and SIGTERM of trainer, server and both between requests and in one, in any order that hypothesis finds",
     expected="no file, job or event lost; statuses along their edges; an end is final; one trainer at a time; all end",
 )
-def test_whatever_is_killed_nothing_is_lost(observed: Observed, request: pytest.FixtureRequest) -> None:
-    many = request.config.getoption("--all-faults")
+def test_whatever_is_killed_nothing_is_lost(observed: Observed, every: bool) -> None:
     ServiceMachine.done.clear()
-    ServiceMachine.most_jobs = 4 if many else 1
+    ServiceMachine.most_jobs = 4 if every else 1
     run_state_machine_as_test(
         ServiceMachine,
         settings=settings(
-            max_examples=4 if many else 1,
-            stateful_step_count=25 if many else 8,
+            max_examples=4 if every else 1,
+            stateful_step_count=25 if every else 8,
             deadline=None,
             database=None,
-            derandomize=not many,
+            derandomize=not every,
             print_blob=True,
             phases=(Phase.generate,),
             suppress_health_check=list(HealthCheck),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,15 @@ def test_of_a_cut_after_the_checkpoint_nothing_stays(base: Path, whole: RunDir, 
     assert rows.tried == {4}
     assert learnt(run) == learnt(whole)
     assert not run.read("manifest.json")["micro_batch"]
+
+
+def test_a_run_made_of_a_training_that_has_ended_tells_of_its_cut(cut: RunDir, tmp_path: Path) -> None:
+    """As the best trial of a search becomes one."""
+    run = RunDir(shutil.copytree(cut.path, tmp_path / "run", symlinks=True))
+    run.update_manifest(status="interrupted", micro_batch=None, training_ended=True)
+    resume(run, reporter=Silent())
+    assert run.read("manifest.json")["micro_batch"] == cut.read("manifest.json")["micro_batch"]
+    assert learnt(run) == learnt(cut)
 
 
 def test_that_dropout_draws_other_masks_for_parts_is_told_and_recorded(
