@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,16 @@ def create(server: Server, *, client: OpenAI, rows: int = 12, **options: Any) ->
     options.setdefault("extra_body", {"recipe": QUICK})
     options.setdefault("model", "tiny")
     return client.fine_tuning.jobs.create(**options)
+
+
+@contextmanager
+def device_held(data_dir: Path) -> Iterator[None]:
+    """Hold the device as a trainer would that lost its service: those that come after it wait."""
+    devices = data_dir / "devices"
+    devices.mkdir(exist_ok=True)
+    with (devices / "cpu.lock").open("w") as device:
+        fcntl.flock(device, fcntl.LOCK_EX)
+        yield
 
 
 def wait(client: OpenAI, job: str, until: Callable[[FineTuningJob], bool], *, seconds: float = 120) -> FineTuningJob:

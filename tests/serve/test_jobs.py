@@ -211,22 +211,23 @@ def test_a_repeated_create_makes_one_job_and_two_make_two(server: Server, client
         return job.id
 
     made: set[str] = set()
-    first, second = ask(), ask()
-    assert first != second
-    assert ask(1) == second and ask(2) == second
-    assert ask(1, seed=2) not in (first, second)
-    keyed = ask(**{"Idempotency-Key": "mine"})
-    assert keyed not in (first, second) and ask(**{"Idempotency-Key": "mine"}) == keyed
-    with pytest.raises(BadRequestError, match="another request"):
-        ask(seed=2, **{"Idempotency-Key": "mine"})
-    assert ask(1, Authorization="Bearer somebody-else") not in (first, second, keyed)
-    for job in made:
-        cancelled = client.fine_tuning.jobs.cancel(job)
-        assert cancelled.status == "cancelled" and cancelled.finished_at is not None
-        again = client.fine_tuning.jobs.cancel(job, extra_headers={"x-stainless-retry-count": "1"})
-        assert again == cancelled
-        with pytest.raises(BadRequestError, match="cancelled"):
-            client.fine_tuning.jobs.cancel(job)
+    with jobs.device_held(server.data_dir):  # none has ended before it is cancelled
+        first, second = ask(), ask()
+        assert first != second
+        assert ask(1) == second and ask(2) == second
+        assert ask(1, seed=2) not in (first, second)
+        keyed = ask(**{"Idempotency-Key": "mine"})
+        assert keyed not in (first, second) and ask(**{"Idempotency-Key": "mine"}) == keyed
+        with pytest.raises(BadRequestError, match="another request"):
+            ask(seed=2, **{"Idempotency-Key": "mine"})
+        assert ask(1, Authorization="Bearer somebody-else") not in (first, second, keyed)
+        for job in made:
+            cancelled = client.fine_tuning.jobs.cancel(job)
+            assert cancelled.status == "cancelled" and cancelled.finished_at is not None
+            again = client.fine_tuning.jobs.cancel(job, extra_headers={"x-stainless-retry-count": "1"})
+            assert again == cancelled
+            with pytest.raises(BadRequestError, match="cancelled"):
+                client.fine_tuning.jobs.cancel(job)
 
 
 def test_real_reviews_are_trained_as_a_recipe_says(server: Server, client: OpenAI, shared: Path) -> None:

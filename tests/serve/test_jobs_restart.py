@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import sqlite3
@@ -96,10 +95,6 @@ def _forget(server: Server, job: str) -> None:
 
 
 def test_one_trainer_at_a_time_in_the_order_of_priorities(server: Server, client: OpenAI) -> None:
-    """The test holds the device as a trainer would that lost its service: those that come after it wait."""
-    devices = server.data_dir / "devices"
-    devices.mkdir(exist_ok=True)
-
     def only(job: str) -> None:
         jobs.wait_for(lambda: set(jobs.trainers(server.data_dir)) == {job})
 
@@ -107,8 +102,7 @@ def test_one_trainer_at_a_time_in_the_order_of_priorities(server: Server, client
         body = {"recipe": jobs.QUICK, "priority": priority}
         return jobs.create(server, client=client, extra_body=body).id
 
-    with (devices / "cpu.lock").open("w") as device:
-        fcntl.flock(device, fcntl.LOCK_EX)
+    with jobs.device_held(server.data_dir):
         first = queued(0)
         only(first)
         later, sooner = queued(5), queued(-5)
