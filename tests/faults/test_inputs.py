@@ -304,5 +304,5 @@ def test_recipe(fault: str, expected: str, case: Case, server: Forks, tmp_path: 
     arguments = ("check", str(case.make(folder)), "--json", str(folder / "found.json"))
     seen = judged(case, server.run(*arguments, cwd=folder, timeout=IN_TIME, memory=case.memory), folder)
     if not case.code:
-        assert rows_read(folder)["train"]["rows"] == case.rows
+        assert rows_read(folder)["training"]["rows"] == case.rows
     observed(seen)
