@@ -6,8 +6,8 @@ import logging
 import threading
 import time
 
-from ift_peft.errors import IftPeftError
-from ift_peft.serve.errors import ApiError
+from ift_peft.errors import BusyError, IftPeftError
+from ift_peft.serve.errors import ApiError, as_api_error
 
 log = logging.getLogger("ift_peft.serve")
 FAILED_SECONDS = 10.0  # for which a model that could not be loaded is not tried again
@@ -27,17 +27,22 @@ class Failures:
         if error is not None and time.monotonic() < until:
             raise error.with_traceback(None)
 
-    def keep(self, name: str, error: Exception) -> ApiError:
-        """What is told (503) of a model that cannot be loaded; the log says why, without what rows hold."""
+    def told(self, name: str, error: Exception) -> ApiError:
+        """What is told of a model that could not be loaded: 429 where there was no room, which is not kept, else 503.
+
+        The log says why, without what rows hold.
+        """
+        if isinstance(error, BusyError):
+            return as_api_error(error)
         if isinstance(error, IftPeftError):
             log.error("model not loaded: expected %s; %s", error.expected, error.fix, extra={"model": name})
         else:
             log.error("model not loaded", exc_info=error, extra={"model": name})
         message = f"The model {name!r} cannot be loaded; the server's log says why."
-        told = ApiError(503, message, code="model_unavailable", param="model")
+        failed = ApiError(503, message, code="model_unavailable", param="model")
         with self._lock:
-            self._kept[name] = (time.monotonic() + FAILED_SECONDS, told)
-        return told
+            self._kept[name] = (time.monotonic() + FAILED_SECONDS, failed)
+        return failed
 
     def forget(self, name: str) -> None:
         with self._lock:

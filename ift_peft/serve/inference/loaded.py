@@ -132,10 +132,8 @@ class LoadedModels:
             model = self._loaded(named, until_kept)
         except ApiError:
             raise
-        except BusyError as busy:
-            raise as_api_error(busy) from None
-        except Exception as unforeseen:
-            raise self._failures.keep(name, unforeseen) from None
+        except Exception as error:
+            raise self._failures.told(name, error) from None
         with self._lock:
             forgotten = name in self._forgotten
             if not forgotten:
