@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+TORCH  := $(VENV)/.installed-torch
 STAMP  := $(VENV)/.installed
 SERVE  := $(VENV)/.installed-serve
 DEV    := $(VENV)/.installed-dev
@@ -21,18 +22,21 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # torch first: where its index has a CPU build of the pinned version that is taken, and nothing later replaces it.
-$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+$(TORCH): constraints.txt | $(BIN)/python
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	@touch $@
+
+$(STAMP): pyproject.toml constraints.txt $(TORCH)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	@touch $@
 
-$(SERVE): $(STAMP)
+$(SERVE): pyproject.toml constraints.txt $(TORCH)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[serve]'
-	@touch $@
+	@touch $(STAMP) $@
 
-$(DEV): $(STAMP)
+$(DEV): pyproject.toml constraints.txt $(TORCH)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	@touch $@
+	@touch $(STAMP) $(SERVE) $@
 
 train: $(STAMP)  ## train RECIPE (default sentiment) with overrides SET, measured before and after
 	$(BIN)/ift train $(RECIPE) $(SET)
