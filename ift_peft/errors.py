@@ -5,12 +5,8 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 
-# Of torch on a CPU, of CUDA and its libraries, of C++, which torch passes on as a RuntimeError, and of Python where
-# there is none for a thread's stack.
-_NO_MEMORY = (
-    *("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "_status_alloc_failed"),
-    "can't start new thread",
-)
+# Of torch on a CPU, of CUDA and its libraries, of C++, which torch passes on as a RuntimeError.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "_status_alloc_failed")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

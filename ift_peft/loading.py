@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def imports() -> Iterator[None]:
-    """Import in the block what takes long: faster, as nobody looks for garbage, of which imports leave none.
+    """Import in the block what takes long: faster, as nobody looks for garbage, of which imports leave next to none.
 
     What is there at its end is left out of later looks as well: accelerate has one before every training.
     """

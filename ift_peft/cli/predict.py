@@ -58,7 +58,9 @@ def predict(
     from ift_peft.run_dir import json_lines, open_run
 
     runs = [run]
-    if ensemble is not None:  # what looks like no run is refused, rather than answered as a text
+    if ensemble is None:
+        require_ensemble(calibrate)
+    else:  # what looks like no run is refused, rather than answered as a text
         runs, texts = [run, *map(Path, texts or ())], None
     if output_file is not None and not output_file.absolute().parent.is_dir():
         raise RunError(expected=f"the folder of {output_file}", found="none", fix="make it first")
@@ -77,7 +79,6 @@ def predict(
         for line in lines:
             _print_answer(line, as_json=as_json)
         return
-    require_ensemble(calibrate)
     parts = as_asked(open_parts(opened[0]), source)
     model, _ = load_model(parts)
     as_json = input_file is not None or output_file is not None

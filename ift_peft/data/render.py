@@ -24,7 +24,7 @@ from ift_peft.data.answer_spans import Span, answer_span, holds_text, special_to
 from ift_peft.data.row import Message
 from ift_peft.data.template import SECONDS, TooSlow, of_one_day, within
 from ift_peft.data.template_choice import choose_template
-from ift_peft.errors import DataError, ModelError, first_line, is_out_of_memory
+from ift_peft.errors import DataError, ModelError, OutOfMemory, first_line
 
 IGNORE = -100
 
@@ -164,9 +164,9 @@ class Renderer:
                 found="one that was still at it",
                 fix="correct the chat template in the folder of the base, or use a base that you trust",
             ) from None
+        except OutOfMemory:
+            raise
         except Exception as error:  # a template is a program, and raises what it likes
-            if isinstance(error, RuntimeError) and is_out_of_memory(error):  # for the thread of the clock
-                raise
             raise DataError(
                 expected="a chat template that takes these messages",
                 found=first_line(error),

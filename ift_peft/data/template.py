@@ -19,7 +19,7 @@ from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 
-from ift_peft.errors import ModelError
+from ift_peft.errors import ModelError, OutOfMemory, first_line
 from ift_peft.trial import MEMORY, TakesMore, tried
 from ift_peft.trial import SECONDS as TRIED_SECONDS
 
@@ -79,6 +79,8 @@ def try_template(template: str, special: tuple[tuple[str, str], ...]) -> None:
 def within(seconds: float) -> Iterator[None]:
     """Raise `TooSlow` in this thread, any one, when Python code in the block has run for longer.
 
+    Raises `OutOfMemory` where there can be no further thread, for want of memory or by a limit.
+
     signal.setitimer would do so in the main thread alone, which serves no requests. Time in which the process was
     stopped, or other threads ran, does not count where the system tells a thread's own. What was asked for is never
     taken back: CPython 3.11 would look for it at every call from then on, and under a profiler for ever.
@@ -99,7 +101,14 @@ def within(seconds: float) -> Iterator[None]:
                     raise_in(thread, ctypes.py_object(TooSlow))
                     return
 
-    threading.Thread(target=watch, daemon=True).start()
+    try:
+        threading.Thread(target=watch, daemon=True).start()
+    except RuntimeError as error:
+        raise OutOfMemory(
+            expected="a thread for the clock over a chat template",
+            found=first_line(error),
+            fix="free memory, or raise a limit of it or of threads (ulimit -v, ulimit -u)",
+        ) from None
     try:
         yield
     finally:

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from ift_peft.data.template import SECONDS, try_template, within
-from ift_peft.errors import ModelError
+from ift_peft.errors import ModelError, OutOfMemory
 
 # For tokenizers that come without a template. The answer's leading space belongs to the answer, so that tokenizers
 # which join a space to the word after it split the same way with and without the answer.
@@ -49,6 +49,8 @@ def choose_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     try:
         with within(SECONDS):
             known = get_training_chat_template(tokenizer)
+    except OutOfMemory:
+        raise
     except Exception:  # TRL knows no marked version of it, or it fails where TRL renders it, and will again
         known = None
     if known is not None:

@@ -29,7 +29,8 @@ NEVER_OURS = (  # PEFT imports what the first two name
 )
 _PLAIN = re.compile(r"(?:\.\*\\\.)?[\w.^-]+")  # a name, or the end of one, as PEFT itself writes it for fused experts
 _ANY_OF = re.compile(r"\(\.\*\[\.\]\)\?\((?:[\w.|-]|\\[.-])+\)")  # as training writes feedforward_modules
-USUAL_RANKS = 1024  # AdaLoRA may have begun with more than are left in the weights
+_BY_RANK = re.compile(r"lora_(embedding_)?[AE]\b|vera_lambda_d\b")  # tensors whose first side is the rank
+USUAL_RANKS = 1024  # whatever the weights hold: that they do not fit is told by their sizes
 MOST_ALPHA = 1e9
 FIX = "train again; an adapter from elsewhere is no part of this run"
 OTHER_BASE = "load the adapter on the base it was trained on, or train again"
@@ -87,7 +88,7 @@ def _number_faults(config: dict[str, Any], file: Path) -> Iterator[IftPeftError]
         return
     ranks += [config[name] for name in ("r", "init_r", "target_r") if name in config]
     alphas += [config["lora_alpha"]] if "lora_alpha" in config else []
-    most = max(USUAL_RANKS, _shorter_side(file.with_name(WEIGHTS)))
+    most = max(USUAL_RANKS, _ranks_of(file.with_name(WEIGHTS)))
     for wrong in [one for one in ranks if not _is_rank(one, most)][:1]:
         yield ModelError(expected=f"a rank of 1 to {most:,}", found=f"{wrong!r:.80} in {file}", fix=FIX)
     for wrong in [one for one in alphas if not _is_alpha(one)][:1]:
@@ -152,11 +153,11 @@ def _is_rank(value: Any, most: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
 
 
-def _shorter_side(file: Path) -> int:
-    """The longest in `file`, as ranks are one: PEFT makes room for all of a configuration before it reads weights."""
-    with suppress(OSError, SafetensorError, RuntimeError), safe_open(file, "pt") as opened:
-        shapes = [opened.get_slice(key).get_shape() for key in opened.keys()]  # noqa: SIM118 - no mapping
-        return max((min(shape, default=0) for shape in shapes), default=0)
+def _ranks_of(weights: Path) -> int:
+    """The most that a tensor has: PEFT makes room for those of a configuration before it looks at the weights."""
+    with suppress(OSError, SafetensorError, RuntimeError), safe_open(weights, "pt") as opened:
+        by_rank = [key for key in opened.keys() if _BY_RANK.search(key)]  # noqa: SIM118 - no mapping
+        return max((opened.get_slice(key).get_shape()[0] for key in by_rank), default=0)
     return 0
 
 

@@ -37,9 +37,8 @@ class RunRecorder(TrainerCallback):
             self.trainer.restore(self.resumed)
             self.seen_before = self.resumed.tokens_seen
             if self.resumed.halvings:
-                self.reporter.note(
-                    f"{_rows(self.trainer.rows_at_once)} at a time: memory ran out at step {self.resumed.halved_at}"
-                )
+                since = f" at step {self.resumed.halved_at}" if self.resumed.halved_at else ""
+                self.reporter.note(f"{_rows(self.trainer.rows_at_once)} at a time: memory ran out{since}")
         self.record_micro_batch()
         self.started = time.monotonic()
         self.reporter.stage("training", state.max_steps)

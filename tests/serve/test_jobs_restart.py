@@ -57,7 +57,7 @@ def whole(server: Server, client: OpenAI) -> tuple[list[tuple[int, float]], byte
     return outcome(server, client, create(server, client))
 
 
-def test_a_paused_and_killed_job_becomes_what_it_would_have_become(
+def test_a_paused_killed_and_stopped_job_becomes_what_it_would_have_become(
     server: Server, client: OpenAI, whole: tuple[list[tuple[int, float]], bytes]
 ) -> None:
     job = create(server, client)
@@ -71,7 +71,10 @@ def test_a_paused_and_killed_job_becomes_what_it_would_have_become(
     assert client.fine_tuning.jobs.resume(job).status == "queued"
     jobs.training(server, job, step=taken + 5)
     server.stop(signal.SIGKILL)
-    jobs.wait_for(lambda: not jobs.trainers(server.data_dir))
+    server.start()
+    jobs.training(server, job, step=jobs.logged(server, job) + 5)
+    server.stop(signal.SIGTERM)
+    assert not jobs.trainers(server.data_dir)
     _forget(server, job)
     moved = server.data_dir.with_name("moved")  # no record, and no file of the run, names the folder
     server.data_dir.rename(moved)
