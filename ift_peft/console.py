@@ -72,7 +72,7 @@ _ORDERS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @contextmanager
-def loading(libraries: str) -> Iterator[None]:
+def loading(libraries: str = "torch, transformers, peft") -> Iterator[None]:
     """Tell what is imported in the block."""
     err.print(f"loading {libraries} …", style="dim")
     with imports():

@@ -57,7 +57,7 @@ def evaluate(
     if ensemble is not None:
         from ift_peft.cli.tables import print_ensemble
 
-        with loading("torch, transformers, peft"):
+        with loading():
             from ift_peft.evaluate.ensemble import evaluate_ensemble
         reporter = ConsoleReporter()
         scores = evaluate_ensemble(
@@ -72,7 +72,7 @@ def evaluate(
         )
     from ift_peft.evaluate.gates import missed
 
-    with loading("torch, transformers, peft"):
+    with loading():
         from ift_peft.evaluate.run import evaluate_run
     scores = evaluate_run(opened[0], data=data, source=source, reporter=ConsoleReporter())
     print_scores(scores, title=f"{opened[0].recipe().name}: {scores['rows']} rows of {data or 'its held-out set'}")
@@ -108,7 +108,7 @@ def merge(
     from ift_peft.run_dir import open_run
 
     opened = open_run(run)
-    with loading("torch, transformers, peft"):
+    with loading():
         from ift_peft.adapters.merge import merge as merge_run
         from ift_peft.infer.load import open_parts
     parts = open_parts(opened)

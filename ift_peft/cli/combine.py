@@ -56,7 +56,7 @@ def combine(
 
     given = None if weights is None else _numbers(weights)
     opened = [open_run(run) for run in runs]
-    with loading("torch, transformers, peft"):
+    with loading():
         from ift_peft.adapters.combine import Asked
         from ift_peft.adapters.combine import combine as combine_runs
 

@@ -47,7 +47,7 @@ def export(
     from ift_peft.run_dir import open_run
 
     opened = open_run(run)
-    with loading("torch, transformers, peft"):
+    with loading():
         from ift_peft.adapters.export.run import export as export_run
         from ift_peft.infer.load import open_parts
 

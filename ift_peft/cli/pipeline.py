@@ -46,7 +46,7 @@ def pipeline(
     opened = open_run(run, kinds=PIPELINE)
     if at_once and AT_ONCE not in opened.parts:
         raise RunError(expected="a pipeline with at_once", found="none in its recipe", fix="leave out --at-once")
-    with loading("torch, transformers, peft"):
+    with loading():
         from ift_peft.infer.pipeline import fill, open_chain, walk
     chain, _ = open_chain(opened, at_once=at_once)
     if input_file is None and output_file is None:

@@ -57,15 +57,14 @@ def predict(
     from ift_peft.durable import write_atomically
     from ift_peft.run_dir import json_lines, open_run
 
-    runs = [run]
-    if ensemble is None:
-        require_ensemble(calibrate)
-    else:  # what looks like no run is refused, rather than answered as a text
-        runs, texts = [run, *map(Path, texts or ())], None
+    require_ensemble(calibrate and ensemble is None)
     if output_file is not None and not output_file.absolute().parent.is_dir():
         raise RunError(expected=f"the folder of {output_file}", found="none", fix="make it first")
-    opened = [open_run(run)] if ensemble is None else _open_all(runs)
-    with loading("torch, transformers, peft"):
+    if ensemble is None:
+        opened = [open_run(run)]
+    else:  # what looks like no run is refused, rather than answered as a text
+        opened, texts = _open_all([run, *map(Path, texts or ())]), None
+    with loading():
         from ift_peft.infer.load import load_model, open_parts
     items = (
         iter(_items_of_file(input_file)) if input_file is not None else ({"text": text} for text in given_texts(texts))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,13 +125,20 @@ def _finite(text: str) -> float:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object, each key of which stands in it once: of two values one would be lost."""
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"{key[:60]!a} twice in one object")
-        found[key] = value
-    return found
+    twice = repeated_key(pairs)
+    if twice is not None:
+        raise ValueError(f"{twice[:60]!a} twice in one object")
+    return dict(pairs)
+
+
+def repeated_key(pairs: Sequence[tuple[str, Any]]) -> str | None:
+    """The first key to stand in an object again, if one does: of two values one would be lost."""
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            return key
+        seen.add(key)
+    return None
 
 
 def _told(error: ValueError | RecursionError, text: str) -> str:

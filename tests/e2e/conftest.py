@@ -47,13 +47,8 @@ def mixed_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 def short_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """`ift train sentiment` on 160 rows over NF4, in a fresh process without network."""
     folder = tmp_path_factory.mktemp("short")
-    _train(folder, "sentiment", *SHORT)
-    return open_run(folder / "runs" / "sentiment" / "latest")
-
-
-def _train(folder: Path, *arguments: str) -> None:
     finished = subprocess.run(
-        [sys.executable, "-m", "ift_peft", "train", *arguments],
+        [sys.executable, "-m", "ift_peft", "train", "sentiment", *SHORT],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": f"{OFFLINE}{os.pathsep}{ROOT}"},
         capture_output=True,
@@ -63,6 +58,7 @@ def _train(folder: Path, *arguments: str) -> None:
     assert finished.returncode == 0, finished.stderr
     (folder / "stdout").write_text(finished.stdout, "utf-8")
     (folder / "stderr").write_text(finished.stderr, "utf-8")
+    return open_run(folder / "runs" / "sentiment" / "latest")
 
 
 @pytest.fixture(scope="session")

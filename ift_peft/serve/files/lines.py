@@ -15,6 +15,7 @@ from typing import Any
 
 from ift_peft.data.fields import Record, RecordFault
 from ift_peft.data.formats import to_row
+from ift_peft.data.json_files import repeated_key
 from ift_peft.sections import Data
 from ift_peft.serve.settings import Limits
 
@@ -195,12 +196,10 @@ def _constant(name: str) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise LineFault(f"{shown(key)} twice in one object")
-        found[key] = value
-    return found
+    twice = repeated_key(pairs)
+    if twice is not None:
+        raise LineFault(f"{shown(twice)} twice in one object")
+    return dict(pairs)
 
 
 def _texts(value: Any) -> Iterator[str]:
